@@ -1,0 +1,1 @@
+"""Settings as package data: ready-made training settings (*.toml) and Slurm job scripts (*.sbatch)."""

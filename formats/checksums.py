@@ -1,0 +1,58 @@
+"""The sums that guard every byte: crc32c a record (when it is read), xxh3_128 a chunk of a file (when it is staged)."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import google_crc32c
+import xxhash
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+CHUNK_SUM_BYTES = 16
+
+
+def crc32c(data: Buffer) -> int:
+    """CRC-32C (Castagnoli, RFC 3720) of `data`; the sum that Zarr's `crc32c` codec and iSCSI use."""
+    return int(google_crc32c.value(data))
+
+
+def chunk_sum(data: Buffer) -> bytes:
+    """The 16 bytes of xxh3_128 of one chunk of a file, big-endian as the xxHash specification prints it."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def chunk_sums(pieces: Iterable[Buffer], chunk_bytes: int) -> Iterator[bytes]:
+    """Sums of each `chunk_bytes` of the concatenation of `pieces`; the last chunk may be short, an empty file has none."""
+    hasher, filled = xxhash.xxh3_128(), 0
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view):
+            part = view[: chunk_bytes - filled]
+            hasher.update(part)
+            filled += len(part)
+            view = view[len(part) :]
+            if filled == chunk_bytes:
+                yield hasher.digest()
+                hasher, filled = xxhash.xxh3_128(), 0
+    if filled:
+        yield hasher.digest()
+
+
+def pread_exactly(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; returns the bytes read, fewer than asked only at the end of the file."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+def pwrite_all(descriptor: int, data: Buffer, offset: int) -> None:
+    """Write all of `data` at `offset`, however many calls it takes."""
+    view = memoryview(data)
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,61 @@
+"""The error tree of stagein and the exit codes of its commands.
+
+Every error a user can cause or meet is one sentence: what happened, on which path and value, and what to do.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every stagein command, as the README lists them."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    SOURCE = 3
+    NO_SPACE = 4
+    CHECKSUM = 5
+    INTERRUPTED = 6
+    WATCHDOG = 75
+
+
+class StageinError(Exception):
+    """Base of all errors that stagein raises on purpose; its text is a sentence for the user."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(StageinError):
+    """What was asked for cannot be done as asked: a wrong option, an existing target, a missing extra."""
+
+    exit_code = ExitCode.USAGE
+
+
+class SourceError(StageinError):
+    """The source is incomplete, unreadable, or not what it claims to be."""
+
+    exit_code = ExitCode.SOURCE
+
+
+class NoSpaceError(StageinError):
+    """The destination has, or will have, no room."""
+
+    exit_code = ExitCode.NO_SPACE
+
+
+class ChecksumError(StageinError):
+    """Bytes differ from what the manifest or the index says they are."""
+
+    exit_code = ExitCode.CHECKSUM
+
+
+class InterruptedRunError(StageinError):
+    """Stopped by a signal or by a peer; the same command again resumes."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class WatchdogError(StageinError):
+    """A rank made no progress within the limit; all ranks were ended."""
+
+    exit_code = ExitCode.WATCHDOG

@@ -1,0 +1,179 @@
+"""manifest.json: what a data set is, file by file and chunk by chunk. It is written last and trusted first.
+
+The id is the sha256 of the manifest's own content, so that two data sets that differ in one byte have different ids.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field as pydantic_field, ValidationError, field_validator, model_validator
+
+from .checksums import CHUNK_SUM_BYTES
+from .errors import SourceError
+from .publish import publish_bytes
+from .schema import Schema
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_NAME = "stagein"
+FORMAT_VERSION = (1, 0)
+DEFAULT_CHUNK_BYTES = 8 << 20
+MAX_MANIFEST_BYTES = 1 << 30
+
+Container = Literal["hdf5+zarr", "hdf5", "zarr"]
+
+
+class FileEntry(BaseModel):
+    """One file of the data set: its place under the root, its size and the xxh3_128 of every chunk, as one hex string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    nbytes: int = pydantic_field(ge=0)
+    xxh3_128: str = pydantic_field(pattern=r"^[0-9a-f]*$")
+
+    @field_validator("file")
+    @classmethod
+    def _stays_below_the_root(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or "\0" in value or str(path) != value or value in ("", "."):
+            raise ValueError(f"{value!r} is not a plain path below the data set")
+        return value
+
+    def chunk_sum(self, chunk: int) -> bytes:
+        """The sum of chunk `chunk`."""
+        digits = 2 * CHUNK_SUM_BYTES
+        return bytes.fromhex(self.xxh3_128[chunk * digits : (chunk + 1) * digits])
+
+    def num_chunks(self, chunk_bytes: int) -> int:
+        return -(-self.nbytes // chunk_bytes)
+
+
+class ShardEntry(FileEntry):
+    """A shard: `records` records from number `first` on; payload byte 0 is at `data_offset` of the file."""
+
+    records: int = pydantic_field(ge=0)
+    first: int = pydantic_field(ge=0)
+    data_offset: int = pydantic_field(ge=0)
+
+
+class Source(BaseModel):
+    """Where the records came from, as far as it is the same wherever the source lies."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    records_sha256: str
+
+
+class Manifest(BaseModel):
+    """The whole data set. `files` are all files but the shards and the manifest itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["stagein"] = "stagein"
+    version: tuple[int, int] = FORMAT_VERSION
+    id: str = ""
+    container: Container
+    record_schema: Schema = pydantic_field(alias="schema")
+    num_records: int = pydantic_field(ge=0)
+    capacity: int = pydantic_field(gt=0)
+    """Size of a Zarr shard along its first axis: payload bytes for an `encoded` primary field, records for a `tensor` one."""
+    chunk_bytes: int = pydantic_field(ge=4096)
+    shards: tuple[ShardEntry, ...]
+    files: tuple[FileEntry, ...]
+    source: Source
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Manifest":
+        next_record = 0
+        for shard in self.shards:
+            if shard.first != next_record:
+                raise ValueError(f"shard {shard.file} starts at record {shard.first}, not at {next_record}")
+            next_record += shard.records
+        if next_record != self.num_records:
+            raise ValueError(f"the shards hold {next_record} records, the manifest says {self.num_records}")
+        names = [entry.file for entry in self.all_files()]
+        if MANIFEST_NAME in names or len({name.casefold() for name in names}) != len(names):
+            raise ValueError("a file is listed twice, or two names differ only in case")
+        for entry in self.all_files():
+            if len(entry.xxh3_128) != 2 * CHUNK_SUM_BYTES * entry.num_chunks(self.chunk_bytes):
+                raise ValueError(f"{entry.file} has sums for another number of chunks than its size says")
+        if self.id and self.id != self.computed_id():
+            raise ValueError(f"its id {self.id[:12]}… does not belong to its content: it was edited or damaged")
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.nbytes for entry in self.all_files())
+
+    def all_files(self) -> Iterator[FileEntry]:
+        """Every file but the manifest itself, shards first."""
+        yield from self.shards
+        yield from self.files
+
+    def computed_id(self) -> str:
+        """sha256 of the canonical JSON of everything but the id."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"id"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def sealed(self) -> "Manifest":
+        """The same manifest with its id filled in."""
+        return self.model_copy(update={"id": self.computed_id()})
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
+
+    def save(self, folder: Path) -> None:
+        """Publish it as `folder`/manifest.json; until then the folder is no data set."""
+        publish_bytes(folder / MANIFEST_NAME, self.to_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes, name: Path | str) -> "Manifest":
+        """Read a manifest from bytes. Raises SourceError, one sentence, for whatever is wrong; `name` is named in it."""
+        _refuse_foreign(content, name)
+        try:
+            manifest = cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole"
+            reason = first["msg"].removeprefix("Value error, ")
+            _refuse(name, f"is not a valid manifest: {place}: {reason}")
+        if not manifest.id:
+            _refuse(name, "has no id")
+        return manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """The manifest of the data set in `folder`. Raises SourceError where there is none to be trusted."""
+        path = folder / MANIFEST_NAME
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            raise SourceError(
+                f"{folder} is not a stagein data set: it has no {MANIFEST_NAME} (is the path right, did `stagein convert` finish?)"
+            ) from None
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+        return cls.parse(content, path)
+
+
+def _refuse(name: Path | str, reason: str) -> NoReturn:
+    raise SourceError(f"{name} {reason}; restore it from a good copy or convert the data set again")
+
+
+def _refuse_foreign(content: bytes, name: Path | str) -> None:
+    """Say first what a schema error would only hint at: no JSON, another format, a version from the future."""
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError):
+        _refuse(name, "is not JSON: it is damaged or not a manifest")
+    if not isinstance(header, dict) or header.get("format") != FORMAT_NAME:
+        _refuse(name, f'is not a manifest of this format (no "format": "{FORMAT_NAME}")')
+    version = header.get("version")
+    if isinstance(version, list) and version and isinstance(version[0], int) and version[0] > FORMAT_VERSION[0]:
+        raise SourceError(f"{name} has format version {version[0]}, this stagein reads up to {FORMAT_VERSION[0]}: install a newer stagein")

@@ -1,0 +1,59 @@
+"""Publication of a file: it has its final name only when every byte of it is on the disk.
+
+The order is restic's and every careful database's: write under a temporary name in the same folder, fsync the file,
+rename it, fsync the folder. A crash at any point leaves either the old state or the new one, never half a file.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import NoSpaceError, SourceError, StageinError
+
+PART_SUFFIX = ".part"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def publish_file(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, make it durable and give it its final name.
+
+    When the block raises, the temporary file is removed and `path` is as it was before.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART_SUFFIX}")
+    try:
+        yield part
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def publish_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Publish a small file whose whole content is in memory."""
+    with publish_file(path, mode=mode) as part:
+        part.write_bytes(content)
+
+
+def describe_os_error(error: OSError, action: str, path: Path | str) -> StageinError:
+    """Turn an OSError into a sentence: no space, or what could not be done with which path and why."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"no space left while {action} {path}: free some room or choose another place, then run it again")
+    return SourceError(f"{action} {path} failed: {error.strerror or error}")

@@ -1,0 +1,80 @@
+"""What a record holds: one schema in the manifest and in every shard."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field as pydantic_field, field_validator, model_validator
+
+FieldKind = Literal["encoded", "tensor"]
+SMALL_FIELD_BYTES = 4096
+"""A fixed-shape field of at most this many bytes a record is small: kept whole in memory as a column."""
+
+
+class Field(BaseModel):
+    """One field of a record.
+
+    kind      `encoded`: a file's bytes as they are (JPEG, PNG, …); `tensor`: a fixed shape of little-endian numbers.
+    dtype     numpy name of the element type; for `encoded`, of what it decodes to.
+    shape     extents of one record; None where they differ from record to record (only `encoded`).
+    encoding  for `encoded`: the format's name, `jpeg` or `image` for a mixture.
+    dims      names of the extents, such as ("height", "width", "channel").
+    meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: FieldKind
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+    encoding: str | None = None
+    dims: tuple[str, ...] | None = None
+    meta: dict[str, object] = pydantic_field(default_factory=dict)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if np.dtype(value).hasobject or np.dtype(value).byteorder == ">":
+            raise ValueError(f"dtype {value!r} is not a little-endian number type")
+        return np.dtype(value).name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Field":
+        if self.kind == "tensor" and (None in self.shape or self.encoding is not None):
+            raise ValueError("a tensor field has a fixed shape and no encoding")
+        if self.kind == "encoded" and self.encoding is None:
+            raise ValueError("an encoded field names its encoding")
+        return self
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record of a `tensor` field."""
+        return int(np.dtype(self.dtype).itemsize * np.prod([extent or 0 for extent in self.shape], dtype=np.int64))
+
+
+class Schema(BaseModel):
+    """The fields of a record. `primary` fills the shards; every other field is small and kept as a column."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fields: dict[str, Field]
+    primary: str
+
+    @model_validator(mode="after")
+    def _one_large_field(self) -> "Schema":
+        if self.primary not in self.fields:
+            raise ValueError(f"the primary field {self.primary!r} is not among the fields {sorted(self.fields)}")
+        for name, field in self.fields.items():
+            if not name.isidentifier() or name in ("index", "shards", "zarr_index"):
+                raise ValueError(f"{name!r} cannot be the name of a field")
+            if name != self.primary and (field.kind != "tensor" or field.record_bytes > SMALL_FIELD_BYTES):
+                raise ValueError(f"field {name!r} is too large to stand beside the primary field {self.primary!r}")
+        return self
+
+    @property
+    def primary_field(self) -> Field:
+        return self.fields[self.primary]
+
+    @property
+    def columns(self) -> dict[str, Field]:
+        """The small fields, by name."""
+        return {name: field for name, field in self.fields.items() if name != self.primary}
