@@ -5,16 +5,19 @@ from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import google_crc32c
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
+Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 CHUNK_SUM_BYTES = 16
 
 
 def crc32c(data: Buffer) -> int:
     """CRC-32C (Castagnoli, RFC 3720) of `data`; the sum that Zarr's `crc32c` codec and iSCSI use."""
-    return int(google_crc32c.value(data))
+    # The library takes no writable memoryview; an array over the same memory it does take.
+    return int(google_crc32c.value(data if isinstance(data, bytes) else np.asarray(data)))
 
 
 def chunk_sum(data: Buffer) -> bytes:

@@ -63,6 +63,8 @@ class Schema(BaseModel):
     def _one_large_field(self) -> "Schema":
         if self.primary not in self.fields:
             raise ValueError(f"the primary field {self.primary!r} is not among the fields {sorted(self.fields)}")
+        if self.primary_field.kind == "tensor" and self.primary_field.record_bytes == 0:
+            raise ValueError(f"the primary field {self.primary!r} has records of no bytes")
         for name, field in self.fields.items():
             if not name.isidentifier() or name in ("index", "shards", "zarr_index"):
                 raise ValueError(f"{name!r} cannot be the name of a field")

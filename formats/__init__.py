@@ -1,0 +1,35 @@
+"""Records on disk: schema, manifest, shards that are HDF5 and Zarr at once, the record index, reading and verifying."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conversion import convert
+    from .dataset import Dataset
+    from .index import RecordIndex
+    from .manifest import Manifest
+    from .schema import Field, Schema
+    from .sources import plan_imagefolder
+    from .verification import verify
+    from .writer import Writer
+
+__all__ = ["Dataset", "Field", "Manifest", "RecordIndex", "Schema", "Writer", "convert", "plan_imagefolder", "verify"]
+
+_MODULES = {
+    "Dataset": "dataset",
+    "Field": "schema",
+    "Manifest": "manifest",
+    "RecordIndex": "index",
+    "Schema": "schema",
+    "Writer": "writer",
+    "convert": "conversion",
+    "plan_imagefolder": "sources",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported until asked for: h5py and zarr are heavy, and the error tree and the manifest need neither.
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

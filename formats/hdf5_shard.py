@@ -1,0 +1,84 @@
+"""The HDF5 view of a shard: one contiguous data set for the payload, small data sets beside it, the Zarr index last.
+
+Two traps shape this file (both tried with HDF5 1.14): bytes past the end that HDF5 knows of are cut off by any later
+`r+` open, so the Zarr index is itself a data set; and only a data set created in a session of its own lands exactly at
+the end of the file. Shards are immutable after that: any edit would move the end and break the Zarr view.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import StageinError
+
+_ZARR_INDEX = "zarr_index"
+_ALIGN_ABOVE_BYTES = 65536
+_ALIGNMENT_BYTES = 4096
+
+
+def _open(path: Path, mode: str) -> h5py.File:
+    # No locks: Lustre and some NFS mounts have none and HDF5 would fail; nobody else knows the temporary name.
+    return h5py.File(
+        path,
+        mode,
+        libver=("v110", "v110"),
+        locking=False,
+        alignment_threshold=_ALIGN_ABOVE_BYTES,
+        alignment_interval=_ALIGNMENT_BYTES,
+    )
+
+
+def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Create a data set whose room is allocated now and never filled by HDF5; returns where it lies in the file."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    # numpy's bool is an HDF5 enum in h5py; Zarr stores the same 0 and 1
+    dataset = h5py.h5d.create(
+        file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype), logical=True), h5py.h5s.create_simple(shape), dcpl=layout, lcpl=links
+    )
+    return int(dataset.get_offset())
+
+
+def create_skeleton(
+    path: Path,
+    *,
+    payload_name: str,
+    payload_shape: tuple[int, ...],
+    payload_dtype: str,
+    small: Mapping[str, NDArray[np.generic]],
+    attributes: Mapping[str, object],
+) -> int:
+    """Write all of a shard but its payload, for which room is left; returns the offset of that room in bytes."""
+    with _open(path, "w") as file:
+        file.attrs.update(attributes)
+        for name, values in small.items():
+            file.create_dataset(name, data=values)
+        return _create_contiguous(file, payload_name, payload_shape, payload_dtype)
+
+
+def append_zarr_index_room(path: Path, nbytes: int) -> int:
+    """Leave room for the Zarr shard index as the last bytes of the file; returns its offset in bytes."""
+    with _open(path, "r+") as file:
+        offset = _create_contiguous(file, _ZARR_INDEX, (nbytes,), "uint8")
+    if offset + nbytes != path.stat().st_size:
+        raise StageinError(f"HDF5 did not place the Zarr index at the end of {path}: report this with the version of h5py")
+    return offset
+
+
+def read_small(path: Path, names: list[str]) -> dict[str, NDArray[np.generic]]:
+    """The named small data sets of a shard, whole."""
+    with h5py.File(path, "r", locking=False) as file:
+        return {name: file[name][...] for name in names}
+
+
+def payload_offset(path: Path, name: str) -> int:
+    """Where the payload of a shard lies in the file, in bytes."""
+    with h5py.File(path, "r", locking=False) as file:
+        return int(file[name].id.get_offset())
