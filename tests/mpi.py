@@ -29,8 +29,8 @@ def run_ranks(
     """Run `command` on `ranks` MPI ranks and wait; output as text, the exit code as the launcher returns it.
 
     `nodes` names the node of each rank (as STAGEIN_NODE); without it all ranks are on this machine. `env` adds to this
-    process's environment. After `timeout_seconds` every rank is killed and subprocess.TimeoutExpired raised. Where there
-    is no mpirun the test is skipped.
+    process's environment. After `timeout_seconds` every rank is killed and subprocess.TimeoutExpired raised. Without
+    mpirun the test is skipped.
     """
     with start_ranks(ranks, *command, nodes=nodes, env=env) as launcher:
         stdout, stderr = launcher.communicate(timeout=timeout_seconds)
@@ -41,7 +41,7 @@ def run_ranks(
 def start_ranks(
     ranks: int, *command: str | Path, nodes: Sequence[str] | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """As `run_ranks`, without waiting: yields the launcher; what still runs when the block ends is killed, ranks included."""
+    """As `run_ranks`, without waiting: yields the launcher; what still runs at the end of the block is killed."""
     node_names: Sequence[str | None] = nodes or [None] * ranks
     assert len(node_names) == ranks, f"{len(node_names)} node names for {ranks} ranks"
     launcher = subprocess.Popen(
