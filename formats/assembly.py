@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,9 @@ class GrowingDataset:
             if not overwrite:
                 raise UsageError(f"{target} exists already: choose another target, or pass --overwrite to replace it")
             if not (target / MANIFEST_NAME).exists():
-                raise UsageError(f"{target} exists and is not a stagein data set, so it is not overwritten: choose another target")
+                raise UsageError(
+                    f"{target} exists and is not a stagein data set, so it is not overwritten: choose another target"
+                )
         for folder in (self.folder, self.folder / "shards", self.folder / JOURNAL_FOLDER):
             folder.mkdir(parents=folder is self.folder, exist_ok=True)
         self._lock = os.open(self.folder / JOURNAL_FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -65,7 +68,9 @@ class GrowingDataset:
         except BlockingIOError:
             os.close(self._lock)
             raise UsageError(f"{self.folder} is being written by another process: wait for it to end") from None
-        for leftover in self.folder.rglob(f".*{PART_SUFFIX}"):  # of processes that were killed; the lock says they are gone
+        for leftover in self.folder.rglob(
+            f".*{PART_SUFFIX}"
+        ):  # of processes that were killed; the lock says they are gone
             leftover.unlink()
 
     def close(self) -> None:
@@ -107,7 +112,7 @@ def journal_shard(folder: Path, number: int, fingerprint: str, shard: FinishedSh
         "skipped": shard.skipped,
         "columns": sorted(shard.columns),
     }
-    arrays = {"offset": shard.offset, "nbytes": shard.nbytes, "crc32c": shard.crc32c}
+    arrays: dict[str, Any] = {"offset": shard.offset, "nbytes": shard.nbytes, "crc32c": shard.crc32c}
     arrays |= {f"column.{name}": values for name, values in shard.columns.items()}
     content = io.BytesIO()
     np.savez(content, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
@@ -152,7 +157,9 @@ def file_sums(path: Path, chunk_bytes: int) -> str:
         return b"".join(chunk_sums(iter(lambda: file.read(_READ_BYTES), b""), chunk_bytes)).hex()
 
 
-def _write_all_but_shards(folder: Path, layout: ShardLayout, shards: Sequence[FinishedShard], source: Source) -> Manifest:
+def _write_all_but_shards(
+    folder: Path, layout: ShardLayout, shards: Sequence[FinishedShard], source: Source
+) -> Manifest:
     schema, primary = layout.schema, layout.schema.primary
     num_records = sum(shard.entry.records for shard in shards)
     files: dict[str, bytes] = {"zarr.json": document(GROUP_DOCUMENT)}
@@ -160,8 +167,8 @@ def _write_all_but_shards(folder: Path, layout: ShardLayout, shards: Sequence[Fi
     def add_column(name: str, field: Field, parts: list[NDArray[np.generic]]) -> None:
         files[f"{name}/zarr.json"] = document(column_document(field, num_records))
         if num_records:
-            dtype = np.dtype(field.dtype).newbyteorder("<")
-            files[column_chunk_path(name, field)] = np.concatenate(parts).astype(dtype, copy=False).tobytes()
+            column = np.concatenate(parts).astype(field.stored_dtype, copy=False)
+            files[column_chunk_path(name, field)] = column.tobytes()
 
     files["index/zarr.json"] = files[f"index/{primary}/zarr.json"] = document(GROUP_DOCUMENT)
     rows: dict[str, list[NDArray[np.generic]]] = {
@@ -187,7 +194,11 @@ def _write_all_but_shards(folder: Path, layout: ShardLayout, shards: Sequence[Fi
     for name, content in sorted(files.items()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(folder / name, content)
-        entries.append(FileEntry(file=name, nbytes=len(content), xxh3_128=b"".join(chunk_sums([content], layout.chunk_bytes)).hex()))
+        entries.append(
+            FileEntry(
+                file=name, nbytes=len(content), xxh3_128=b"".join(chunk_sums([content], layout.chunk_bytes)).hex()
+            )
+        )
     first, shard_entries = 0, []
     for shard in shards:  # records that were skipped move the first record of later shards
         shard_entries.append(shard.entry.model_copy(update={"first": first}))

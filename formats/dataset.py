@@ -31,7 +31,9 @@ class Dataset:
     staged_path  a copy of some or all of its shards, nearer; `staged_shards` names the shards it has (None: all).
     """
 
-    def __init__(self, path: Path | str, *, staged_path: Path | None = None, staged_shards: Collection[str] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, *, staged_path: Path | None = None, staged_shards: Collection[str] | None = None
+    ) -> None:
         """Raises SourceError, one sentence, when `path` holds no data set that can be trusted."""
         self.path = Path(path)
         self.staged_path = staged_path
@@ -40,7 +42,8 @@ class Dataset:
         self.manifest = Manifest.load(root)
         self.index = RecordIndex.load(root, self.manifest)
         self.columns: dict[str, NDArray[np.generic]] = {
-            name: load_column(root, name, field, self.manifest.num_records) for name, field in self.schema.columns.items()
+            name: load_column(root, name, field, self.manifest.num_records)
+            for name, field in self.schema.columns.items()
         }
         """The small fields, whole: [num_records, *shape] each."""
         self._files = _ShardFiles([self._shard_path(shard.file) for shard in self.manifest.shards])
@@ -59,10 +62,12 @@ class Dataset:
         """One record, a dict of its fields: `encoded` as its stored bytes (uint8), `tensor` with its shape and dtype."""
         record = range(len(self))[record]  # IndexError and negative numbers as every sequence has them
         (content,) = self.read_records([record])
-        fields: dict[str, NDArray[np.generic]] = {name: np.asarray(column[record]) for name, column in self.columns.items()}
+        fields: dict[str, NDArray[np.generic]] = {
+            name: np.asarray(column[record]) for name, column in self.columns.items()
+        }
         field = self.schema.primary_field
         fields[self.schema.primary] = (
-            content if field.kind == "encoded" else content.view(field.dtype).reshape([extent or 0 for extent in field.shape])
+            content if field.kind == "encoded" else content.view(field.stored_dtype).reshape(field.fixed_shape)
         )
         return fields
 
@@ -94,7 +99,9 @@ class Dataset:
                     raise SourceError(f"{self._place(record, shard)} cannot be read: {error.strerror}") from error
             view = whole[position:end]
             if got != nbytes:
-                raise SourceError(f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says")
+                raise SourceError(
+                    f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says"
+                )
             if (found := crc32c(view)) != expected:
                 raise ChecksumError(
                     f"{self._place(record, shard)} is damaged: its crc32c is {found:08x}, the index says {expected:08x}; "
@@ -112,7 +119,7 @@ class Dataset:
         return {"path": self.path, "staged_path": self.staged_path, "staged_shards": self.staged_shards}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[misc, arg-type]
+        self.__init__(**state)  # type: ignore[misc]
 
     def _shard_path(self, name: str) -> Path:
         near = self.staged_path is not None and (self.staged_shards is None or name in self.staged_shards)
@@ -162,7 +169,9 @@ class _ShardFiles:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
-            raise SourceError(f"shard {path} cannot be opened ({reason}): restore it, or convert or stage the data set again") from None
+            raise SourceError(
+                f"shard {path} cannot be opened ({reason}): restore it, or convert or stage the data set again"
+            ) from None
 
     def _make_room(self) -> None:
         if len(self._open) < self._limit:

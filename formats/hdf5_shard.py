@@ -37,11 +37,17 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)  # the same records must give the same bytes, whenever they are written
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     # numpy's bool is an HDF5 enum in h5py; Zarr stores the same 0 and 1
     dataset = h5py.h5d.create(
-        file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype), logical=True), h5py.h5s.create_simple(shape), dcpl=layout, lcpl=links
+        file.id,
+        name.encode(),
+        h5py.h5t.py_create(np.dtype(dtype), logical=True),
+        h5py.h5s.create_simple(shape),
+        dcpl=layout,
+        lcpl=links,
     )
     return int(dataset.get_offset())
 
@@ -68,7 +74,9 @@ def append_zarr_index_room(path: Path, nbytes: int) -> int:
     with _open(path, "r+") as file:
         offset = _create_contiguous(file, _ZARR_INDEX, (nbytes,), "uint8")
     if offset + nbytes != path.stat().st_size:
-        raise StageinError(f"HDF5 did not place the Zarr index at the end of {path}: report this with the version of h5py")
+        raise StageinError(
+            f"HDF5 did not place the Zarr index at the end of {path}: report this with the version of h5py"
+        )
     return offset
 
 

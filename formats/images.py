@@ -36,9 +36,9 @@ def read_header(content: memoryview) -> ImageHeader:
     """The header of the complete JPEG or PNG file `content`. Raises BadImageError for anything else."""
     if not len(content):
         raise BadImageError("the file is empty")
-    if content[:3] == b"\xff\xd8\xff":
+    if bytes(content[:3]) == b"\xff\xd8\xff":
         return _read_jpeg_header(content)
-    if content[:8] == _PNG_SIGNATURE:
+    if bytes(content[:8]) == _PNG_SIGNATURE:
         return _read_png_header(content)
     raise BadImageError("not an image: it starts like neither JPEG nor PNG")
 
@@ -69,17 +69,17 @@ def _read_jpeg_header(content: memoryview) -> ImageHeader:
     if size is None or 0 in size:
         raise BadImageError("damaged JPEG: its header gives no size")
     # Some cameras append bytes after the end marker, so it need not be last; in the scan itself it cannot occur.
-    if content[-2:] != _JPEG_END and bytes(content[position:]).rfind(_JPEG_END) < 0:
+    if bytes(content[-2:]) != _JPEG_END and bytes(content[position:]).rfind(_JPEG_END) < 0:
         raise BadImageError("truncated JPEG: it has no end marker")
     return ImageHeader("jpeg", *size)
 
 
 def _read_png_header(content: memoryview) -> ImageHeader:
-    if len(content) < 24 or content[12:16] != b"IHDR":
+    if len(content) < 24 or bytes(content[12:16]) != b"IHDR":
         raise BadImageError("damaged PNG: it has no IHDR chunk")
     width, height = struct.unpack_from(">II", content, 16)
     if not width or not height:
         raise BadImageError("damaged PNG: its header gives no size")
-    if content[-8:] != _PNG_END and bytes(content).rfind(_PNG_END) < 0:
+    if bytes(content[-8:]) != _PNG_END and bytes(content).rfind(_PNG_END) < 0:
         raise BadImageError("truncated PNG: it has no end chunk")
     return ImageHeader("png", height, width)

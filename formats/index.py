@@ -6,6 +6,7 @@ them; we map their files, and all processes of a node share one copy in memory.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class RecordIndex:
     def load(cls, folder: Path, manifest: Manifest) -> "RecordIndex":
         """Map the index of the data set in `folder`. Raises SourceError for a missing file or one of a wrong size."""
         prefix = f"index/{manifest.record_schema.primary}/"
-        arrays = {
+        arrays: dict[str, Any] = {
             name.removeprefix(prefix): load_column(folder, name, field, manifest.num_records)
             for name, field in index_fields(manifest.record_schema.primary).items()
         }
@@ -50,7 +51,9 @@ class RecordIndex:
             mine = slice(shard.first, shard.first + shard.records)
             ends = self.offset[mine] + self.nbytes[mine]
             if (self.shard[mine] != number).any() or (ends > shard.nbytes).any():
-                raise SourceError(f"the record index of {folder} does not fit {shard.file}: run `stagein verify {folder}`")
+                raise SourceError(
+                    f"the record index of {folder} does not fit {shard.file}: run `stagein verify {folder}`"
+                )
 
 
 def load_column(folder: Path, name: str, field: Field, num_records: int) -> NDArray[np.generic]:
@@ -62,7 +65,9 @@ def load_column(folder: Path, name: str, field: Field, num_records: int) -> NDAr
     try:
         content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): copy the data set again, or run `stagein verify {folder}`") from None
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): copy the data set again, or run `stagein verify {folder}`"
+        ) from None
     if len(content) != expected:
         raise SourceError(f"{path} has {len(content)} bytes instead of {expected}: run `stagein verify {folder}`")
     return column_from_chunk(content, field, num_records)

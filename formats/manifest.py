@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field as pydantic_field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import Field as pydantic_field
 
 from .checksums import CHUNK_SUM_BYTES
 from .errors import SourceError
@@ -176,4 +177,6 @@ def _refuse_foreign(content: bytes, name: Path | str) -> None:
         _refuse(name, f'is not a manifest of this format (no "format": "{FORMAT_NAME}")')
     version = header.get("version")
     if isinstance(version, list) and version and isinstance(version[0], int) and version[0] > FORMAT_VERSION[0]:
-        raise SourceError(f"{name} has format version {version[0]}, this stagein reads up to {FORMAT_VERSION[0]}: install a newer stagein")
+        raise SourceError(
+            f"{name} has format version {version[0]}, this stagein reads up to {FORMAT_VERSION[0]}: install a newer stagein"
+        )

@@ -55,5 +55,7 @@ def publish_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 def describe_os_error(error: OSError, action: str, path: Path | str) -> StageinError:
     """Turn an OSError into a sentence: no space, or what could not be done with which path and why."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(f"no space left while {action} {path}: free some room or choose another place, then run it again")
+        return NoSpaceError(
+            f"no space left while {action} {path}: free some room or choose another place, then run it again"
+        )
     return SourceError(f"{action} {path} failed: {error.strerror or error}")

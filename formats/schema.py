@@ -1,9 +1,11 @@
 """What a record holds: one schema in the manifest and in every shard."""
 
+import math
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field as pydantic_field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import Field as pydantic_field
 
 FieldKind = Literal["encoded", "tensor"]
 SMALL_FIELD_BYTES = 4096
@@ -46,9 +48,19 @@ class Field(BaseModel):
         return self
 
     @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape of one record of a `tensor` field."""
+        return tuple(extent or 0 for extent in self.shape)
+
+    @property
+    def stored_dtype(self) -> np.dtype[np.generic]:
+        """The element type as it is on disk: always little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one record of a `tensor` field."""
-        return int(np.dtype(self.dtype).itemsize * np.prod([extent or 0 for extent in self.shape], dtype=np.int64))
+        return math.prod(self.fixed_shape) * self.stored_dtype.itemsize
 
 
 class Schema(BaseModel):

@@ -120,7 +120,11 @@ class ShardLayout:
     @property
     def inner_chunks(self) -> int:
         """Entries of the Zarr index of a shard."""
-        return self.capacity // zarr_view.INNER_CHUNK_BYTES if self.schema.primary_field.kind == "encoded" else self.capacity
+        return (
+            self.capacity // zarr_view.INNER_CHUNK_BYTES
+            if self.schema.primary_field.kind == "encoded"
+            else self.capacity
+        )
 
 
 def write_shard(folder: Path, number: int, first: int, content: ShardContent, layout: ShardLayout) -> ShardEntry:
@@ -131,19 +135,17 @@ def write_shard(folder: Path, number: int, first: int, content: ShardContent, la
     relative = shard_path(number, layout.container)
     records = len(content.nbytes)
     with publish_file(folder / relative, mode=SHARD_MODE) as part:
-        if layout.container == "zarr":
-            data_offset, index_offset = 0, len(content.payload)
-        else:
-            data_offset = _create_hdf5(part, content, layout)
-            index_offset = (
-                hdf5_shard.append_zarr_index_room(part, zarr_view.index_nbytes(layout.inner_chunks)) if layout.container == "hdf5+zarr" else None
-            )
+        data_offset, index_offset = _lay_out(part, content, layout)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             for start in range(0, len(content.payload), _WRITE_BYTES):
                 pwrite_all(descriptor, content.payload[start : start + _WRITE_BYTES], data_offset + start)
             if index_offset is not None:
-                present = len(content.payload) // layout.inner_chunk_bytes if layout.schema.primary_field.kind == "encoded" else records
+                present = (
+                    len(content.payload) // layout.inner_chunk_bytes
+                    if layout.schema.primary_field.kind == "encoded"
+                    else records
+                )
                 index = zarr_view.encode_index(data_offset, layout.inner_chunk_bytes, present, layout.inner_chunks)
                 pwrite_all(descriptor, index, index_offset)
             nbytes = os.fstat(descriptor).st_size
@@ -151,7 +153,19 @@ def write_shard(folder: Path, number: int, first: int, content: ShardContent, la
             sums = b"".join(chunk_sums(pieces, layout.chunk_bytes)).hex()
         finally:
             os.close(descriptor)
-    return ShardEntry(file=relative, nbytes=nbytes, xxh3_128=sums, records=records, first=first, data_offset=data_offset)
+    return ShardEntry(
+        file=relative, nbytes=nbytes, xxh3_128=sums, records=records, first=first, data_offset=data_offset
+    )
+
+
+def _lay_out(part: Path, content: ShardContent, layout: ShardLayout) -> tuple[int, int | None]:
+    """Write the HDF5 structure, if any; returns where the payload and the Zarr index (None: there is none) go."""
+    if layout.container == "zarr":
+        return 0, len(content.payload)
+    data_offset = _create_hdf5(part, content, layout)
+    if layout.container == "hdf5":
+        return data_offset, None
+    return data_offset, hdf5_shard.append_zarr_index_room(part, zarr_view.index_nbytes(layout.inner_chunks))
 
 
 def _create_hdf5(path: Path, content: ShardContent, layout: ShardLayout) -> int:
@@ -163,7 +177,7 @@ def _create_hdf5(path: Path, content: ShardContent, layout: ShardLayout) -> int:
         shape: tuple[int, ...] = (len(content.payload),)
         dtype = "uint8"
     else:
-        shape, dtype = (records, *(extent or 0 for extent in field.shape)), field.dtype
+        shape, dtype = (records, *field.fixed_shape), field.dtype
     small |= dict(content.columns)
     attributes = {
         "stagein_format": "stagein-shard",

@@ -48,7 +48,9 @@ class Writer:
     ) -> None:
         field = schema.primary_field
         encoded = field.kind == "encoded"
-        capacity = padded_payload_bytes(shard_bytes) if encoded else tensor_shard_records(field.record_bytes, shard_bytes)
+        capacity = (
+            padded_payload_bytes(shard_bytes) if encoded else tensor_shard_records(field.record_bytes, shard_bytes)
+        )
         self._layout = ShardLayout(schema, container, capacity, chunk_bytes)
         self._capacity_bytes = capacity if encoded else capacity * field.record_bytes
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
@@ -64,7 +66,9 @@ class Writer:
         """
         schema = self._layout.schema
         if record.keys() != schema.fields.keys():
-            raise UsageError(f"a record has the fields {sorted(record)}, the schema {sorted(schema.fields)}: give each exactly once")
+            raise UsageError(
+                f"a record has the fields {sorted(record)}, the schema {sorted(schema.fields)}: give each exactly once"
+            )
         content = self._primary_bytes(record[schema.primary])
         columns = {name: _as_tensor(name, field, record[name]) for name, field in schema.columns.items()}
         if self._used + len(content) > self._capacity_bytes:
@@ -92,7 +96,9 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -102,13 +108,17 @@ class Writer:
         name, field = self._layout.schema.primary, self._layout.schema.primary_field
         if field.kind == "tensor":
             content = memoryview(_as_tensor(name, field, value)).cast("B")
-        elif isinstance(value, (bytes, bytearray, memoryview)) or (isinstance(value, np.ndarray) and value.dtype == np.uint8):
+        elif isinstance(value, (bytes, bytearray, memoryview)) or (
+            isinstance(value, np.ndarray) and value.dtype == np.uint8
+        ):
             content = memoryview(value).cast("B")
         else:
             raise UsageError(f"field {name!r} is encoded: give its bytes, not {type(value).__name__}")
         refuse_large_record(len(content), f"field {name!r}")
         if len(content) > self._capacity_bytes:
-            raise UsageError(f"field {name!r}: a record of {len(content)} bytes is larger than a shard: raise shard_bytes")
+            raise UsageError(
+                f"field {name!r}: a record of {len(content)} bytes is larger than a shard: raise shard_bytes"
+            )
         return content
 
     def _start_shard(self) -> None:
@@ -136,17 +146,23 @@ class Writer:
         except OSError as error:
             raise describe_os_error(error, "writing", self._growing.target) from error
         absolute = offset + np.uint64(entry.data_offset)
-        self._finished.append(FinishedShard(entry, payload_bytes, absolute, content.nbytes, content.crc32c, dict(content.columns)))
+        self._finished.append(
+            FinishedShard(entry, payload_bytes, absolute, content.nbytes, content.crc32c, dict(content.columns))
+        )
         self._start_shard()
 
 
 def _as_tensor(name: str, field: Field, value: ArrayLike | Buffer) -> NDArray[np.generic]:
     """`value` as little-endian array of the field's dtype and shape; only casts that lose nothing."""
     given = np.asarray(value)
-    dtype = np.dtype(field.dtype).newbyteorder("<")
+    dtype = field.stored_dtype
     if given.shape != field.shape:
         raise UsageError(f"field {name!r} has shape {field.shape} in the schema, the record has {given.shape}")
     converted = given.astype(dtype)
-    if not np.can_cast(given.dtype, dtype, "safe") and not np.array_equal(converted, given, equal_nan=given.dtype.kind in "fc"):
-        raise UsageError(f"field {name!r} is {dtype.name} in the schema, a value of type {given.dtype.name} does not fit into it")
-    return np.ascontiguousarray(converted).reshape(field.shape)
+    if not np.can_cast(given.dtype, dtype, "safe") and not np.array_equal(
+        converted, given, equal_nan=given.dtype.kind in "fc"
+    ):
+        raise UsageError(
+            f"field {name!r} is {dtype.name} in the schema, a value of type {given.dtype.name} does not fit into it"
+        )
+    return np.ascontiguousarray(converted).reshape(field.fixed_shape)

@@ -45,7 +45,12 @@ def document(content: dict[str, object]) -> bytes:
 
 
 def _array_document(
-    shape: tuple[int, ...], dtype: str, chunk_shape: tuple[int, ...], codecs: list[object], dims: tuple[str, ...], attributes: dict[str, object]
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk_shape: tuple[int, ...],
+    codecs: list[object],
+    dims: tuple[str, ...],
+    attributes: dict[str, object],
 ) -> dict[str, object]:
     return {
         "zarr_format": 3,
@@ -67,7 +72,7 @@ def _dims(field: Field) -> tuple[str, ...]:
 
 def column_document(field: Field, num_records: int) -> dict[str, object]:
     """Metadata of a small field: one uncompressed chunk that holds the whole column."""
-    shape = (num_records, *(extent or 0 for extent in field.shape))
+    shape = (num_records, *field.fixed_shape)
     chunk_shape = tuple(max(extent, 1) for extent in shape)
     return _array_document(shape, field.dtype, chunk_shape, [_LITTLE_ENDIAN], _dims(field), dict(field.meta))
 
@@ -77,30 +82,33 @@ def column_chunk_path(name: str, field: Field) -> str:
     return "/".join([name, "c", *["0"] * (1 + len(field.shape))])
 
 
-def primary_document(field: Field, num_records: int, capacity: int, last_shard_nbytes: int, num_shards: int) -> dict[str, object]:
+def primary_document(
+    field: Field, num_records: int, capacity: int, last_shard_nbytes: int, num_shards: int
+) -> dict[str, object]:
     """Metadata of the primary field over all shards.
 
     `encoded`: a uint8 array of all payloads, each but the last counted as `capacity` bytes; where a record lies in it,
     the index says. `tensor`: the records themselves, `capacity` a shard.
     """
-    shape: tuple[int, ...]
+    record_shape: tuple[int, ...] = ()
+    dims: tuple[str, ...] = ("byte",)
+    dtype = "uint8"
     if field.kind == "encoded":
-        shape, shard_shape, inner_shape = (max(num_shards - 1, 0) * capacity + last_shard_nbytes,), (capacity,), (INNER_CHUNK_BYTES,)
-        dtype, dims = "uint8", ("byte",)
+        total, inner = max(num_shards - 1, 0) * capacity + last_shard_nbytes, INNER_CHUNK_BYTES
     else:
-        record_shape = tuple(extent or 0 for extent in field.shape)
-        shape, shard_shape, inner_shape = (num_records, *record_shape), (capacity, *record_shape), (1, *record_shape)
+        total, inner, record_shape = num_records, 1, field.fixed_shape
         dtype, dims = field.dtype, _dims(field)
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": inner_shape,
+            "chunk_shape": (inner, *record_shape),
             "codecs": [_LITTLE_ENDIAN],
             "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
             "index_location": "end",
         },
     }
     attributes = {"encoding": field.encoding, **field.meta} if field.encoding else dict(field.meta)
+    shape, shard_shape = (total, *record_shape), (capacity, *record_shape)
     return _array_document(shape, dtype, shard_shape, [sharding], dims, attributes)
 
 
@@ -117,7 +125,8 @@ def link_paths(manifest: "Manifest") -> list[tuple[str, str]]:
     return links
 
 
-def column_from_chunk(content: bytes | memoryview | NDArray[np.uint8], field: Field, num_records: int) -> NDArray[np.generic]:
+def column_from_chunk(
+    content: bytes | memoryview | NDArray[np.uint8], field: Field, num_records: int
+) -> NDArray[np.generic]:
     """A small field as an array [num_records, *shape] over the bytes of its chunk."""
-    shape = (num_records, *(extent or 0 for extent in field.shape))
-    return np.frombuffer(content, dtype=np.dtype(field.dtype).newbyteorder("<")).reshape(shape)
+    return np.frombuffer(content, dtype=field.stored_dtype).reshape(num_records, *field.fixed_shape)

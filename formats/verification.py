@@ -1,0 +1,191 @@
+"""Verification: every sum, count, index entry and link of a data set, and both container views, checked by reading them."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import hdf5_shard, zarr_view
+from .checksums import chunk_sum, crc32c, pread_exactly
+from .errors import ChecksumError, SourceError, StageinError
+from .index import RecordIndex, load_column
+from .manifest import FileEntry, Manifest, ShardEntry
+from .shards import ShardLayout
+
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as the manifest says; `damage` when bytes are wrong, else a file is missing or misplaced."""
+
+    file: str
+    text: str
+    damage: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.text}"
+
+
+@dataclass
+class VerifyReport:
+    """What was checked, and everything that is wrong."""
+
+    manifest: Manifest
+    files: int = 0
+    nbytes: int = 0
+    sums: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def error(self, path: Path) -> StageinError | None:
+        """The problems as one error: ChecksumError when any byte is wrong, SourceError when files are missing; else None."""
+        if not self.problems:
+            return None
+        kind = ChecksumError if any(problem.damage for problem in self.problems) else SourceError
+        listed = "".join(f"\n  {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return kind(f"{path} has {count}: restore what is named below from a good copy, or convert it again{listed}")
+
+
+def verify(
+    path: Path, *, workers: int = 1, on_progress: Callable[[int, int], None] = lambda nbytes, total: None
+) -> VerifyReport:
+    """Read all of the data set at `path` with `workers` threads and check it; `on_progress` gets bytes done and in all.
+
+    Raises SourceError when there is no manifest that can be trusted; everything else is in the report.
+    """
+    manifest = Manifest.load(path)
+    report = VerifyReport(manifest)
+    index: RecordIndex | None = None
+    try:
+        index = RecordIndex.load(path, manifest)
+        for name, column in manifest.record_schema.columns.items():
+            load_column(path, name, column, manifest.num_records)
+    except SourceError as error:
+        report.problems.append(Problem("index", str(error)))
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(_verify_file, path, entry, manifest, index) for entry in manifest.all_files()]
+        for job in as_completed(jobs):
+            entry, problems = job.result()
+            report.files += 1
+            report.nbytes += entry.nbytes
+            report.sums += entry.num_chunks(manifest.chunk_bytes) + (
+                entry.records if isinstance(entry, ShardEntry) else 0
+            )
+            report.problems += problems
+            on_progress(report.nbytes, manifest.nbytes)
+    report.problems += _link_problems(path, manifest)
+    if not report.problems:
+        report.problems += _zarr_problems(path, manifest)
+    report.problems.sort(key=lambda problem: (problem.file, problem.text))
+    return report
+
+
+def _verify_file(
+    path: Path, entry: FileEntry, manifest: Manifest, index: RecordIndex | None
+) -> tuple[FileEntry, list[Problem]]:
+    try:
+        problems = list(_content_problems(path / entry.file, entry, manifest, index))
+        if isinstance(entry, ShardEntry) and not problems:
+            problems = list(_container_problems(path / entry.file, entry, manifest, index))
+    except OSError as error:
+        reason = (
+            "it is missing" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error.strerror or error}"
+        )
+        problems = [Problem(entry.file, reason)]
+    return entry, problems
+
+
+def _content_problems(path: Path, entry: FileEntry, manifest: Manifest, index: RecordIndex | None) -> Iterator[Problem]:
+    """Size, sum of every chunk, and the crc32c of every record of a shard."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        nbytes = os.fstat(descriptor).st_size
+        if nbytes != entry.nbytes:
+            yield Problem(entry.file, f"it has {nbytes} bytes, the manifest says {entry.nbytes}", damage=True)
+            return
+        buffer = memoryview(bytearray(min(manifest.chunk_bytes, nbytes)))
+        for number in range(entry.num_chunks(manifest.chunk_bytes)):
+            start = number * manifest.chunk_bytes
+            chunk = buffer[: min(manifest.chunk_bytes, nbytes - start)]
+            if pread_exactly(descriptor, chunk, start) != len(chunk) or chunk_sum(chunk) != entry.chunk_sum(number):
+                yield Problem(
+                    entry.file,
+                    f"bytes {start} to {start + len(chunk)} differ from what was written (xxh3_128)",
+                    damage=True,
+                )
+        if isinstance(entry, ShardEntry) and index is not None:
+            yield from _record_problems(descriptor, entry, index)
+    finally:
+        os.close(descriptor)
+
+
+def _record_problems(descriptor: int, entry: ShardEntry, index: RecordIndex) -> Iterator[Problem]:
+    """The crc32c of every record, over large reads."""
+    mine = slice(entry.first, entry.first + entry.records)
+    offsets, sizes, sums = index.offset[mine].tolist(), index.nbytes[mine].tolist(), index.crc32c[mine].tolist()
+    window, window_start = memoryview(b""), 0
+    for record, (offset, size, expected) in enumerate(zip(offsets, sizes, sums, strict=True), start=entry.first):
+        if not (window_start <= offset and offset + size <= window_start + len(window)):
+            window, window_start = memoryview(bytearray(min(max(_READ_BYTES, size), entry.nbytes - offset))), offset
+            pread_exactly(descriptor, window, offset)
+        if crc32c(window[offset - window_start : offset - window_start + size]) != expected:
+            yield Problem(entry.file, f"record {record} is damaged (crc32c)", damage=True)
+
+
+def _container_problems(
+    path: Path, entry: ShardEntry, manifest: Manifest, index: RecordIndex | None
+) -> Iterator[Problem]:
+    """What HDF5 and Zarr see of a shard is what the index says."""
+    schema = manifest.record_schema
+    layout = ShardLayout(schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
+    if "hdf5" in manifest.container:
+        offset = hdf5_shard.payload_offset(path, f"{schema.primary}/data")
+        if offset != entry.data_offset:
+            yield Problem(entry.file, f"HDF5 has the payload at byte {offset}, the manifest at {entry.data_offset}")
+        names = [f"{schema.primary}/crc32c", *schema.columns]
+        small = hdf5_shard.read_small(path, names)
+        if any(len(values) != entry.records for values in small.values()):
+            yield Problem(entry.file, "its HDF5 data sets do not have one element a record")
+        elif index is not None and not np.array_equal(
+            small[names[0]], index.crc32c[entry.first : entry.first + entry.records]
+        ):
+            yield Problem(entry.file, "its crc32c data set differs from the record index")
+    if "zarr" in manifest.container:
+        room = zarr_view.index_nbytes(layout.inner_chunks)
+        with open(path, "rb") as file:
+            file.seek(entry.nbytes - room)
+            found = file.read(room)
+        pairs = np.frombuffer(found[:-4], "<u8").reshape(-1, 2)
+        present = int((pairs[:, 0] != 2**64 - 1).sum())
+        if found != zarr_view.encode_index(entry.data_offset, layout.inner_chunk_bytes, present, layout.inner_chunks):
+            yield Problem(entry.file, "its Zarr shard index does not describe its payload")
+
+
+def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
+    for name, target in zarr_view.link_paths(manifest):
+        if not (path / name).is_symlink() or str((path / name).readlink()) != target:
+            yield Problem(name, f"it is not a link to {target}")
+
+
+def _zarr_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
+    """zarr-python opens every array, with the schema's shape and dtype."""
+    import zarr
+
+    schema = manifest.record_schema
+    group = zarr.open_group(path, mode="r")
+    names = [*schema.columns, *([schema.primary] if "zarr" in manifest.container else [])]
+    for name in names:
+        declared, array = schema.fields[name], group.get(name)
+        if not isinstance(array, zarr.Array):
+            yield Problem(f"{name}/zarr.json", "Zarr finds no array there")
+        elif declared.kind == "tensor" and (
+            array.dtype.name != declared.dtype or array.shape != (manifest.num_records, *declared.shape)
+        ):
+            yield Problem(
+                f"{name}/zarr.json",
+                f"Zarr has {array.dtype.name} {array.shape}, the schema {declared.dtype} {declared.shape}",
+            )
