@@ -23,6 +23,8 @@ class StageinError(Exception):
     """Base of all errors that stagein raises on purpose; its text is a sentence for the user."""
 
     exit_code = ExitCode.FAILED
+    reported_by_peer = False
+    """Set on the ranks that only hear of another rank's failure, so that one rank alone prints it."""
 
 
 class UsageError(StageinError):

@@ -7,20 +7,28 @@ not even imported then. Bulk data never passes here: see `ring.py` (stage-in) an
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stagein.formats.errors import StageinError, UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.errors import StageinError, UsageError, WatchdogError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 NODE_VARIABLE = "STAGEIN_NODE"
 """Overrides the host name, so that one machine can play several nodes."""
+
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 2e-3
+"""A waiting rank sleeps this long between two looks: it leaves its core to the ranks that work."""
 
 _MPI_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
 
@@ -73,9 +81,43 @@ class Communicator:
         else:
             self.world = World.of_rank(mpi.Get_rank(), mpi.allgather(name))
 
-    def barrier(self) -> None:
+    def on_this_node(self) -> Communicator:
+        """The ranks of this node only. Call `free` on it when it is no longer needed."""
+        if self.mpi is None:
+            return self
+        return Communicator(self.mpi.Split(color=self.world.node, key=self.world.rank))
+
+    def free(self) -> None:
+        """Give back what MPI holds for a communicator made by `on_this_node`."""
         if self.mpi is not None:
-            self.mpi.Barrier()
+            self.mpi.Free()
+
+    def barrier(self, timeout_seconds: float = math.inf) -> None:
+        """Wait until every rank is here, without keeping a core busy.
+
+        Raises WatchdogError after `timeout_seconds`; some rank is lost then, and only `abort` is left to do.
+        """
+        if self.mpi is None:
+            return
+        request = self.mpi.Ibarrier()
+        start, pause_seconds = time.monotonic(), _SHORTEST_PAUSE_SECONDS
+        while not request.Test():
+            if time.monotonic() - start > timeout_seconds:
+                raise WatchdogError(
+                    f"rank {self.world.rank} on {self.world.node_name} waited {timeout_seconds:g} s for the other ranks: one of "
+                    "them hangs; look at its node, then run the same command again"
+                )
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def any_rank(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Flags that are set on any rank, element by element."""
+        result = flags.copy()
+        if self.mpi is not None:
+            from mpi4py import MPI
+
+            self.mpi.Allreduce(MPI.IN_PLACE, result, op=MPI.LOR)
+        return result
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """`root`'s value, on every rank."""
@@ -86,11 +128,12 @@ class Communicator:
         return [value] if self.mpi is None else self.mpi.allgather(value)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, timeout_seconds: float = math.inf) -> Iterator[None]:
         """Run a block that every rank runs alone; when it failed on any rank, it fails on all of them.
 
         The block must not communicate. Each failing rank raises its own error; the others raise the same kind of error,
-        naming the first rank that failed and its node.
+        naming the first rank that failed and its node. A rank that is done waits `timeout_seconds` for the others, and
+        then raises WatchdogError as `barrier` does.
         """
         failure: StageinError | None = None
         try:
@@ -100,13 +143,14 @@ class Communicator:
         except Exception as error:  # a bug must end the other ranks too
             failure = StageinError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
+        self.barrier(timeout_seconds)
         reports = self.gather_all(None if failure is None else (type(failure), str(failure), self.world.node_name))
-        if failure is not None:
-            raise failure
-        for rank, report in enumerate(reports):
-            if report is not None:
-                kind, sentence, where = report
-                raise kind(f"rank {rank} on {where}: {sentence}")
+        failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+        if failed:
+            rank, (kind, sentence, where) = failed[0]
+            error = failure or kind(f"rank {rank} on {where}: {sentence}")
+            error.reported_by_peer = self.world.rank != rank
+            raise error
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every rank of the job at once, with this exit code. For failures in the middle of a collective."""
