@@ -1,0 +1,139 @@
+"""The `stagein` command: parses, calls the module of the command, and turns errors into sentences and exit codes."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stagein import __version__
+from stagein.formats.errors import ExitCode, StageinError
+
+from .console import complain, say
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From millions of small files on a parallel file system to GPUs that never wait.",
+)
+convert_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards."
+)
+app.add_typer(convert_app, name="convert")
+
+
+class ContainerChoice(StrEnum):
+    """Values of --format."""
+
+    HDF5_ZARR = "hdf5+zarr"
+    HDF5 = "hdf5"
+    ZARR = "zarr"
+
+
+_UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Sizes on the command line: 268435456, 256MiB, 1GB. A default comes as a number already."""
+    if isinstance(text, int):
+        return text
+    number = text.rstrip("bBkKmMgGiI ")
+    try:
+        size = int(float(number) * _UNIT_BYTES[text[len(number) :].strip().lower()])
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB")
+    return size
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads to use.  [default: all cores]")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"stagein {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@convert_app.command("imagefolder")
+def convert_imagefolder(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
+    target: Annotated[Path, typer.Argument(help="The data set to make.")],
+    container: Annotated[
+        ContainerChoice, typer.Option("--format", help="Containers a shard is valid as.")
+    ] = ContainerChoice.HDF5_ZARR,
+    shard_bytes: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
+    ] = 256 << 20,
+    workers: Workers = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out files that are no complete images, and list them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
+    from . import convert
+
+    convert.run_imagefolder(
+        source,
+        target,
+        container=container.value,
+        shard_bytes=shard_bytes,
+        workers=workers,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="A data set.")], json: Json = False) -> None:
+    """Show what a data set holds."""
+    from . import info
+
+    info.run(path, as_json=json)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A data set.")], workers: Workers = None, json: Json = False
+) -> None:
+    """Read all of a data set and check every sum, count, index and container view."""
+    from . import verify
+
+    verify.run(path, workers=workers, as_json=json)
+
+
+def main() -> None:
+    """Entry point of the `stagein` command."""
+    try:
+        app()
+    except StageinError as error:
+        if not error.reported_by_peer:
+            complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        complain("interrupted: the same command again resumes")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

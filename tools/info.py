@@ -1,0 +1,48 @@
+"""`stagein info`: what a data set is and holds."""
+
+import json
+from pathlib import Path
+
+from stagein.formats.manifest import Manifest
+from stagein.formats.schema import Field
+
+from .console import bytes_text, print_table, say
+
+
+def run(path: Path, *, as_json: bool) -> None:
+    """Print schema, sizes and id of the data set at `path`. Raises SourceError."""
+    manifest = Manifest.load(path)
+    if as_json:
+        summary = manifest.model_dump(mode="json", by_alias=True, exclude={"shards", "files"})
+        summary |= {"path": str(path), "num_shards": len(manifest.shards), "nbytes": manifest.nbytes}
+        say(json.dumps(summary))
+        return
+    from rich.table import Table
+
+    payload = sum(shard.nbytes for shard in manifest.shards)
+    mean = payload / manifest.num_records if manifest.num_records else 0
+    say(f"{path}: {manifest.num_records:,} records in {len(manifest.shards)} shards, {bytes_text(manifest.nbytes)}")
+    say(f"  id         {manifest.id}")
+    say(f"  container  {manifest.container}, made from {manifest.source.kind}")
+    say(
+        f"  record     {bytes_text(mean)} on average; crc32c a record, xxh3_128 every {bytes_text(manifest.chunk_bytes)}"
+    )
+    table = Table("field", "kind", "dtype", "shape", "more")
+    for name, field in manifest.record_schema.fields.items():
+        primary = " (primary)" if name == manifest.record_schema.primary else ""
+        table.add_row(name + primary, field.kind, field.dtype, _shape_text(field), _meta_text(field))
+    print_table(table)
+
+
+def _shape_text(field: Field) -> str:
+    return " x ".join("?" if extent is None else str(extent) for extent in field.shape) or "scalar"
+
+
+def _meta_text(field: Field) -> str:
+    parts = [field.encoding] if field.encoding else []
+    for key, value in field.meta.items():
+        if isinstance(value, list) and len(value) > 6:
+            parts.append(f"{key}: {', '.join(map(str, value[:5]))}, … {len(value)} in all")
+        else:
+            parts.append(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return "; ".join(parts)

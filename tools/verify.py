@@ -1,0 +1,31 @@
+"""`stagein verify`: read a whole data set and check every sum of it."""
+
+import json
+import time
+from pathlib import Path
+
+from stagein.formats.verification import verify
+
+from .console import bytes_text, progress_bytes, say, seconds_text
+from .convert import usable_cores
+
+
+def run(path: Path, *, workers: int | None, as_json: bool) -> None:
+    """Verify the data set at `path` and say what is wrong. Raises ChecksumError or SourceError when something is."""
+    start = time.monotonic()
+    with progress_bytes("verifying", quiet=as_json) as update:
+        report = verify(path, workers=workers or usable_cores(), on_progress=update)
+    seconds = time.monotonic() - start
+    if as_json:
+        problems = [
+            {"file": problem.file, "problem": problem.text, "damage": problem.damage} for problem in report.problems
+        ]
+        summary = {"path": str(path), "id": report.manifest.id, "files": report.files, "nbytes": report.nbytes}
+        say(json.dumps(summary | {"sums": report.sums, "seconds": round(seconds, 3), "problems": problems}))
+    if error := report.error(path):
+        raise error
+    if not as_json:
+        say(
+            f"{path}: all is well: {report.files} files, {bytes_text(report.nbytes)}, {report.sums:,} sums, "
+            f"in {seconds_text(seconds)} ({bytes_text(report.nbytes / seconds)}/s)"
+        )
