@@ -1,0 +1,32 @@
+"""What many tests need: a small folder of real JPEGs, and the data set made from it."""
+
+from pathlib import Path
+
+import pytest
+
+from stagein.formats import Dataset, convert, plan_imagefolder
+from stagein.loaders.synthetic import make_image_folder
+
+IMAGES_PER_CLASS = 17
+NUM_CLASSES = 5
+
+
+@pytest.fixture(scope="session")
+def jpeg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """85 JPEGs of 48 x 72 pixels in 5 class folders. Read only."""
+    root = tmp_path_factory.mktemp("jpegs") / "train"
+    make_image_folder(root, images_per_class=IMAGES_PER_CLASS, num_classes=NUM_CLASSES, height=48, width=72)
+    return root
+
+
+@pytest.fixture(scope="session")
+def jpeg_dataset_path(jpeg_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set made from `jpeg_folder`: 85 records in several shards of 64 KiB. Read only."""
+    target = tmp_path_factory.mktemp("dataset") / "train.st"
+    convert(plan_imagefolder(jpeg_folder), target, shard_bytes=64 << 10, chunk_bytes=16 << 10)
+    return target
+
+
+@pytest.fixture
+def jpeg_dataset(jpeg_dataset_path: Path) -> Dataset:
+    return Dataset(jpeg_dataset_path)
