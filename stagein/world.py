@@ -30,6 +30,7 @@ NODE_VARIABLE = "STAGEIN_NODE"
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 2e-3
 """A waiting rank sleeps this long between two looks: it leaves its core to the ranks that work."""
 
+_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
 _MPI_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
 
 
@@ -161,6 +162,26 @@ class Communicator:
         os._exit(exit_code)
 
 
+def find_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """This process's rank and the number of ranks: torch.distributed's where it is in use, else MPI's, else (0, 1).
+
+    Unlike `connect` this is not collective: a rank may ask alone. torch.distributed is in use when it was initialised or
+    torchrun started us. Raises UsageError where `connect` does.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    mpi = _world_communicator()
+    return (0, 1) if mpi is None else (mpi.Get_rank(), mpi.Get_size())
+
+
+def ranks_on_this_node(environment: Mapping[str, str] = os.environ) -> int:
+    """How many ranks the launcher started on this node, by its own word; 1 where it says nothing."""
+    return max(1, *(int(environment.get(name, "1")) for name in _LOCAL_SIZE_VARIABLES))
+
+
 def started_by_mpi(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether an MPI launcher started this process, or the script around us already started MPI."""
     return "mpi4py.MPI" in sys.modules or any(name in environment for name in _MPI_LAUNCHER_VARIABLES)
@@ -171,9 +192,14 @@ def connect() -> Communicator:
 
     Raises UsageError when Slurm started several tasks but MPI sees only one: each would silently do all the work.
     """
+    return Communicator(_world_communicator())
+
+
+def _world_communicator() -> MPI.Comm | None:
+    """MPI's communicator of all ranks, None when alone."""
     if not started_by_mpi():
         _refuse_unconnected_slurm_tasks(1)
-        return Communicator()
+        return None
     import mpi4py
 
     if "mpi4py.MPI" not in sys.modules:
@@ -181,7 +207,7 @@ def connect() -> Communicator:
     from mpi4py import MPI
 
     _refuse_unconnected_slurm_tasks(MPI.COMM_WORLD.Get_size())
-    return Communicator(MPI.COMM_WORLD)
+    return MPI.COMM_WORLD
 
 
 def _refuse_unconnected_slurm_tasks(mpi_size: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -1,0 +1,26 @@
+"""Loaders: a converted data set as torch batches, decoded by DALI, in an order that does not depend on ranks."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dataloader import DataLoader
+    from .dataset import RecordDataset
+    from .graphs import Graph, image_eval, image_train
+
+__all__ = ["DataLoader", "Graph", "RecordDataset", "image_eval", "image_train"]
+
+_MODULES = {
+    "DataLoader": "dataloader",
+    "Graph": "graphs",
+    "RecordDataset": "dataset",
+    "image_eval": "graphs",
+    "image_train": "graphs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported until asked for: torch takes a second, and some of the modules need no torch.
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,105 @@
+"""Which part of each image is used, and which images are mirrored: planned on the host, for a whole batch at once.
+
+Windows depend on (seed, epoch, sample id) and the image's size only, so they are the same for every world size, after a
+resume, on the CPU and on the GPU, and they are known before a byte is read.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .philox import sample_uniforms
+
+CROP_ATTEMPTS = 10
+_FLIP_BLOCK = CROP_ATTEMPTS
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of images, in whole pixels: `start` and `extent`, int32 `[batch, 2]`, as (y, x) and (height, width)."""
+
+    start: NDArray[np.int32]
+    extent: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EvalWindows:
+    """Windows to decode and, inside each, the region to resize: float32 `[batch, 2]` bounds in pixels of the window."""
+
+    windows: Windows
+    region_start: NDArray[np.float32]
+    region_end: NDArray[np.float32]
+
+
+def train_uniforms(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The random numbers of a training image, `[batch, 11, 4]`: ten attempts at a crop, and one block for the flip."""
+    return sample_uniforms(seed, epoch, ids, CROP_ATTEMPTS + 1)
+
+
+def random_resized_crops(
+    uniforms: NDArray[np.float64],
+    height_width: NDArray[np.int32],
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Windows:
+    """Windows of a random share of the area and a random aspect ratio, one an image of `height_width` int32 `[batch, 2]`.
+
+    The rule is that of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the centre window
+    whose ratio is nearest to the allowed ones. `area` is relative, `ratio` is width / height, drawn on a log scale.
+    """
+    height, width = (height_width[:, axis, None].astype(np.float64) for axis in (0, 1))
+    draw_area, draw_ratio, draw_y, draw_x = np.moveaxis(uniforms[:, :CROP_ATTEMPTS], -1, 0)
+    target_area = height * width * (area[0] + draw_area * (area[1] - area[0]))
+    log_ratio = np.log(ratio)
+    aspect = np.exp(log_ratio[0] + draw_ratio * (log_ratio[1] - log_ratio[0]))
+    crop_width, crop_height = np.rint(np.sqrt(target_area * aspect)), np.rint(np.sqrt(target_area / aspect))
+    fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
+    extent = np.stack([crop_height, crop_width], axis=-1)
+    start = np.floor(np.stack([draw_y, draw_x], axis=-1) * (np.stack([height, width], axis=-1) - extent + 1))
+
+    first = fits.argmax(axis=1)[:, None, None]
+    extent = np.take_along_axis(extent, first, axis=1)[:, 0]
+    start = np.take_along_axis(start, first, axis=1)[:, 0]
+    centre_start, centre_extent = _centre_windows(height[:, 0], width[:, 0], ratio)
+    found = fits.any(axis=1)[:, None]
+    return Windows(
+        np.where(found, start, centre_start).astype(np.int32), np.where(found, extent, centre_extent).astype(np.int32)
+    )
+
+
+def _centre_windows(
+    height: NDArray[np.float64], width: NDArray[np.float64], ratio: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The largest centred windows whose aspect ratio lies within `ratio`, as start and extent `[batch, 2]`."""
+    crop_height = np.minimum(height, np.maximum(1, np.rint(width / ratio[0])))
+    crop_width = np.minimum(width, np.maximum(1, np.rint(height * ratio[1])))
+    start = np.stack([(height - crop_height) // 2, (width - crop_width) // 2], axis=-1)
+    return start, np.stack([crop_height, crop_width], axis=-1)
+
+
+def random_flips(uniforms: NDArray[np.float64], probability: float = 0.5) -> NDArray[np.int32]:
+    """1 where the image is mirrored left to right, else 0: int32 `[batch]`."""
+    return (uniforms[:, _FLIP_BLOCK, 0] < probability).astype(np.int32)
+
+
+def centre_crops(height_width: NDArray[np.int32], size: int, resize: int) -> EvalWindows:
+    """What of each image is seen when its shorter side is resized to `resize` and the centre `size` x `size` is kept.
+
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them. The window to decode is the region
+    plus the support of an antialiasing linear filter, so that the pixels next to the region's edge count as they should.
+    """
+    height_width = height_width.astype(np.int64)
+    short = height_width.min(axis=1, keepdims=True)
+    resized = resize * height_width // short
+    offset = np.rint((resized - size) / 2)
+    source_pixels = height_width / resized  # of the image, for one pixel of the result
+    region_start, region_end = offset * source_pixels, (offset + size) * source_pixels
+    margin = np.maximum(1, source_pixels) + 1
+    start = np.maximum(0, np.floor(region_start - margin))
+    end = np.minimum(height_width, np.ceil(region_end + margin))
+    return EvalWindows(
+        Windows(start.astype(np.int32), (end - start).astype(np.int32)),
+        (region_start - start).astype(np.float32),
+        (region_end - start).astype(np.float32),
+    )

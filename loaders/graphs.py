@@ -1,0 +1,208 @@
+"""What is done to the records of a batch, as DALI graphs: one definition for the CPU and for the GPU.
+
+A graph says two things: which values the host works out for each sample (`inputs`), and how DALI's operators turn
+records and values into the fields of a batch (`build`). Random numbers are always the host's, so that a sample looks
+the same whichever rank loads it, and after a resume.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.errors import UsageError
+
+from .augment import Windows, centre_crops, random_flips, random_resized_crops, train_uniforms
+from .dali import import_dali
+
+Columns = dict[str, NDArray[Any]]
+"""Values of the samples of a batch by name: arrays `[batch, ...]`."""
+Nodes = dict[str, Any]
+"""DALI graph nodes (`DataNode`) by the name of the field they stand for."""
+DecodeDevice = Literal["cpu", "mixed"]
+"""Where images are decoded: on the CPU, or from host memory into the memory of the GPU."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """What the host knows of a batch before its records are read: who is in it, and their small fields."""
+
+    seed: int
+    epoch: int
+    ids: NDArray[np.int64]
+    columns: Columns
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """What a `transform` of `DataLoader` offers. A plain function of the nodes will do where the host has nothing to plan."""
+
+    def inputs(self, batch: SampleBatch) -> Columns:
+        """Values to feed to DALI beside the records themselves, `[batch, ...]` each."""
+
+    def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
+        """The fields of a batch, from the node of the records (under the primary field's name) and those of `inputs`."""
+
+
+@dataclass(frozen=True)
+class FunctionGraph:
+    """A user's function from nodes to nodes; it is given all small fields."""
+
+    function: Callable[[Nodes], Nodes]
+
+    def inputs(self, batch: SampleBatch) -> Columns:
+        return batch.columns
+
+    def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
+        return self.function(nodes)
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """How a decoded window becomes a tensor: float32 `[3, size, size]`, RGB, `(value / 255 - mean) / std` per channel."""
+
+    field: str
+    size_column: str
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    antialias: bool
+
+    def heights_and_widths(self, columns: Columns) -> NDArray[np.int32]:
+        """The sizes of the images, int32 `[batch, 2]`. Raises UsageError where the data set does not know them."""
+        if self.size_column not in columns:
+            raise UsageError(
+                f"the image graph needs the size of each image, but the data set has no field {self.size_column!r}: "
+                f"it has {', '.join(columns) or 'none but the images'}"
+            )
+        return columns[self.size_column]
+
+    def other_columns(self, columns: Columns) -> Columns:
+        """The fields that are delivered as they are; the size of the file's image no longer describes what is delivered."""
+        return {name: column for name, column in columns.items() if name != self.size_column}
+
+    def decode(self, nodes: Nodes, decode_device: DecodeDevice) -> Any:
+        """The window of each image, RGB, height x width x channel; only what the window needs is decoded."""
+        return import_dali().fn.decoders.image_slice(
+            nodes.pop(self.field),
+            start=nodes.pop("window_start"),
+            shape=nodes.pop("window_extent"),
+            axis_names="HW",
+            device=decode_device,
+            output_type=import_dali().types.RGB,
+            adjust_orientation=False,  # sizes and windows are those of the image as stored
+        )
+
+    def resize(self, image: Any, **region: Any) -> Any:
+        """`size` x `size` pixels, linear; `region` is `roi_start` and `roi_end`, the whole image without it."""
+        dali = import_dali()
+        return dali.fn.resize(
+            image, size=(self.size, self.size), interp_type=dali.types.INTERP_LINEAR, antialias=self.antialias, **region
+        )
+
+    def normalise(self, image: Any, **mirror: Any) -> Any:
+        dali = import_dali()
+        return dali.fn.crop_mirror_normalize(
+            image,
+            dtype=dali.types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * value for value in self.mean],
+            std=[255 * value for value in self.std],
+            **mirror,
+        )
+
+
+@dataclass(frozen=True)
+class ImageTrain:
+    """See `image_train`."""
+
+    output: ImageOutput
+    area: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+
+    def inputs(self, batch: SampleBatch) -> Columns:
+        uniforms = train_uniforms(batch.seed, batch.epoch, batch.ids)
+        sizes = self.output.heights_and_widths(batch.columns)
+        windows = random_resized_crops(uniforms, sizes, self.area, self.ratio)
+        mirror = random_flips(uniforms, self.flip)
+        return {**self.output.other_columns(batch.columns), **_window_inputs(windows), "mirror": mirror}
+
+    def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
+        image = self.output.resize(self.output.decode(nodes, decode_device))
+        return {self.output.field: self.output.normalise(image, mirror=nodes.pop("mirror")), **nodes}
+
+
+@dataclass(frozen=True)
+class ImageEval:
+    """See `image_eval`."""
+
+    output: ImageOutput
+    shorter_side: int
+
+    def inputs(self, batch: SampleBatch) -> Columns:
+        crops = centre_crops(self.output.heights_and_widths(batch.columns), self.output.size, self.shorter_side)
+        region = {"region_start": crops.region_start, "region_end": crops.region_end}
+        return {**self.output.other_columns(batch.columns), **_window_inputs(crops.windows), **region}
+
+    def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
+        region = {"roi_start": nodes.pop("region_start"), "roi_end": nodes.pop("region_end")}
+        image = self.output.resize(self.output.decode(nodes, decode_device), **region)
+        return {self.output.field: self.output.normalise(image), **nodes}
+
+
+def image_train(
+    size: int = 224,
+    *,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    antialias: bool = True,
+    field: str = "image",
+    size_column: str = "hw",
+) -> ImageTrain:
+    """Training of an image classifier: a random window resized to `size` x `size`, flipped at random, normalised.
+
+    The window and the flip follow torchvision's RandomResizedCrop(size, area, ratio) and RandomHorizontalFlip(flip).
+    `mean` and `std` are those of values scaled to 0 … 1. The batch has float32 `[batch, 3, size, size]` under `field`,
+    and the other small fields as they are. `size_column` holds (height, width) of each stored image.
+    """
+    return ImageTrain(ImageOutput(field, size_column, size, mean, std, antialias), area, ratio, flip)
+
+
+def image_eval(
+    size: int = 224,
+    *,
+    resize: int = 256,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    antialias: bool = True,
+    field: str = "image",
+    size_column: str = "hw",
+) -> ImageEval:
+    """Evaluation of an image classifier: shorter side to `resize`, the centre `size` x `size` of it, normalised.
+
+    As torchvision's Resize(resize) and CenterCrop(size), but only what the centre needs is decoded and resized. Raises
+    UsageError where `size` exceeds `resize`. The batch is that of `image_train`.
+    """
+    if size > resize:
+        raise UsageError(
+            f"image_eval cannot keep a centre of {size} pixels of images resized to {resize}: size is at most resize"
+        )
+    return ImageEval(ImageOutput(field, size_column, size, mean, std, antialias), resize)
+
+
+def as_graph(transform: Graph | Callable[[Nodes], Nodes]) -> Graph:
+    """`transform` itself where it is a graph, else the graph of that function."""
+    return transform if isinstance(transform, Graph) else FunctionGraph(transform)
+
+
+def _window_inputs(windows: Windows) -> Mapping[str, NDArray[np.int32]]:
+    return {"window_start": windows.start, "window_extent": windows.extent}

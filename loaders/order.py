@@ -1,0 +1,67 @@
+"""Which sample is loaded when and by whom: pure functions of (seed, epoch, samples, global batch), never of state.
+
+The order of an epoch is one permutation of all samples, the same on every rank and for every world size. A global
+batch is the next `batch_size * world_size` of it, and each rank takes its slice. So worlds of 1, 2 or 4 ranks see
+the same global batches, and a run that stopped after p samples goes on at p, with as many ranks as it likes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tail = Literal["share", "pad", "drop"]
+"""What becomes of the last samples when they do not fill a global batch: shared out, padded with a mask, or dropped."""
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One step of one rank: the samples to load. From row `num_valid` on they are padding, seen elsewhere in the epoch."""
+
+    ids: NDArray[np.int64]
+    num_valid: int
+
+
+def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
+    """All sample ids in the order of this epoch, int64 `[samples]`.
+
+    The shuffle sorts the ids by words of numpy's Philox bit generator: numpy promises the stream of a bit generator for
+    ever, that of `Generator.permutation` it does not.
+    """
+    if not shuffle:
+        return np.arange(samples, dtype=np.int64)
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(samples)
+    return np.argsort(words, kind="stable")
+
+
+def num_steps(samples_left: int, global_batch: int, tail: Tail) -> int:
+    """Steps that every rank makes over the samples that are left."""
+    return samples_left // global_batch if tail == "drop" else -(-samples_left // global_batch)
+
+
+def rank_slice(samples: int, rank: int, world_size: int) -> slice:
+    """The part of `samples` consecutive samples that `rank` takes; the parts differ by at most one sample."""
+    share, extra = divmod(samples, world_size)
+    start = rank * share + min(rank, extra)
+    return slice(start, start + share + (rank < extra))
+
+
+def rank_batches(
+    order: NDArray[np.int64], position: int, batch_size: int, rank: int, world_size: int, tail: Tail
+) -> Iterator[RankBatch]:
+    """The batches of `rank` from sample number `position` of the epoch's `order` on, equally many on every rank.
+
+    With tail "share" a rank may get a smaller last batch, and an empty one where fewer samples than ranks are left.
+    With tail "pad" every batch has `batch_size` rows, filled up from the start of the epoch.
+    """
+    global_batch = batch_size * world_size
+    for step in range(num_steps(len(order) - position, global_batch, tail)):
+        start = position + step * global_batch
+        samples = order[start : start + global_batch]
+        ids = samples[rank_slice(len(samples), rank, world_size)]
+        num_valid = len(ids)
+        if tail == "pad" and num_valid < batch_size:
+            ids = np.concatenate([ids, np.resize(order, batch_size - num_valid)])
+        yield RankBatch(ids, num_valid)

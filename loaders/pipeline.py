@@ -1,0 +1,139 @@
+"""Batches through a DALI pipeline: numpy views in, dicts of torch tensors out, in order, without copies on the way out.
+
+The pipeline is fed by `external_source` and runs ahead of the caller in DALI's own threads. DALI's dynamic executor
+(the default) is essential: only it gives each batch memory of its own, which the tensors then own.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from stagein.formats.errors import SourceError, StageinError, UsageError
+
+from .batches import HostBatch
+from .dali import import_dali
+from .graphs import Graph
+
+QUEUE_DEPTH = 2
+"""Batches that DALI works on ahead of the caller."""
+
+Delivered = tuple[HostBatch, dict[str, torch.Tensor]]
+
+
+class GraphPipeline:
+    """A graph built for batches like `example`, of at most `max_rows` rows."""
+
+    def __init__(self, graph: Graph, example: HostBatch, max_rows: int, device: torch.device, num_threads: int) -> None:
+        self.max_rows = max_rows
+        self._graph, self._device = graph, device
+        self._source = _Source(tuple(example.inputs), max_rows)
+        self._pipeline, self._output_names = _build(graph, self._source, device, num_threads)
+
+    def run(self, batches: Iterator[HostBatch], row_place: Callable[[HostBatch, int], str]) -> Iterator[Delivered]:
+        """Each batch with its tensors, until `batches` ends, or has one of more than `max_rows` rows: see `take_back`.
+
+        An exception of `batches` is raised after the batches before it. Raises SourceError for a record that cannot be
+        decoded, named by `row_place`, and UsageError for a field whose rows differ in shape.
+        """
+        self._source.start(batches)
+        self._pipeline.reset()
+        while True:
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            try:
+                outputs = self._pipeline.run(stream)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                raise self._explain(self._source.in_flight[0], error, row_place) from error
+            batch = self._source.in_flight.popleft()
+            named = zip(self._output_names, outputs, strict=True)
+            yield batch, {name: _as_tensor(name, output)[: batch.num_rows] for name, output in named}
+        if self._source.failure is not None:
+            raise self._source.failure
+
+    def take_back(self) -> HostBatch | None:
+        """The batch that was too large for this pipeline, if that is why `run` ended."""
+        batch, self._source.too_large = self._source.too_large, None
+        return batch
+
+    def _explain(
+        self, batch: HostBatch, error: RuntimeError, row_place: Callable[[HostBatch, int], str]
+    ) -> StageinError:
+        """DALI says that a batch failed, not which record of it: run them one by one."""
+        for row in range(batch.num_rows):
+            single = _Source(tuple(batch.inputs), 1)
+            single.start(iter([replace(batch, inputs={name: [values[row]] for name, values in batch.inputs.items()})]))
+            pipeline, _ = _build(self._graph, single, self._device, num_threads=1)
+            try:
+                pipeline.run()
+            except RuntimeError as single_error:
+                return SourceError(
+                    f"{batch.task.place}: {row_place(batch, row)} cannot be decoded: {_reason(single_error)}"
+                )
+        return StageinError(f"{batch.task.place}: the graph failed on the batch as a whole: {_reason(error)}")
+
+
+class _Source:
+    """What DALI calls for its next batch. It holds what is in flight: DALI reads the records where they lie."""
+
+    def __init__(self, names: tuple[str, ...], max_rows: int) -> None:
+        self.names = names
+        self.max_rows = max_rows
+        self.in_flight: deque[HostBatch] = deque()
+        self.failure: Exception | None = None
+        self.too_large: HostBatch | None = None
+        self._batches: Iterator[HostBatch] = iter(())
+
+    def start(self, batches: Iterator[HostBatch]) -> None:
+        self._batches = batches
+
+    def __call__(self) -> tuple[Any, ...]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise
+        except Exception as error:  # raised by `run` once the batches before this one are delivered
+            self.failure = error
+            raise StopIteration from None
+        if batch.num_inputs > self.max_rows:
+            self.too_large = batch
+            raise StopIteration
+        self.in_flight.append(batch)
+        return tuple(batch.inputs[name] for name in self.names)
+
+
+def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, tuple[str, ...]]:
+    """A DALI pipeline fed by `source`, and the names of its outputs."""
+    dali = import_dali()
+    on_gpu = device.type == "cuda"
+    pipeline = dali.Pipeline(
+        batch_size=source.max_rows,
+        num_threads=num_threads,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=QUEUE_DEPTH,
+    )
+    with pipeline:
+        nodes = dali.fn.external_source(source, num_outputs=len(source.names))
+        outputs = graph.build(dict(zip(source.names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
+        pipeline.set_outputs(*(node.gpu() if on_gpu else node for node in outputs.values()))
+    pipeline.build()
+    return pipeline, tuple(outputs)
+
+
+def _as_tensor(name: str, output: Any) -> torch.Tensor:
+    """A DALI output as a tensor on the same memory."""
+    if not output.is_dense_tensor():
+        raise UsageError(
+            f"the rows of {name!r} differ in shape: let the transform resize or pad them, or leave the field out"
+        )
+    return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+
+def _reason(error: RuntimeError) -> str:
+    """What went wrong, out of DALI's message, which also has a traceback of the graph and the advice to give up."""
+    said = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+    return " ".join(said.split())
