@@ -68,14 +68,17 @@ class GrowingDataset:
         except BlockingIOError:
             os.close(self._lock)
             raise UsageError(f"{self.folder} is being written by another process: wait for it to end") from None
-        for leftover in self.folder.rglob(
-            f".*{PART_SUFFIX}"
-        ):  # of processes that were killed; the lock says they are gone
-            leftover.unlink()
+        self._sweep()
 
     def close(self) -> None:
         """Let others write it; what is finished stays for them to resume."""
+        self._sweep()
         os.close(self._lock)
+
+    def _sweep(self) -> None:
+        """Remove half-written files of processes that were killed; that we hold the lock says they are gone."""
+        for leftover in self.folder.rglob(f".*{PART_SUFFIX}"):
+            leftover.unlink()
 
     def discard(self) -> None:
         """Give up: remove what was written."""

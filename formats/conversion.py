@@ -213,6 +213,8 @@ def _run_in_pool(tasks: list[_ShardTask], workers: int) -> Iterator[_ShardResult
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.join()
 
 
 _worker_buffer: PayloadBuffer

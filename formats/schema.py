@@ -35,9 +35,13 @@ class Field(BaseModel):
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str) -> str:
-        if np.dtype(value).hasobject or np.dtype(value).byteorder == ">":
+        try:
+            dtype = np.dtype(value)
+        except (TypeError, ValueError, SyntaxError):
+            raise ValueError(f"dtype {value!r} is not known") from None
+        if dtype.kind not in "biufc" or dtype.byteorder == ">":
             raise ValueError(f"dtype {value!r} is not a little-endian number type")
-        return np.dtype(value).name
+        return dtype.name
 
     @model_validator(mode="after")
     def _consistent(self) -> "Field":

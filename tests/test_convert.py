@@ -1,0 +1,263 @@
+"""`stagein convert imagefolder` on real files: labels, bad files, kills, restarts, full disks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from stagein.formats import Dataset, convert, plan_imagefolder
+from stagein.formats.conversion import Progress
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.publish import PART_SUFFIX
+from stagein.loaders.synthetic import PATTERNS
+
+SMALL_SHARDS = ["--shard-bytes", "64KiB"]
+
+
+def run_convert(source: Path, target: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stagein.tools.cli", "convert", "imagefolder", str(source), str(target), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def tree(root: Path) -> dict[str, bytes | Path]:
+    """Every file and link below a folder, with its content or target."""
+    return {
+        str(path.relative_to(root)): path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def test_records_are_the_files_in_order(jpeg_folder: Path, jpeg_dataset: Dataset) -> None:
+    files = sorted(jpeg_folder.glob("*/*.jpg"))
+    classes = sorted(PATTERNS[:5])
+    assert jpeg_dataset.schema.fields["label"].meta["classes"] == classes
+    assert len(jpeg_dataset) == len(files)
+    for file, record in zip(files, jpeg_dataset, strict=True):
+        assert record["image"].tobytes() == file.read_bytes()
+        assert classes[int(record["label"])] == file.parent.name
+        assert tuple(record["hw"]) == simplejpeg.decode_jpeg_header(file.read_bytes())[:2]
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    jpeg_folder: Path, jpeg_dataset_path: Path, tmp_path: Path, workers: int
+) -> None:
+    convert(
+        plan_imagefolder(jpeg_folder), tmp_path / "x.st", shard_bytes=64 << 10, chunk_bytes=16 << 10, workers=workers
+    )
+    assert tree(tmp_path / "x.st") == tree(jpeg_dataset_path)
+
+
+@pytest.fixture
+def source(jpeg_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the image folder, to spoil."""
+    return shutil.copytree(jpeg_folder, tmp_path / "source")
+
+
+BAD_FILES = {
+    "circle/truncated.jpg": lambda good: good[: len(good) // 2],
+    "circle/cut in header.jpg": lambda good: good[:100],
+    "rings/empty.jpg": lambda good: b"",
+    "rings/text.jpg": lambda good: b"this is no image\n" * 50,
+    "rings/notes.txt": lambda good: b"notes",
+    "stray.jpg": lambda good: good,
+}
+
+
+def spoil(source: Path) -> None:
+    good = (source / "circle/00000.jpg").read_bytes()
+    for name, make in BAD_FILES.items():
+        (source / name).write_bytes(make(good))
+
+
+def test_bad_files_are_all_listed_and_refused(source: Path, tmp_path: Path) -> None:
+    spoil(source)
+    for name in ("rings/empty.jpg", "rings/notes.txt", "stray.jpg"):
+        result = run_convert(source, tmp_path / "x.st", *SMALL_SHARDS)
+        assert result.returncode == 3
+        assert name in result.stderr
+        (source / name).unlink()
+    result = run_convert(source, tmp_path / "x.st", *SMALL_SHARDS)
+    assert result.returncode == 3
+    assert "3 files are no complete images" in result.stderr
+    for name, reason in {
+        "circle/truncated.jpg": "truncated JPEG: it has no end marker",
+        "circle/cut in header.jpg": "truncated JPEG: it ends within its header",
+        "rings/text.jpg": "starts like neither JPEG nor PNG",
+    }.items():
+        assert f"{name}: " in result.stderr
+        assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x.st").exists()
+
+
+def test_bad_files_are_skipped_on_request_and_listed(source: Path, jpeg_dataset: Dataset, tmp_path: Path) -> None:
+    spoil(source)
+    result = run_convert(source, tmp_path / "x.st", "--skip-bad", "--workers", "2", *SMALL_SHARDS)
+    assert result.returncode == 0
+    assert "6 files were left out" in result.stderr
+    listed = (tmp_path / "x.st" / "skipped.tsv").read_text()
+    assert {line.split("\t")[0] for line in listed.splitlines()} == set(BAD_FILES)
+    dataset = Dataset(tmp_path / "x.st")
+    assert np.array_equal(dataset.columns["label"], jpeg_dataset.columns["label"])
+    assert [record["image"].tobytes() for record in dataset] == [record["image"].tobytes() for record in jpeg_dataset]
+
+
+def test_a_png_is_an_image_whatever_its_name(source: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (31, 17)).save(source / "circle/zz.jpg", "PNG")
+    convert(plan_imagefolder(source), tmp_path / "x.st")
+    dataset = Dataset(tmp_path / "x.st")
+    assert [int(h * w) for h, w in dataset.columns["hw"] if h * w != 48 * 72] == [31 * 17]
+
+
+def test_an_image_larger_than_a_shard_gets_its_own(source: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    large = simplejpeg.encode_jpeg(random, quality=95)
+    (source / "circle/large.jpg").write_bytes(large)
+    convert(plan_imagefolder(source), tmp_path / "x.st", shard_bytes=64 << 10)
+    assert len(large) > 64 << 10
+    assert sum(record["image"].tobytes() == large for record in Dataset(tmp_path / "x.st")) == 1
+
+
+def test_an_existing_target_is_kept(jpeg_folder: Path, jpeg_dataset_path: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(jpeg_dataset_path, tmp_path / "x.st", symlinks=True)
+    before = tree(target)
+    with pytest.raises(UsageError, match="pass --overwrite"):
+        convert(plan_imagefolder(jpeg_folder), target)
+    assert tree(target) == before
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="not a stagein data set"):
+        convert(plan_imagefolder(jpeg_folder), tmp_path / "mine", overwrite=True)
+
+
+def test_overwrite_replaces_only_when_the_new_one_is_complete(
+    source: Path, jpeg_dataset_path: Path, tmp_path: Path
+) -> None:
+    target = shutil.copytree(jpeg_dataset_path, tmp_path / "x.st", symlinks=True)
+    before = tree(target)
+    (source / "circle/00000.jpg").write_bytes(b"no image")
+    with pytest.raises(SourceError):
+        convert(plan_imagefolder(source), target, overwrite=True)
+    assert tree(target) == before
+    (source / "circle/00000.jpg").unlink()
+    convert(plan_imagefolder(source), target, overwrite=True)
+    assert len(Dataset(target)) == 84
+    assert [path.name for path in tmp_path.iterdir() if path.name != "source"] == ["x.st"]
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_a_restart_keeps_what_holds_and_redoes_the_rest(source: Path, jpeg_dataset_path: Path, tmp_path: Path) -> None:
+    def stop_after_two(progress: Progress) -> None:
+        if progress.records >= 40:
+            raise _StopError
+
+    options = {"shard_bytes": 64 << 10, "chunk_bytes": 16 << 10}
+    target = tmp_path / "x.st"
+    with pytest.raises(_StopError):
+        convert(plan_imagefolder(source), target, on_progress=stop_after_two, **options)
+    assert not target.exists()
+    shards = sorted((tmp_path / f"x.st{PART_SUFFIX}" / "shards").iterdir())
+    assert len(shards) >= 2
+    shards[0].chmod(0o644)
+    with open(shards[0], "r+b") as file:  # a flipped byte: this shard must be made again
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    converted = convert(plan_imagefolder(source), target, **options)
+    assert converted.reused_shards == len(shards) - 1
+    assert tree(target) == tree(jpeg_dataset_path)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(
+    jpeg_folder: Path, tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    source = tmp_path / "many"
+    for copy in range(12):
+        shutil.copytree(
+            jpeg_folder,
+            source,
+            dirs_exist_ok=True,
+            copy_function=lambda a, b, n=copy: shutil.copy(a, f"{b[:-4]}_{n}.jpg"),
+        )
+    command = [sys.executable, "-m", "stagein.tools.cli", "convert", "imagefolder", str(source)]
+    options = ["--workers", "2", *SMALL_SHARDS]
+    target = tmp_path / "x.st"
+    part = tmp_path / f"x.st{PART_SUFFIX}"
+    with subprocess.Popen([*command, str(target), *options], stderr=subprocess.PIPE, text=True) as process:
+        while len(list(part.glob("journal/*.npz"))) < 4 and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal_number)
+        _, stderr = process.communicate(timeout=30)
+    assert not target.exists(), "the conversion was over before it was killed"
+    if signal_number == signal.SIGTERM:
+        assert process.returncode == 6
+        assert "the same command again resumes" in stderr
+    deadline = time.monotonic() + 20  # the workers see their parent's end and go, and the lock with them
+    while (again := run_convert(source, target, *options)).returncode == 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert again.returncode == 0, again.stderr
+    assert "kept from an earlier attempt" in again.stdout
+    straight = run_convert(source, tmp_path / "straight.st", *options)
+    assert straight.returncode == 0
+    assert tree(target) == tree(tmp_path / "straight.st")
+
+
+def test_two_processes_do_not_write_one_target(source: Path, tmp_path: Path) -> None:
+    def second(progress: Progress) -> None:
+        with pytest.raises(UsageError, match="being written by another process"):
+            convert(plan_imagefolder(source), tmp_path / "x.st")
+
+    convert(plan_imagefolder(source), tmp_path / "x.st", on_progress=second)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
+    plan = plan_imagefolder(source)
+    with open(source / "circle/00003.jpg", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(SourceError, match=r"circle/00003.jpg changed its size"):
+        convert(plan, tmp_path / "x.st")
+
+
+def test_a_file_that_vanishes_is_named(source: Path, tmp_path: Path) -> None:
+    plan = plan_imagefolder(source)
+    (source / "circle/00003.jpg").unlink()
+    with pytest.raises(SourceError, match=r"circle/00003.jpg cannot be read"):
+        convert(plan, tmp_path / "x.st", workers=2, shard_bytes=64 << 10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_made(jpeg_folder: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=True)
+    try:
+        result = run_convert(jpeg_folder, disk / "x.st", *SMALL_SHARDS)
+        assert result.returncode == 4
+        assert "no space left" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (disk / "x.st").exists()
+        assert all(not path.name.endswith(PART_SUFFIX) for path in (disk / f"x.st{PART_SUFFIX}").rglob("*"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        assert run_convert(jpeg_folder, disk / "x.st", *SMALL_SHARDS).returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="cannot be listed"):
+        plan_imagefolder(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="no class folders"):
+        plan_imagefolder(tmp_path)

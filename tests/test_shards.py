@@ -1,0 +1,158 @@
+"""A shard is what it claims to be: other people's HDF5 and Zarr libraries read back what was written."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from stagein.formats import Dataset, Field, Schema, Writer
+from stagein.formats.manifest import Container
+from stagein.formats.shards import plan_encoded_shards, plan_tensor_shards
+
+CONTAINERS = get_args(Container)
+LABEL = Field(kind="tensor", dtype="int64")
+BOX = Field(kind="tensor", dtype="float32", shape=(4,))
+JPEG = Field(kind="encoded", dtype="uint8", shape=(None, None, 3), encoding="jpeg")
+VOLUME = Field(kind="tensor", dtype="int16", shape=(16, 24, 5), dims=("height", "width", "channel"))
+
+
+def _records(primary: Field, count: int) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+
+    def content() -> NDArray[np.generic]:
+        if primary.kind == "encoded":
+            return random.integers(0, 256, int(random.integers(0, 60_000)), dtype=np.uint8)
+        return random.integers(-999, 999, (16, 24, 5)).astype(np.int16)
+
+    return [{"x": content(), "label": number, "box": random.random(4, np.float32)} for number in range(count)]
+
+
+def _write(target: Path, primary: Field, container: Container, records: list[dict[str, Any]]) -> Dataset:
+    schema = Schema(fields={"x": primary, "label": LABEL, "box": BOX}, primary="x")
+    with Writer(target, schema, container=container, shard_bytes=100 << 10, chunk_bytes=32 << 10) as writer:
+        for record in records:
+            writer.write(record)
+    return Dataset(target)
+
+
+@pytest.fixture(scope="module", params=[JPEG, VOLUME], ids=["encoded", "tensor"])
+def primary(request: pytest.FixtureRequest) -> Field:
+    field: Field = request.param
+    return field
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("count", [0, 1, 53])
+def test_records_are_read_back(tmp_path: Path, primary: Field, container: Container, count: int) -> None:
+    records = _records(primary, count)
+    dataset = _write(tmp_path / "x.st", primary, container, records)
+    assert len(dataset) == count
+    assert count < 50 or len(dataset.manifest.shards) > 2
+    for written, read in zip(records, dataset, strict=True):
+        assert read.keys() == written.keys()
+        assert all(np.array_equal(read[name], written[name]) for name in written)
+
+
+@pytest.mark.parametrize("container", ["hdf5+zarr", "hdf5"])
+def test_h5py_and_h5dump_read_a_shard(tmp_path: Path, primary: Field, container: Container) -> None:
+    records = _records(primary, 53)
+    dataset = _write(tmp_path / "x.st", primary, container, records)
+    for shard in dataset.manifest.shards:
+        path = dataset.path / shard.file
+        with h5py.File(path) as file:
+            assert json.loads(file.attrs["schema"])["primary"] == "x"
+            for row in range(shard.records):
+                record = records[shard.first + row]
+                if primary.kind == "encoded":
+                    start, nbytes = int(file["x/offset"][row]), int(file["x/nbytes"][row])
+                    content = file["x/data"][start : start + nbytes]
+                else:
+                    content = file["x/data"][row]
+                assert np.array_equal(content, record["x"])
+                assert file["label"][row] == record["label"]
+                assert np.array_equal(file["box"][row], record["box"])
+    if shutil.which("h5dump") is None:
+        pytest.skip("no h5dump here (Debian: hdf5-tools); h5py has read the shards")
+    first = dataset.manifest.shards[0]
+    dumped = tmp_path / "dumped.bin"
+    subprocess.run(
+        ["h5dump", "-d", "/x/data", "-b", "LE", "-o", dumped, dataset.path / first.file],
+        check=True,
+        capture_output=True,
+    )
+    payload = b"".join(records[number]["x"].tobytes() for number in range(first.records))
+    assert dumped.read_bytes()[: len(payload)] == payload
+
+
+@pytest.mark.parametrize("container", ["hdf5+zarr", "zarr"])
+def test_zarr_and_tensorstore_read_the_data_set(tmp_path: Path, primary: Field, container: Container) -> None:
+    records = _records(primary, 53)
+    dataset = _write(tmp_path / "x.st", primary, container, records)
+    group = zarr.open_group(dataset.path, mode="r")
+    store = tensorstore.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(dataset.path / "x")}}, read=True
+    ).result()
+    assert np.array_equal(group["label"][:], [record["label"] for record in records])
+    assert np.array_equal(group["box"][:], np.stack([record["box"] for record in records]))
+    index = group["index/x"]
+    for number, record in enumerate(records):
+        if primary.kind == "encoded":
+            shard = int(index["shard"][number])
+            in_payload = int(index["offset"][number]) - dataset.manifest.shards[shard].data_offset
+            start = shard * dataset.manifest.capacity + in_payload
+            place = slice(start, start + int(index["nbytes"][number]))
+        else:
+            place = slice(number, number + 1)
+        expected = record["x"] if primary.kind == "encoded" else record["x"][None]
+        assert np.array_equal(group["x"][place], expected)
+        assert np.array_equal(store[place].read().result(), expected)
+
+
+def test_an_edit_by_hdf5_is_refused_by_the_file_mode(tmp_path: Path) -> None:
+    dataset = _write(tmp_path / "x.st", JPEG, "hdf5+zarr", _records(JPEG, 3))
+    assert (dataset.path / dataset.manifest.shards[0].file).stat().st_mode & 0o777 == 0o444
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path, primary: Field) -> None:
+    ids = {
+        _write(tmp_path / name, primary, "hdf5+zarr", _records(primary, 20)).manifest.id for name in ("a.st", "b.st")
+    }
+    assert len(ids) == 1
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    schema = Schema(fields={"x": JPEG}, primary="x")
+    with pytest.raises(ZeroDivisionError), Writer(tmp_path / "x.st", schema) as writer:
+        writer.write({"x": b"abc"})
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.integers(0, 300_000), max_size=60), st.integers(1, 400_000))
+@settings(deadline=None)
+def test_every_record_is_in_exactly_one_shard(sizes: list[int], shard_bytes: int) -> None:
+    plans = plan_encoded_shards(np.array(sizes, np.int64), shard_bytes)
+    assert [number for plan in plans for number in range(plan.first, plan.first + plan.records)] == list(
+        range(len(sizes))
+    )
+    for plan in plans:
+        used = sum(sizes[plan.first : plan.first + plan.records])
+        assert used <= plan.payload_bytes
+        assert used <= shard_bytes or plan.records == 1
+
+
+@given(st.integers(0, 1000), st.integers(1, 5000), st.integers(1, 20_000))
+def test_tensor_shards_are_full_but_the_last(count: int, record_bytes: int, shard_bytes: int) -> None:
+    plans = plan_tensor_shards(count, record_bytes, shard_bytes)
+    assert sum(plan.records for plan in plans) == count
+    assert len({plan.records for plan in plans[:-1]}) <= 1
