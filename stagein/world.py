@@ -139,6 +139,8 @@ class Communicator:
         failure: StageinError | None = None
         try:
             yield
+        except WatchdogError:
+            raise  # some rank is lost: there is nobody to agree with
         except StageinError as error:
             failure = error
         except Exception as error:  # a bug must end the other ranks too
@@ -149,9 +151,9 @@ class Communicator:
         failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
         if failed:
             rank, (kind, sentence, where) = failed[0]
-            error = failure or kind(f"rank {rank} on {where}: {sentence}")
-            error.reported_by_peer = self.world.rank != rank
-            raise error
+            reported = failure or kind(f"rank {rank} on {where}: {sentence}")
+            reported.reported_by_peer = self.world.rank != rank
+            raise reported
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every rank of the job at once, with this exit code. For failures in the middle of a collective."""

@@ -1,0 +1,145 @@
+"""One chunk at a time between disk and memory: read and checked at the source, checked and written at the destination."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stagein.formats.checksums import chunk_sum, pread_exactly, pwrite_all
+from stagein.formats.errors import ChecksumError, NoSpaceError, SourceError, StageinError
+from stagein.formats.publish import describe_os_error
+
+from .stage_plan import ChunkTable, Place
+
+_PASSING_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""A server of a parallel file system that fails over answers with these for a while."""
+
+_RETRY_PAUSES_SECONDS = (0.1, 0.4, 1.6, 6.4)
+
+
+class OpenFile(threading.local):
+    """The file that this thread used last, kept open: chunks come in file order, so one open serves many of them."""
+
+    def __init__(self, open_file: Callable[[int], int]) -> None:
+        self._open_file = open_file
+        self._file: int | None = None
+        self._descriptor = -1
+
+    def descriptor(self, file: int) -> int:
+        """Descriptor of file number `file`, opened if the last one was another."""
+        if file != self._file:
+            self.close()
+            self._descriptor = self._open_file(file)
+            self._file = file
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close this thread's file; call it when the thread ends."""
+        if self._file is not None:
+            os.close(self._descriptor)
+            self._file = None
+
+
+class ChunkReader:
+    """Reads chunks of the source. Safe to use from several threads; each calls `close` when it is done."""
+
+    def __init__(self, root: Path, table: ChunkTable) -> None:
+        self._root = root
+        self._table = table
+        self._open = OpenFile(self._open_source)
+
+    def read(self, chunk: int, buffer: memoryview) -> None:
+        """Fill `buffer` with chunk number `chunk`, verified; wrong bytes are read once more from the disk itself.
+
+        Raises ChecksumError with file, offset and both sums; SourceError when the file is short, changed or unreadable.
+        """
+        place = self._table.place(chunk)
+        self._fill(place, buffer)
+        if chunk_sum(buffer) != place.chunk_sum:
+            os.posix_fadvise(self._open.descriptor(place.file), place.offset, place.nbytes, os.POSIX_FADV_DONTNEED)
+            self._fill(place, buffer)
+            check_sum(place, buffer, f"the source {self._root / place.name}")
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _fill(self, place: Place, buffer: memoryview) -> None:
+        for pause_seconds in (*_RETRY_PAUSES_SECONDS, None):
+            try:
+                got = pread_exactly(self._open.descriptor(place.file), buffer, place.offset)
+                break
+            except OSError as error:
+                if error.errno not in _PASSING_TROUBLE or pause_seconds is None:
+                    raise describe_os_error(error, "reading", self._root / place.name) from None
+                self._open.close()
+                time.sleep(pause_seconds)
+        if got < len(buffer):
+            raise SourceError(
+                f"{self._root / place.name} ends at byte {place.offset + got}: it was truncated while being staged"
+            )
+
+    def _open_source(self, file: int) -> int:
+        entry = self._table.files[file]
+        path = self._root / entry.file
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != entry.nbytes:
+            os.close(descriptor)
+            raise SourceError(describe_changed_file(path, status, entry.nbytes))
+        return descriptor
+
+
+class ChunkWriter:
+    """Writes chunks below a node's work folder and notes each in the journal of this rank. Safe to use from several threads."""
+
+    def __init__(self, root: Path, table: ChunkTable, note: Callable[[int], object] | None) -> None:
+        self._root = root
+        self._table = table
+        self._note = note
+        self._open = OpenFile(lambda file: os.open(root / table.files[file].file, os.O_WRONLY | os.O_NOFOLLOW))
+
+    def write(self, chunk: int, buffer: memoryview, *, arrived: bool) -> None:
+        """Write chunk number `chunk`; one that `arrived` over the network is verified first.
+
+        Raises ChecksumError when it was damaged on the way; NoSpaceError when the disk is full.
+        """
+        place = self._table.place(chunk)
+        if arrived:
+            check_sum(place, buffer, f"{place.name} as it arrived over the network")
+        try:
+            pwrite_all(self._open.descriptor(place.file), buffer, place.offset)
+            if self._note is not None:
+                self._note(chunk)
+        except OSError as error:
+            raise destination_error(error, "writing", self._root / place.name) from None
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def check_sum(place: Place, buffer: memoryview, what: str) -> None:
+    """Raise ChecksumError when `buffer` is not what the manifest says of `place`."""
+    found = chunk_sum(buffer)
+    if found != place.chunk_sum:
+        raise ChecksumError(
+            f"{what} differs from the manifest in the {place.nbytes} bytes from {place.offset}: their xxh3_128 is "
+            f"{found.hex()}, not {place.chunk_sum.hex()}; restore the file from a good copy or convert the data set again"
+        )
+
+
+def destination_error(error: OSError, action: str, path: Path | str) -> StageinError:
+    """A sentence about trouble at the destination: NoSpaceError where that is what it is."""
+    described = describe_os_error(error, action, path)
+    return described if isinstance(described, NoSpaceError) else StageinError(str(described))
+
+
+def describe_changed_file(path: Path, status: os.stat_result, expected_bytes: int) -> str:
+    """Say how a source file is not what the manifest lists."""
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is not a regular file: restore it from a good copy"
+    return f"{path} has {status.st_size} bytes, the manifest says {expected_bytes}: it is truncated or was changed"

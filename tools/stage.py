@@ -1,0 +1,84 @@
+"""`stagein stage`: bring a data set to the local disks of the nodes of a job."""
+
+import contextlib
+from pathlib import Path
+
+from rich.table import Table
+
+from stagein.cache import expand_node
+from stagein.formats.manifest import Manifest
+from stagein.receipt import Receipt
+from stagein.stage_plan import Policy, StagePlan
+from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
+from stagein.world import connect
+
+from .console import bytes_text, print_table, progress_bytes, say, seconds_text
+
+_LISTED_NODES = 32
+
+
+def run(
+    source: Path,
+    to: str,
+    policy: Policy = "auto",
+    *,
+    dry_run: bool = False,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    as_json: bool = False,
+) -> None:
+    """Stage `source` to the node-local folder `to`; the first rank alone prints. Raises StageinError on every rank."""
+    communicator = connect()
+    prints = communicator.world.rank == 0
+    if dry_run:
+        manifest, plan = plan_stage(source, to, policy=policy, communicator=communicator)
+        if prints:
+            _print_plan(manifest, plan, to, as_json)
+        return
+    with progress_bytes("staging", quiet=as_json) if prints else contextlib.nullcontext() as update:
+        receipt = stage(
+            source,
+            to,
+            policy=policy,
+            communicator=communicator,
+            memory_bytes=memory_bytes,
+            timeout_seconds=timeout_seconds,
+            progress=update,
+        )
+    if prints:
+        _print_receipt(receipt, as_json)
+
+
+def _print_plan(manifest: Manifest, plan: StagePlan, to: str, as_json: bool) -> None:
+    summary = plan.summary(manifest)
+    if as_json:
+        say(summary.model_dump_json())
+        return
+    table = Table(
+        title=f"{plan.policy} {manifest.id[:12]}, {bytes_text(manifest.nbytes)}, over {len(plan.nodes)} nodes"
+    )
+    for column in ("node", "destination", "files", "gets", "has", "free", "reads"):
+        table.add_column(column)
+    for node in summary.nodes[:_LISTED_NODES]:
+        sizes = (node.gets_bytes, node.held_bytes, node.free_bytes, node.reads_bytes)
+        table.add_row(node.name, str(expand_node(to, node.name)), f"{node.files:,}", *map(bytes_text, sizes))
+    print_table(table)
+    if len(summary.nodes) > _LISTED_NODES:
+        say(f"and {len(summary.nodes) - _LISTED_NODES} more nodes; --json lists all")
+
+
+def _print_receipt(receipt: Receipt, as_json: bool) -> None:
+    if as_json:
+        say(receipt.model_dump_json())
+        return
+    name, nodes = receipt.dataset_id[:12], len(receipt.nodes)
+    where = receipt.nodes[0].path if nodes == 1 else f"{nodes} nodes"
+    if receipt.moved_nothing:
+        say(f"{name} was on {where} already ({receipt.policy}); nothing was moved")
+        return
+    slowest = max(receipt.nodes, key=lambda node: node.transfer_seconds + node.publish_seconds)
+    say(
+        f"{name} is on {where} ({receipt.policy}): {bytes_text(receipt.read_bytes)} read from the source, "
+        f"{bytes_text(receipt.written_bytes)} written in {seconds_text(receipt.seconds)}; slowest node {slowest.node}: "
+        f"{slowest.gigabytes_per_second:.2f} GB/s"
+    )
