@@ -1,0 +1,561 @@
+"""The training loop: every rank computes gradients on its share of a batch, one allreduce sums them, all take one step.
+
+The loss is the mean over the samples of the *global* batch, however they are spread over ranks: each rank sums the losses
+of its samples, the sum of the gradients travels with the number of samples, and is divided afterwards. So ranks may hold
+unequal shares, masked samples, or none. What the ranks have to agree on (a stop signal, an error on one of them) travels
+in the same allreduce: all of them act on it in the same step.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from stagein.collectives import Collective
+from stagein.formats.errors import InterruptedRunError, SourceError, StageinError, UsageError
+
+from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from .endings import StopSignals, end_job_on_uncaught_error
+from .flat import FlatGradients
+from .ledger import Ledger, LedgerTotals, attribute
+from .runlog import RunLog, say_at_once
+
+Batch = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+"""`image`, `label` and, where some rows are padding, `valid` (bool `[batch]`); or (image, label)."""
+Precision = Literal["fp32", "bf16"]
+
+_LOSS, _SAMPLES, _FAILED, _STOP = range(4)
+"""The words that travel behind the gradients: summed losses and samples, and how many ranks failed or were told to stop."""
+
+
+class Batches(Protocol):
+    """A list, a torch DataLoader, ours. Where it has `set_epoch`, `state_dict` and `load_state_dict`, they are used."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int:
+        """Batches in an epoch; a rank with fewer than the others goes on without samples."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: its number (from 1), the mean loss over the global batch, its samples, the learning rate."""
+
+    step: int
+    loss: float
+    samples: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Exact over all samples of all ranks."""
+
+    loss: float
+    accuracy: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `fit` did. Shares are of the time in steps, averaged over the ranks; see `ledger.py` for the critical rank."""
+
+    epochs: int
+    steps: int
+    images: int
+    seconds: float
+    images_per_second: float
+    data_wait_share: float
+    allreduce_share: float
+    critical_data_share: float
+    speedup_without_data_wait: float
+    loss: float | None
+    accuracy: float | None
+    reached_target: bool
+
+
+class Trainer:
+    """Trains `model`, in place, on all ranks of a job.
+
+    model         its parameters float32, on the device to train on; `trainer.model` is this very object.
+    optimizer     of torch, over the model's parameters, with the full learning rate.
+    loss          from outputs and labels to one loss a sample (`reduction="none"`).
+    collective    see `stagein.collectives.make_collective`.
+    schedule      factor of the learning rate for each step; None: constant.
+    accumulate    batches of the loader that make one optimizer step in `fit`.
+    clip_norm     largest norm of all gradients together; None: not clipped.
+    precision     "bf16" computes under autocast; parameters, gradients and their sum stay float32.
+    checkpoint_folder  on a file system that all ranks see; None: no checkpoints. `fit` resumes from the newest one in it.
+    run_folder    where log.jsonl is kept; None: nowhere.
+
+    Making one is collective: parameters and buffers become those of rank 0. An error on one rank is raised on all.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        collective: Collective,
+        schedule: Callable[[int], float] | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        precision: Precision = "fp32",
+        checkpoint_folder: Path | None = None,
+        checkpoint_every_steps: int | None = None,
+        keep_checkpoints: int = 2,
+        run_folder: Path | None = None,
+        log_every_steps: int = 50,
+        say: Callable[[str], None] = say_at_once,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.collective = collective
+        self.world = collective.world
+        self.steps = 0
+        """Optimizer steps done."""
+        self.epoch = 0
+        """Epochs done."""
+        self.totals = LedgerTotals()
+        self.validation: Validation | None = None
+        """The newest one."""
+        self._loss = loss
+        self._schedule = schedule or (lambda _step: 1.0)
+        self._accumulate = accumulate
+        self._clip_norm = clip_norm
+        self._precision = precision
+        self._checkpoint_folder = checkpoint_folder
+        self._checkpoint_every_steps = checkpoint_every_steps
+        self._keep_checkpoints = keep_checkpoints
+        self._log_every_steps = log_every_steps
+        self._log = RunLog(run_folder, speaks=self.world.rank == 0, say=say)
+
+        self._base_rates: list[float] = [group["lr"] for group in optimizer.param_groups]
+        self._gradients = FlatGradients(model.parameters(), num_words=4)
+        self._device = self._gradients.buffer.device
+        self._ledger = Ledger()
+        self._signals = StopSignals()
+        self._failure: Exception | None = None
+        self._stopping = False
+        self._batches_done = 0
+        self._data_seconds = 0.0
+        self._update_seconds = 0.0
+        """Of the step before: time after an allreduce counts towards the next one, where ranks wait for each other."""
+        self._epoch_loss = _Mean()
+
+        end_job_on_uncaught_error(collective.communicator)
+        self._copy_from_rank_0()
+
+    # --- the story -------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: Batches,
+        epochs: int,
+        *,
+        validation: Batches | None = None,
+        target_accuracy: float | None = None,
+    ) -> Summary:
+        """Train until `epochs` epochs are done, or validation reaches `target_accuracy` (0 to 1).
+
+        Goes on from the newest checkpoint, in the middle of an epoch if need be, with as many ranks as there are now.
+        After SIGTERM or SIGUSR1 on any rank: saves and raises InterruptedRunError on all. Raises StageinError, naming
+        step and rank, where the loss is no number or a rank failed.
+        """
+        started = time.perf_counter()
+        batches_in_epoch = max(self.collective.communicator.gather_all(len(train)))
+        self._resume(train, batches_in_epoch)
+        with self._signals:
+            while self.epoch < epochs and not self._has_reached(target_accuracy):
+                self._train_epoch(train, epochs, batches_in_epoch)
+                if validation is not None:
+                    self.validation = self.validate(validation)
+                self._end_epoch(epochs, batches_in_epoch)
+        return self._summarise(time.perf_counter() - started, self._has_reached(target_accuracy))
+
+    def step(self, *batches: Batch) -> StepReport:
+        """One optimizer step on `batches`, this rank's part of the global batch; on every rank, also one with no samples."""
+        started = self._clock()
+        self._gradients.clear()
+        with self._failing_together():
+            for batch in batches:
+                self._add_gradients(batch)
+        self._gradients.words[_FAILED] = self._failure is not None
+        self._gradients.words[_STOP] = self._signals.received is not None
+        own_loss = self._gradients.words[_LOSS].clone()
+
+        computed = self._clock()
+        self.collective.allreduce_sum(self._gradients.buffer)
+        reduced = self._clock()
+
+        loss_sum, samples, num_failed, num_stopped = self._gradients.words.tolist()
+        self._refuse_failure(num_failed)
+        self._refuse_no_number(loss_sum, own_loss)
+        rate = self._update(samples)
+        self.steps += 1
+        self._stopping = num_stopped > 0
+        self._ledger.add(
+            data_seconds=self._data_seconds,
+            compute_seconds=self._update_seconds + computed - started,
+            allreduce_seconds=reduced - computed,
+            samples=samples,
+        )
+        self._data_seconds, self._update_seconds = 0.0, self._clock() - reduced
+        return StepReport(self.steps, loss_sum / max(1.0, samples), int(samples), rate)
+
+    @torch.no_grad()
+    def validate(self, batches: Batches) -> Validation:
+        """Loss and accuracy over the samples of all ranks, each counted once; ranks may have unequally many batches.
+
+        Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so.
+        """
+        self._average_buffers()
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self._device)  # losses, samples, correct, failed
+        with self._failing_together():
+            for batch in batches:
+                inputs, labels, valid = self._unpack(batch)
+                if len(inputs):
+                    outputs, losses = self._forward(inputs, labels)
+                    correct = outputs.argmax(dim=1) == labels
+                    sums[:3] += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
+        sums[3] = self._failure is not None
+        self.collective.allreduce_sum(sums)
+        loss_sum, samples, num_correct, num_failed = sums.tolist()
+        self._refuse_failure(num_failed)
+        if samples == 0:
+            raise UsageError("there is nothing to validate: the loader has no samples")
+        return Validation(loss_sum / samples, num_correct / samples, int(samples))
+
+    # --- an epoch --------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, train: Batches, epochs: int, batches_in_epoch: int) -> None:
+        self.model.train()
+        self._epoch_loss = _Mean()
+        batches = self._iterate(train)
+        while self._batches_done < batches_in_epoch:
+            wanted = min(self._accumulate, batches_in_epoch - self._batches_done)
+            report = self.step(*self._fetch(batches, wanted))
+            self._batches_done += wanted
+            self._epoch_loss.add(report.loss, report.samples)
+            if self.steps % self._log_every_steps == 0:
+                self._log_steps(report, epochs)
+            if self._stopping:
+                self._save_and_stop(train, batches_in_epoch)
+            if self._checkpoint_every_steps and self.steps % self._checkpoint_every_steps == 0:
+                self.save(train, batches_in_epoch)
+
+    def _end_epoch(self, epochs: int, batches_in_epoch: int) -> None:
+        self.epoch += 1
+        self._batches_done = 0
+        self._average_buffers()
+        self._refuse_diverged_ranks()
+        self._take_ledger()
+        values: dict[str, Any] = {"epoch": self.epoch, "step": self.steps, "loss": self._epoch_loss.value}
+        line = f"epoch {self.epoch}/{epochs}" + (
+            "" if self._epoch_loss.value is None else f": loss {self._epoch_loss.value:.4f}"
+        )
+        if self.validation is not None:
+            values |= {"validation_loss": self.validation.loss, "accuracy": self.validation.accuracy}
+            line += f", accuracy {self.validation.accuracy:.2%} of {self.validation.samples}"
+        self._write("epoch", line, **values, ledger=asdict(self.totals))
+        self.save(None, batches_in_epoch)
+
+    def _iterate(self, train: Batches) -> Iterator[Batch]:
+        """The batches of this epoch that are not done yet. A generator: nothing happens, or fails, before the first."""
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(self.epoch)
+        to_skip = 0 if hasattr(train, "load_state_dict") else self._batches_done
+        yield from islice(train, to_skip, None)
+
+    def _fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
+        """The next `count` batches; fewer where this rank has no more, none where it failed."""
+        started = time.perf_counter()
+        fetched: list[Batch] = []
+        with self._failing_together():
+            fetched = list(islice(batches, count))
+        self._data_seconds += time.perf_counter() - started
+        return fetched
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def _add_gradients(self, batch: Batch) -> None:
+        """Add the gradients of the summed loss of `batch` to the buffer, and its sum and its samples to the words."""
+        inputs, labels, valid = self._unpack(batch)
+        if len(inputs) == 0:  # many layers refuse an empty batch
+            return
+        _, losses = self._forward(inputs, labels)
+        loss_sum = losses[valid].sum()
+        loss_sum.backward()  # type: ignore[no-untyped-call]
+        self._gradients.words[_LOSS] += loss_sum.detach()
+        self._gradients.words[_SAMPLES] += valid.sum()
+
+    def _forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's outputs, and the loss of each sample, float32 `[batch]`."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            outputs = self.model(inputs)
+            losses = self._loss(outputs, labels)
+        if losses.shape != (len(inputs),):
+            raise UsageError(
+                f"the loss gave a tensor of shape {tuple(losses.shape)} for {len(inputs)} samples: "
+                "it must give one value a sample (reduction='none')"
+            )
+        return outputs, losses.float()
+
+    def _unpack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, labels and which rows count, on the device."""
+        if isinstance(batch, Mapping):
+            inputs, labels, valid = batch["image"], batch["label"], batch.get("valid")
+        else:
+            (inputs, labels), valid = batch, None
+        if valid is None:
+            valid = torch.ones(len(inputs), dtype=torch.bool)
+        return tuple(each.to(self._device, non_blocking=True) for each in (inputs, labels, valid))  # type: ignore[return-value]
+
+    def _update(self, samples: float) -> float:
+        """Turn the summed gradients into those of the mean, clip them and step; the learning rate that was used."""
+        self._gradients.gradients.div_(max(1.0, samples))
+        if self._clip_norm is not None:
+            self._gradients.clip(self._clip_norm)
+        factor = self._schedule(self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        return self._base_rates[0] * factor
+
+    # --- what ranks agree on -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What a rank does alone. An error is kept until the next allreduce: the others wait there and would wait for ever."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _agreed(self, error: StageinError) -> StageinError:
+        """An error that all ranks raise in the same words: one of them is enough to print it."""
+        error.reported_by_peer = self.world.rank != 0
+        return error
+
+    def _refuse_failure(self, num_failed: float) -> None:
+        if num_failed:
+            failure, self._failure = self._failure, None
+            with self.collective.communicator.together():
+                if failure is not None:
+                    raise failure
+
+    def _refuse_no_number(self, loss_sum: float, own_loss: torch.Tensor) -> None:
+        if math.isfinite(loss_sum):
+            return
+        own_losses = self.collective.communicator.gather_all(own_loss.item())
+        ranks = [str(rank) for rank, loss in enumerate(own_losses) if not math.isfinite(loss)]
+        raise self._agreed(
+            StageinError(
+                f"the loss is not a number in step {self.steps + 1} (epoch {self.epoch + 1}) on rank {', '.join(ranks) or 'all'}: "
+                "look at that rank's data, lower the learning rate, or clip the gradients"
+            )
+        )
+
+    def _refuse_diverged_ranks(self) -> None:
+        """All ranks have made the same steps from the same start; memory or network that flips bits shows here."""
+        fingerprints = self.collective.communicator.gather_all(fingerprint(self.model))
+        different = [str(rank) for rank, each in enumerate(fingerprints) if each != fingerprints[0]]
+        if different:
+            raise self._agreed(
+                StageinError(
+                    f"after step {self.steps} the parameters of rank {', '.join(different)} differ from those of rank 0: "
+                    "check the memory of these nodes, and that nothing but the trainer changes parameters"
+                )
+            )
+
+    def _copy_from_rank_0(self) -> None:
+        with torch.no_grad():
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                content = tensor.contiguous()
+                self.collective.broadcast(content)
+                tensor.copy_(content)
+
+    def _average_buffers(self) -> None:
+        """BatchNorm's running statistics differ from rank to rank; their mean is the model's."""
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if not buffers or self.world.size == 1:
+            return
+        flat = torch.cat([buffer.float().view(-1) for buffer in buffers])
+        self.collective.allreduce_sum(flat)
+        flat.div_(self.world.size)
+        means = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, train: Batches | None, batches_in_epoch: int) -> Path | None:
+        """Write a checkpoint; `train` is the loader in the middle of an epoch, None between epochs. Collective."""
+        if self._checkpoint_folder is None:
+            return None
+        self._average_buffers()
+        communicator = self.collective.communicator
+        random_states = communicator.gather_all(self._random_state())
+        path = None
+        with communicator.together():
+            if self.world.rank == 0:
+                state = {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "steps": self.steps,
+                    "epoch": self.epoch,
+                    "batches_done": self._batches_done,
+                    "batches_in_epoch": batches_in_epoch,
+                    "loader": _loader_state(train),
+                    "random_states": random_states,
+                    "validation": None if self.validation is None else asdict(self.validation),
+                }
+                path = save_checkpoint(self._checkpoint_folder, self.steps, state, self._keep_checkpoints)
+        return path
+
+    def _resume(self, train: Batches, batches_in_epoch: int) -> None:
+        """Take up the newest checkpoint in the folder, if there is one."""
+        if self._checkpoint_folder is None:
+            return
+        communicator = self.collective.communicator
+        path = communicator.broadcast(next(reversed(find_checkpoints(self._checkpoint_folder)), None))
+        if path is None:
+            return
+        with communicator.together():
+            self._apply(load_checkpoint(path), path, train, batches_in_epoch)
+        self._log.line(f"resuming from {path}: step {self.steps}, epoch {self.epoch + 1}")
+
+    def _apply(self, state: dict[str, Any], path: Path, train: Batches, batches_in_epoch: int) -> None:
+        if state["batches_in_epoch"] != batches_in_epoch:
+            raise UsageError(
+                f"{path} is of a run with {state['batches_in_epoch']} batches an epoch, this one has {batches_in_epoch}: "
+                "use the same data and global batch size, or another checkpoint folder"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            first_line = str(error).splitlines()[0]
+            raise SourceError(
+                f"{path} is of another model or optimizer ({first_line}): use its settings, or another checkpoint folder"
+            ) from error
+        self.steps, self.epoch, self._batches_done = state["steps"], state["epoch"], state["batches_done"]
+        self.validation = None if state["validation"] is None else Validation(**state["validation"])
+        if state["loader"] is not None and hasattr(train, "load_state_dict"):
+            train.load_state_dict(state["loader"])
+        if self.world.rank < len(state["random_states"]):  # ranks there were not then keep their seed
+            self._set_random_state(state["random_states"][self.world.rank])
+
+    def _save_and_stop(self, train: Batches, batches_in_epoch: int) -> None:
+        path = self.collective.communicator.broadcast(self.save(train, batches_in_epoch))
+        names = self.collective.communicator.gather_all(self._signals.received)
+        name = next(filter(None, names))
+        outcome = (
+            "no checkpoint folder was given, so nothing was saved"
+            if path is None
+            else f"saved {path}, and the same command again goes on from there"
+        )
+        raise self._agreed(
+            InterruptedRunError(f"stopped by {name} after step {self.steps}, epoch {self.epoch + 1}: {outcome}")
+        )
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def _set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+
+    # --- times and words ---------------------------------------------------------------------------------------------
+
+    def _clock(self) -> float:
+        """Seconds, when the device has done all it was told."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _take_ledger(self) -> LedgerTotals:
+        rows, samples = self._ledger.take()
+        recent = attribute(np.stack(self.collective.communicator.gather_all(rows)), samples)
+        self.totals += recent
+        return recent
+
+    def _log_steps(self, report: StepReport, epochs: int) -> None:
+        recent = self._take_ledger()
+        line = (
+            f"epoch {self.epoch + 1}/{epochs} step {report.step}: loss {report.loss:.4f}, lr {report.lr:.4g}, "
+            f"{recent.samples_per_second:.0f} images/s, data wait {recent.data_wait_share:.1%}, "
+            f"allreduce {recent.allreduce_share:.1%}"
+        )
+        self._write("step", line, epoch=self.epoch + 1, **asdict(report), ledger=asdict(recent))
+
+    def _write(self, event: str, line: str, **values: object) -> None:
+        with self._failing_together():  # rank 0 alone writes, and its disk may be full
+            self._log.event(event, **values)
+        self._log.line(line)
+
+    def _has_reached(self, target_accuracy: float | None) -> bool:
+        return (
+            target_accuracy is not None and self.validation is not None and self.validation.accuracy >= target_accuracy
+        )
+
+    def _summarise(self, seconds: float, reached_target: bool) -> Summary:
+        summary = Summary(
+            epochs=self.epoch,
+            steps=self.steps,
+            images=int(self.totals.samples),
+            seconds=seconds,
+            images_per_second=self.totals.samples_per_second,
+            data_wait_share=self.totals.data_wait_share,
+            allreduce_share=self.totals.allreduce_share,
+            critical_data_share=self.totals.critical_data_share,
+            speedup_without_data_wait=self.totals.speedup_without_data_wait,
+            loss=self._epoch_loss.value,
+            accuracy=None if self.validation is None else self.validation.accuracy,
+            reached_target=reached_target,
+        )
+        self._log.event("end", **asdict(summary))
+        return summary
+
+
+class _Mean:
+    """The mean of losses over samples; None before the first."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._samples = 0
+
+    def add(self, loss: float, samples: int) -> None:
+        self._sum += loss * samples
+        self._samples += samples
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._samples if self._samples else None
+
+
+def _loader_state(loader: Batches | None) -> dict[str, Any] | None:
+    state_dict = getattr(loader, "state_dict", None)
+    return None if state_dict is None else state_dict()
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the bits of all parameters: equal on two ranks if and only if their models are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
