@@ -1,0 +1,93 @@
+"""One rank of a stage-in under test: `staging_rank.py SOURCE TO [OPTIONS]`, with the faults that a test asks for.
+
+The last line of output of rank 0 is a JSON object: the receipt, and the bytes that all ranks read by read calls.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from stagein import chunk_io, ring
+from stagein.formats.errors import StageinError
+from stagein.staging import stage
+from stagein.world import Communicator, connect
+
+HANG_SECONDS = 1000
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", type=Path)
+    parser.add_argument("to")
+    parser.add_argument("--policy", default="auto")
+    parser.add_argument("--timeout-seconds", type=float, default=30)
+    parser.add_argument("--memory-bytes", type=int, default=1 << 20)
+    parser.add_argument("--signal", help="signal that a rank sends to itself in the middle")
+    parser.add_argument("--hang-reading", action="store_true", help="reads of the source never end")
+    parser.add_argument("--flip-arrivals", action="store_true", help="damage what comes over the network")
+    parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
+    parser.add_argument("--slow-seconds", type=float, default=0, help="each chunk read takes this much longer")
+    return parser.parse_args()
+
+
+def plant_faults(arguments: argparse.Namespace) -> None:
+    read = chunk_io.ChunkReader.read
+    if arguments.hang_reading:
+        chunk_io.ChunkReader.read = lambda *_: time.sleep(HANG_SECONDS)
+    if arguments.slow_seconds:
+        chunk_io.ChunkReader.read = lambda *words: (time.sleep(arguments.slow_seconds), read(*words))
+    if arguments.flip_arrivals:
+        after_arrival = ring.Engine._after_arrival
+
+        def flip(engine: ring.Engine, arrival: ring.Arrival, neighbours: ring.Neighbours) -> None:
+            engine._buffers.view(arrival.buffer)[0] ^= 1
+            after_arrival(engine, arrival, neighbours)
+
+        ring.Engine._after_arrival = flip
+
+
+def send_signal_in_the_middle(name: str, done_bytes: int, total_bytes: int) -> None:
+    if done_bytes > total_bytes // 2:
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+def read_call_bytes() -> int:
+    """Bytes that this process has got from read calls so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def main() -> None:
+    arguments = parse()
+    communicator: Communicator = connect()
+    faulty = communicator.world.rank == arguments.on_rank
+    if faulty:
+        plant_faults(arguments)
+    before = read_call_bytes()
+    try:
+        receipt = stage(
+            arguments.source,
+            arguments.to,
+            policy=arguments.policy,
+            communicator=communicator,
+            memory_bytes=arguments.memory_bytes,
+            timeout_seconds=arguments.timeout_seconds,
+            progress=(lambda done, total: send_signal_in_the_middle(arguments.signal, done, total))
+            if faulty and arguments.signal
+            else None,
+        )
+    except StageinError as error:
+        if not error.reported_by_peer:
+            print(f"stagein: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    read_bytes = sum(communicator.gather_all(read_call_bytes() - before))
+    if communicator.world.rank == 0:
+        print(json.dumps({"receipt": receipt.model_dump(), "read_call_bytes": read_bytes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

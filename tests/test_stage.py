@@ -1,0 +1,558 @@
+"""Stage-in with real files, real ranks and real faults: what is published is right, or nothing is."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mpi import run_ranks, start_ranks
+from synthetic import CHUNK_BYTES, write_dataset
+
+from stagein.cache import READY_NAME, Store, expand_node, find_staged, note_destination
+from stagein.formats.errors import (
+    ChecksumError,
+    ExitCode,
+    NoSpaceError,
+    SourceError,
+    UsageError,
+    WatchdogError,
+)
+from stagein.formats.manifest import Manifest
+from stagein.receipt import Receipt
+from stagein.staging import plan_stage, stage
+from stagein.world import Communicator
+
+RANK = Path(__file__).with_name("staging_rank.py")
+SHARD_SIZES = (20 * CHUNK_BYTES, 7 * CHUNK_BYTES + 1, 1, 13 * CHUNK_BYTES - 1, 16 * CHUNK_BYTES)
+FILE_SIZES = (1000, 0, 2 * CHUNK_BYTES)
+CALL_OVERHEAD_BYTES = 1 << 20
+"""Reads beside the data itself: the manifest, /proc, Python modules, MPI."""
+
+
+@pytest.fixture(autouse=True)
+def no_trace_in_this_users_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.delenv("STAGEIN_TO", raising=False)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "source", SHARD_SIZES, FILE_SIZES)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def to(tmp_path: Path) -> Path:
+    (tmp_path / "nvme").mkdir()
+    return tmp_path / "nvme"
+
+
+@pytest.fixture
+def node_disks(tmp_path: Path) -> Iterator[str]:
+    """A destination with {node} in it, and a folder for each of the nodes a, b and c."""
+    for node in "abc":
+        (tmp_path / f"nvme-{node}").mkdir()
+    yield str(tmp_path / "nvme-{node}")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
+    """A disk of its own, that small, mounted on `folder`."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    options = ["-t", "tmpfs", "-o", f"size={nbytes}", "none", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def stage_alone(source: Path, to: Path, **options: object) -> Receipt:
+    return stage(source, str(to), communicator=Communicator(), **options)
+
+
+def stage_over_ranks(
+    source: Path, to: str, nodes: str, *options: str | float
+) -> tuple[subprocess.CompletedProcess[str], dict | None]:
+    """The launcher's result, and what rank 0 reported. Each letter of `nodes` is a rank on the node of that name."""
+    result = run_ranks(len(nodes), sys.executable, RANK, source, to, *map(str, options), nodes=nodes)
+    lines = result.stdout.strip().splitlines()
+    return result, json.loads(lines[-1]) if result.returncode == 0 else None
+
+
+def start_alone(source: Path, to: Path, *options: str | float) -> subprocess.Popen[str]:
+    command = [sys.executable, str(RANK), str(source), str(to), *map(str, options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def final_folder(source: Path, to: Path | str) -> Path:
+    return Path(to) / "stagein" / Manifest.load(source).id
+
+
+def work_folder(source: Path, to: Path | str) -> Path:
+    return final_folder(source, to).with_suffix(".part")
+
+
+def assert_staged(source: Path, to: Path | str, files: list[str] | None = None) -> None:
+    """Every file (or these) is there with the source's bytes, READY says so, and nothing is left over."""
+    final = final_folder(source, to)
+    names = files if files is not None else [entry.file for entry in Manifest.load(source).all_files()]
+    assert {path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()} == {
+        *names,
+        "manifest.json",
+        "READY",
+        "receipt.json",
+    }
+    for name in names:
+        assert (final / name).read_bytes() == (source / name).read_bytes(), name
+        assert (final / name).stat().st_mode & 0o777 == 0o444
+    assert Manifest.load(final) == Manifest.load(source)
+    assert sorted(json.loads((final / READY_NAME).read_text())["files"]) == sorted(names)
+    assert not work_folder(source, to).exists()
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    path.chmod(0o644)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        value = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([value ^ 1]))
+
+
+def journaled_chunks(source: Path, to: Path | str) -> int:
+    return sum(len(path.read_text().split()) for path in work_folder(source, to).glob("journal-*"))
+
+
+# Alone: one process, no MPI
+
+
+def test_alone_every_file_arrives(source: Path, to: Path) -> None:
+    receipt = stage_alone(source, to)
+    assert_staged(source, to)
+    total = sum(SHARD_SIZES) + sum(FILE_SIZES)
+    (node,) = receipt.nodes
+    assert (receipt.read_bytes, receipt.written_bytes, node.sent_bytes) == (total, total, 0)
+    assert node.verified_chunks == 20 + 8 + 1 + 13 + 16 + 1 + 2
+    assert Receipt.model_validate_json((final_folder(source, to) / "receipt.json").read_bytes()) == receipt
+
+
+def test_alone_mpi_is_not_even_imported(source: Path, to: Path) -> None:
+    code = "import sys; from stagein import stage; stage(*sys.argv[1:]); assert 'mpi4py' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(source), str(to)], check=True)
+    assert_staged(source, to)
+
+
+@pytest.mark.parametrize("shard_sizes", [(), (0,), (1,), (CHUNK_BYTES,), (0, CHUNK_BYTES, 0, CHUNK_BYTES + 1)])
+def test_sizes_at_the_edges(tmp_path: Path, to: Path, shard_sizes: tuple[int, ...]) -> None:
+    write_dataset(tmp_path / "edge", shard_sizes, ())
+    stage_alone(tmp_path / "edge", to)
+    assert_staged(tmp_path / "edge", to)
+
+
+def test_memory_of_four_chunks_is_enough(source: Path, to: Path) -> None:
+    stage_alone(source, to, memory_bytes=1)
+    assert_staged(source, to)
+
+
+def test_a_converted_data_set_reads_the_same_from_its_copy(jpeg_dataset_path: Path, to: Path) -> None:
+    import zarr
+
+    from stagein.formats import Dataset, verify
+
+    stage_alone(jpeg_dataset_path, to)
+    copy = final_folder(jpeg_dataset_path, to)
+    verify(copy)
+    ids = list(range(len(Dataset(copy))))
+    pairs = zip(Dataset(copy).read_records(ids), Dataset(jpeg_dataset_path).read_records(ids), strict=True)
+    assert all(bytes(ours) == bytes(theirs) for ours, theirs in pairs)
+    primary = Manifest.load(copy).record_schema.primary
+    assert (zarr.open_group(copy)[primary][:] == zarr.open_group(jpeg_dataset_path)[primary][:]).all()
+
+
+def test_again_moves_nothing(source: Path, to: Path) -> None:
+    first = stage_alone(source, to)
+    before = {path: path.stat().st_mtime_ns for path in final_folder(source, to).rglob("*")}
+    again = stage_alone(source, to)
+    assert not first.moved_nothing and again.moved_nothing
+    assert (again.read_bytes, again.written_bytes, again.nodes[0].reused_bytes) == (0, 0, first.dataset_bytes)
+    assert before == {path: path.stat().st_mtime_ns for path in final_folder(source, to).rglob("*")}
+
+
+def test_two_versions_of_a_data_set_do_not_mix(tmp_path: Path, source: Path, to: Path) -> None:
+    write_dataset(tmp_path / "other", SHARD_SIZES, FILE_SIZES, seed=1)
+    stage_alone(source, to)
+    stage_alone(tmp_path / "other", to)
+    assert_staged(source, to)
+    assert_staged(tmp_path / "other", to)
+
+
+# The source
+
+
+def test_a_flipped_byte_in_the_source_is_named_and_nothing_published(source: Path, to: Path) -> None:
+    flip_byte(source / "shards/00003.h5", 5 * CHUNK_BYTES + 17)
+    with pytest.raises(
+        ChecksumError, match=rf"00003.h5 .* from {5 * CHUNK_BYTES}: .* is [0-9a-f]{{32}}, not [0-9a-f]{{32}}"
+    ):
+        stage_alone(source, to)
+    assert not final_folder(source, to).exists()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def grow(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (truncate, "bytes, the manifest says"),
+        (grow, "bytes, the manifest says"),
+        (Path.unlink, "No such file"),
+        (replace_by_folder, "not a regular file"),
+    ],
+)
+def test_a_wrong_source_file_is_refused_before_anything_moves(source: Path, to: Path, damage, sentence: str) -> None:
+    damage(source / "shards/00001.h5")
+    with pytest.raises(SourceError, match=f"00001.h5 .*{sentence}"):
+        stage_alone(source, to)
+    assert list(to.iterdir()) == []
+
+
+def test_all_bad_files_are_listed(source: Path, to: Path) -> None:
+    (source / "shards/00001.h5").unlink()
+    truncate(source / "shards/00003.h5")
+    with pytest.raises(SourceError, match=r"00001\.h5 .*00003\.h5 "):
+        stage_alone(source, to)
+
+
+def test_a_shard_truncated_while_it_is_copied(source: Path, to: Path) -> None:
+    def cut_off(done_bytes: int, total_bytes: int) -> None:
+        os.truncate(source / "shards/00004.h5", 100)
+
+    with pytest.raises(SourceError, match=r"00004\.h5 .*truncated"):
+        stage_alone(source, to, memory_bytes=1, progress=cut_off)
+    assert not final_folder(source, to).exists()
+
+
+def test_a_manifest_that_is_no_json(source: Path, to: Path) -> None:
+    (source / "manifest.json").write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        stage_alone(source, to)
+
+
+def test_trouble_that_passes_is_waited_for(source: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv, troubles = os.preadv, [errno.EIO, errno.ESTALE]
+
+    def preadv_with_trouble(*words):
+        if troubles:
+            raise OSError(troubles.pop(), "trouble")
+        return preadv(*words)
+
+    monkeypatch.setattr(os, "preadv", preadv_with_trouble)
+    stage_alone(source, to)
+    assert not troubles
+    assert_staged(source, to)
+
+
+# The destination
+
+
+def test_a_missing_destination_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere on node .* is not a folder"):
+        stage_alone(source, tmp_path / "nowhere")
+
+
+def test_a_destination_inside_the_source_is_refused(source: Path) -> None:
+    with pytest.raises(UsageError, match="lies inside the source"):
+        stage_alone(source, source / "shards")
+
+
+def test_a_read_only_destination_is_refused(source: Path, to: Path) -> None:
+    with small_disk(to, 1 << 20):
+        subprocess.run(["mount", "-o", "remount,ro", str(to)], check=True)
+        with pytest.raises(UsageError, match="cannot be written"):
+            stage_alone(source, to)
+
+
+def test_a_destination_without_room_is_refused_before_anything_moves(source: Path, to: Path) -> None:
+    with small_disk(to, 1 << 20):
+        with pytest.raises(NoSpaceError, match=r"needs [\d,]+ bytes, but node \S+ has room for 1,048,576"):
+            stage_alone(source, to, policy="replicate")
+        assert list(to.iterdir()) == []
+
+
+@pytest.mark.parametrize("reserve", [True, False], ids=["when reserving", "when writing"])
+def test_a_destination_that_gets_full_is_cleaned_up(
+    source: Path, to: Path, monkeypatch: pytest.MonkeyPatch, reserve: bool
+) -> None:
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 1 << 40)  # somebody else took the room after we looked
+    if not reserve:
+        monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, offset, nbytes: os.ftruncate(descriptor, nbytes))
+    with small_disk(to, 2 << 20):
+        with pytest.raises(NoSpaceError, match="no space left"):
+            stage_alone(source, to)
+        assert not work_folder(source, to).exists() and not final_folder(source, to).exists()
+
+
+def test_a_dry_run_writes_nothing(source: Path, to: Path) -> None:
+    manifest, plan = plan_stage(source, str(to), communicator=Communicator())
+    assert plan.policy == "replicate" and manifest == Manifest.load(source)
+    assert list(to.iterdir()) == []
+
+
+# What an earlier run left
+
+
+def test_killed_in_the_middle_and_run_again(source: Path, to: Path) -> None:
+    killed = start_alone(source, to, "--signal", "SIGKILL", "--memory-bytes", 1)
+    killed.communicate(timeout=30)
+    assert killed.returncode == -signal.SIGKILL
+    finished = journaled_chunks(source, to)
+    assert finished > 5 and not final_folder(source, to).exists()
+    receipt = stage_alone(source, to)
+    assert_staged(source, to)
+    assert receipt.nodes[0].reused_bytes > (finished - 5) * CHUNK_BYTES
+    assert receipt.read_bytes == receipt.dataset_bytes - receipt.nodes[0].reused_bytes
+
+
+def test_what_the_journal_says_is_not_believed_without_a_look(source: Path, to: Path) -> None:
+    killed = start_alone(source, to, "--signal", "SIGKILL", "--memory-bytes", 1)
+    killed.communicate(timeout=30)
+    flip_byte(work_folder(source, to) / "shards/00000.h5", 100)
+    (work_folder(source, to) / "journal-7").write_text("3\n99999\nnonsense\n4")
+    (work_folder(source, to) / "stray").write_text("of another time")
+    stage_alone(source, to)
+    assert_staged(source, to)
+
+
+def test_sigterm_stops_cleanly_and_resumes(source: Path, to: Path) -> None:
+    stopped = start_alone(source, to, "--signal", "SIGTERM", "--memory-bytes", 1)
+    _, stderr = stopped.communicate(timeout=30)
+    assert stopped.returncode == ExitCode.INTERRUPTED
+    assert stderr.count("run the same command again") == 1 and "Traceback" not in stderr
+    assert stage_alone(source, to).nodes[0].reused_bytes > 0
+    assert_staged(source, to)
+
+
+def test_a_copy_that_lost_a_file_is_repaired(source: Path, to: Path) -> None:
+    stage_alone(source, to)
+    (final_folder(source, to) / "shards/00001.h5").unlink()
+    assert stage_alone(source, to).read_bytes == SHARD_SIZES[1]
+    assert_staged(source, to)
+
+
+def test_without_ready_a_copy_is_not_trusted(source: Path, to: Path) -> None:
+    stage_alone(source, to)
+    (final_folder(source, to) / READY_NAME).unlink()
+    flip_byte(final_folder(source, to) / "shards/00000.h5", 3 * CHUNK_BYTES)
+    assert find_staged(Manifest.load(source).id, {"STAGEIN_TO": str(to)}) is None
+    assert stage_alone(source, to).read_bytes == CHUNK_BYTES
+    assert_staged(source, to)
+
+
+# Two jobs
+
+
+def test_two_jobs_at_once_do_the_work_once(source: Path, to: Path) -> None:
+    jobs = [start_alone(source, to, "--slow-seconds", 0.01) for _ in range(2)]
+    reports = [json.loads(job.communicate(timeout=60)[0]) for job in jobs]
+    assert sorted(report["receipt"]["moved_nothing"] for report in reports) == [False, True]
+    assert_staged(source, to)
+
+
+def test_waiting_for_another_job_is_bounded_and_names_it(source: Path, to: Path) -> None:
+    (to / "stagein").mkdir()
+    with open(final_folder(source, to).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("123 on somewhere")
+        lock.flush()
+        with pytest.raises(WatchdogError, match=r"process 123 on somewhere .* is staging the same data set"):
+            stage_alone(source, to, timeout_seconds=0.5)
+
+
+# Finding the copy
+
+
+def test_a_loader_finds_the_copy(source: Path, to: Path) -> None:
+    dataset_id = Manifest.load(source).id
+    assert find_staged(dataset_id) is None
+    stage_alone(source, to)
+    copy = find_staged(dataset_id)
+    assert copy is not None and copy.path == final_folder(source, to)
+    assert copy.files == {entry.file for entry in Manifest.load(source).all_files()}
+    assert find_staged("0" * 64) is None
+
+
+def test_a_loader_looks_where_it_is_told(source: Path, to: Path, tmp_path: Path) -> None:
+    (tmp_path / "nvme-here").mkdir()
+    stage_alone(source, tmp_path / "nvme-here")
+    told = {"STAGEIN_TO": os.pathsep.join([str(to), str(tmp_path / "nvme-{node}")]), "STAGEIN_NODE": "here"}
+    copy = find_staged(Manifest.load(source).id, told)
+    assert copy is not None and copy.path.is_relative_to(tmp_path / "nvme-here")
+    assert find_staged(Manifest.load(source).id, {"STAGEIN_TO": str(to)}) is None
+
+
+def test_a_note_that_others_could_have_written_is_ignored(source: Path, to: Path, tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path), "STAGEIN_NODE": "n"}
+    stage_alone(source, to)
+    note_destination(to, "n", environment)
+    assert find_staged(Manifest.load(source).id, environment) is not None
+    (tmp_path / f"stagein-{os.getuid()}" / "n").chmod(0o777)
+    assert find_staged(Manifest.load(source).id, environment) is None
+
+
+# Several ranks on several nodes
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("nodes", ["ab", "aabb", "aab", "abc"])
+def test_replicate_reads_each_byte_once(source: Path, node_disks: str, nodes: str) -> None:
+    result, report = stage_over_ranks(source, node_disks, nodes, "--policy", "replicate")
+    assert report is not None, result.stderr
+    names = sorted(set(nodes))
+    for node in names:
+        assert_staged(source, expand_node(node_disks, node))
+    receipt = Receipt.model_validate(report["receipt"])
+    assert receipt.read_bytes == receipt.dataset_bytes
+    assert report["read_call_bytes"] < receipt.dataset_bytes + CALL_OVERHEAD_BYTES * len(nodes)
+    assert [node.node for node in receipt.nodes] == names
+    assert sum(node.sent_bytes for node in receipt.nodes) == (len(names) - 1) * receipt.dataset_bytes
+    shares = [node.read_bytes for node in receipt.nodes]
+    assert max(shares) - min(shares) <= 2 * CHUNK_BYTES
+
+
+@pytest.mark.mpi
+def test_partition_gives_each_shard_to_one_node(source: Path, node_disks: str) -> None:
+    result, report = stage_over_ranks(source, node_disks, "aab", "--policy", "partition")
+    assert report is not None, result.stderr
+    here = {
+        node: find_staged(Manifest.load(source).id, {"STAGEIN_TO": node_disks, "STAGEIN_NODE": node}) for node in "ab"
+    }
+    manifest = Manifest.load(source)
+    small = {entry.file for entry in manifest.files}
+    assert here["a"].files & here["b"].files == small
+    assert here["a"].files | here["b"].files == {entry.file for entry in manifest.all_files()}
+    for node in "ab":
+        assert_staged(source, expand_node(node_disks, node), sorted(here[node].files))
+    receipt = Receipt.model_validate(report["receipt"])
+    assert receipt.read_bytes == receipt.dataset_bytes and receipt.policy == "partition"
+    again, report = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
+    assert report is not None, again.stderr
+    for node in "ab":
+        assert_staged(source, expand_node(node_disks, node))
+
+
+@pytest.mark.mpi
+def test_ranks_of_one_node_share_its_work(source: Path, to: Path) -> None:
+    result, report = stage_over_ranks(source, str(to), "aaa")
+    assert report is not None, result.stderr
+    assert_staged(source, to)
+    assert report["receipt"]["nodes"][0]["sent_bytes"] == 0
+    assert report["read_call_bytes"] < report["receipt"]["dataset_bytes"] + 3 * CALL_OVERHEAD_BYTES
+    again, report = stage_over_ranks(source, str(to), "aa")
+    assert report is not None and report["receipt"]["moved_nothing"], again.stderr
+
+
+@pytest.mark.mpi
+def test_a_flipped_byte_ends_every_rank_with_one_sentence(source: Path, node_disks: str) -> None:
+    flip_byte(source / "shards/00003.h5", 5 * CHUNK_BYTES + 17)
+    result, _ = stage_over_ranks(source, node_disks, "aab", "--policy", "replicate")
+    assert result.returncode == ExitCode.CHECKSUM
+    assert result.stderr.count("stagein: ") == 1 and "00003.h5" in result.stderr and "Traceback" not in result.stderr
+    for node in "ab":
+        assert not final_folder(source, expand_node(node_disks, node)).exists()
+
+
+@pytest.mark.mpi
+def test_damage_on_the_way_is_noticed(source: Path, node_disks: str) -> None:
+    result, _ = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate", "--flip-arrivals", "--on-rank", 1)
+    assert result.returncode == ExitCode.CHECKSUM
+    assert "as it arrived over the network" in result.stderr
+    assert not final_folder(source, expand_node(node_disks, "b")).exists()
+
+
+@pytest.mark.mpi
+def test_a_rank_killed_in_the_middle_ends_the_job_and_the_next_run_resumes(source: Path, node_disks: str) -> None:
+    start = time.monotonic()
+    result, _ = stage_over_ranks(
+        source, node_disks, "ab", "--policy", "replicate", "--signal", "SIGKILL", "--on-rank", 1, "--memory-bytes", 1
+    )
+    assert result.returncode != 0 and time.monotonic() - start < 20
+    assert journaled_chunks(source, expand_node(node_disks, "b")) > 5
+    result, report = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
+    assert report is not None, result.stderr
+    for node in "ab":
+        assert_staged(source, expand_node(node_disks, node))
+    receipt = Receipt.model_validate(report["receipt"])
+    assert all(node.reused_bytes > 0 for node in receipt.nodes)
+    assert receipt.read_bytes < receipt.dataset_bytes
+
+
+@pytest.mark.mpi
+def test_sigterm_on_one_rank_stops_all_resumably(source: Path, node_disks: str) -> None:
+    result, _ = stage_over_ranks(
+        source, node_disks, "ab", "--policy", "replicate", "--signal", "SIGTERM", "--memory-bytes", 1
+    )
+    assert result.returncode == ExitCode.INTERRUPTED
+    assert result.stderr.count("run the same command again") == 1
+    assert work_folder(source, expand_node(node_disks, "b")).exists()
+
+
+@pytest.mark.mpi
+def test_one_full_node_ends_all_and_leaves_the_others_resumable(source: Path, node_disks: str) -> None:
+    full = expand_node(node_disks, "b")
+    with small_disk(full, 2 << 20):
+        result, _ = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
+        assert result.returncode == ExitCode.NO_SPACE
+        assert result.stderr.count("stagein: ") == 1 and "node b has room for 2,097,152" in result.stderr
+        result, report = stage_over_ranks(source, node_disks, "ab")
+        assert report is not None and report["receipt"]["policy"] == "partition", result.stderr
+
+
+@pytest.mark.mpi
+def test_a_source_that_hangs_is_named_and_ends_all(source: Path, node_disks: str) -> None:
+    result, _ = stage_over_ranks(
+        source, node_disks, "ab", "--policy", "replicate", "--hang-reading", "--on-rank", 1, "--timeout-seconds", 2
+    )
+    assert result.returncode == ExitCode.WATCHDOG
+    assert "waiting for the source to deliver shards/" in result.stderr
+
+
+@pytest.mark.mpi
+def test_a_rank_that_stands_still_is_named_and_ends_all(source: Path, node_disks: str) -> None:
+    command = [sys.executable, RANK, source, node_disks, "--policy", "replicate", "--timeout-seconds", "2"]
+    with start_ranks(
+        2, *command, "--signal", "SIGSTOP", "--on-rank", "1", "--memory-bytes", "1", nodes="ab"
+    ) as launcher:
+        _, stderr = launcher.communicate(timeout=40)
+    assert launcher.returncode == ExitCode.WATCHDOG
+    assert "rank 1" in stderr
+
+
+@pytest.mark.mpi
+def test_a_destination_that_nodes_share_is_refused(source: Path, to: Path) -> None:
+    result, _ = stage_over_ranks(source, str(to), "ab")
+    assert result.returncode == ExitCode.USAGE
+    assert "the nodes a, b share the destination" in result.stderr
+    assert list((to / "stagein").iterdir()) == []

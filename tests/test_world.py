@@ -1,0 +1,116 @@
+"""Ranks, nodes, and what ranks tell each other."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from mpi import run_ranks
+
+from stagein.formats.errors import ExitCode, SourceError, UsageError
+from stagein.world import Communicator, World, connect, node_name
+
+TALK = """
+import json, numpy as np
+from stagein.formats.errors import SourceError
+from stagein.world import connect
+ranks = connect()
+world = ranks.world
+try:
+    with ranks.together():
+        if world.rank == 1:
+            raise SourceError("the file is gone")
+    failure = None
+except SourceError as error:
+    failure = [str(error), error.reported_by_peer]
+flags = np.zeros(3, dtype=np.bool_)
+flags[world.rank] = True
+here = ranks.on_this_node()
+words = {
+    "node": [world.node, world.nodes, world.node_name, world.local_rank, world.local_size],
+    "failure": failure,
+    "broadcast": ranks.broadcast(world.rank, root=2),
+    "gathered": ranks.gather_all(world.rank),
+    "any_rank": ranks.any_rank(flags).tolist(),
+    "here": here.any_rank(flags).tolist(),
+}
+here.free()
+ranks.barrier()
+reports = ranks.gather_all(words)
+for report in reports if world.rank == 0 else []:
+    print(json.dumps(report))
+"""
+
+MISSING_RANK = """
+import sys, time
+from stagein.formats.errors import WatchdogError
+from stagein.world import connect
+ranks = connect()
+if ranks.world.rank == 1:
+    time.sleep(100)
+try:
+    ranks.barrier(timeout_seconds=1)
+except WatchdogError as error:
+    print(error, flush=True)
+    ranks.abort(error.exit_code)
+"""
+
+
+def test_nodes_are_numbered_by_first_appearance() -> None:
+    names = ["b", "a", "b", "b", "a"]
+    assert World.of_rank(3, names) == World(3, 5, local_rank=2, local_size=3, node=0, nodes=2, node_name="b")
+    assert World.of_rank(4, names) == World(4, 5, local_rank=1, local_size=2, node=1, nodes=2, node_name="a")
+
+
+def test_the_variable_names_the_node() -> None:
+    assert node_name({"STAGEIN_NODE": "n7"}) == "n7"
+    assert node_name({}) != ""
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "a\0"])
+def test_a_node_name_that_no_path_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be part of a path"):
+        node_name({"STAGEIN_NODE": name})
+
+
+def test_alone_all_of_it_works_without_mpi() -> None:
+    alone = Communicator()
+    alone.barrier()
+    assert (alone.world.rank, alone.world.size, alone.mpi) == (0, 1, None)
+    assert alone.broadcast("word") == "word" and alone.gather_all("word") == ["word"]
+    assert alone.on_this_node() is alone
+    assert alone.any_rank(np.array([True, False])).tolist() == [True, False]
+    with pytest.raises(SourceError, match="gone") as failure, alone.together():
+        raise SourceError("gone")
+    assert not failure.value.reported_by_peer
+
+
+def test_slurm_tasks_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagein.world.started_by_mpi", lambda: False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UsageError, match="started 4 tasks"):
+        connect()
+
+
+@pytest.mark.mpi
+def test_ranks_talk_and_fail_together() -> None:
+    result = run_ranks(3, sys.executable, "-c", TALK, nodes=["a", "b", "a"])
+    first, second, third = [json.loads(line) for line in result.stdout.strip().splitlines()]
+    assert [words["node"] for words in (first, second, third)] == [
+        [0, 2, "a", 0, 2],
+        [1, 2, "b", 0, 1],
+        [0, 2, "a", 1, 2],
+    ]
+    assert second["failure"] == ["the file is gone", False]
+    assert first["failure"] == third["failure"] == ["rank 1 on b: the file is gone", True]
+    for words in (first, second, third):
+        assert words["broadcast"] == 2 and words["gathered"] == [0, 1, 2] and words["any_rank"] == [True] * 3
+    assert first["here"] == third["here"] == [True, False, True] and second["here"] == [False, True, False]
+
+
+@pytest.mark.mpi
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    result = run_ranks(2, sys.executable, "-c", MISSING_RANK, nodes=["a", "b"], timeout_seconds=30)
+    assert result.returncode == ExitCode.WATCHDOG
+    assert "rank 0 on a waited 1 s for the other ranks" in result.stdout
