@@ -115,10 +115,11 @@ def convert(
         refuse_large_record(int(nbytes), path)
     shard_plans = plan_encoded_shards(plan.nbytes, shard_bytes)
     layout = ShardLayout(plan.schema, container, encoded_capacity(shard_plans, shard_bytes), chunk_bytes)
-    growing = GrowingDataset(target, overwrite=overwrite)
+    with _os_errors_as_sentences(target):
+        growing = GrowingDataset(target, overwrite=overwrite)
     try:
         tasks = [_make_task(plan, shard_plan, layout, growing.folder, skip_bad) for shard_plan in shard_plans]
-        with _signals_as_errors(target):
+        with _os_errors_as_sentences(target), _signals_as_errors(target):
             results = _run_tasks(tasks, plan, min(workers, max(1, len(tasks))), on_progress)
             bad = [file for result in results for file in result.bad]
             if bad:
@@ -129,8 +130,6 @@ def convert(
             )
             shards[:1] = [_with_skipped(shard, plan.refused) for shard in shards[:1]]
             manifest = growing.publish(layout, shards, source)
-    except OSError as error:
-        raise describe_os_error(error, "writing", target) from error
     finally:
         growing.close()
     skipped = tuple(file for shard in shards for file in shard.skipped)
@@ -304,6 +303,14 @@ def _read_whole_file(root: int, path: str, room: memoryview, root_path: Path) ->
         raise SourceError(
             f"{root_path / path} changed its size while it was converted: run the same command again when it is at rest"
         )
+
+
+@contextmanager
+def _os_errors_as_sentences(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise describe_os_error(error, "writing", target) from error
 
 
 @contextmanager

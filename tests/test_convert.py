@@ -180,6 +180,29 @@ def test_a_restart_keeps_what_holds_and_redoes_the_rest(source: Path, jpeg_datas
     assert tree(target) == tree(jpeg_dataset_path)
 
 
+def test_a_restart_after_the_source_changed_takes_nothing_stale(source: Path, tmp_path: Path) -> None:
+    def stop_after_one(progress: Progress) -> None:
+        raise _StopError
+
+    target = tmp_path / "x.st"
+    with pytest.raises(_StopError):
+        convert(plan_imagefolder(source), target, shard_bytes=64 << 10, on_progress=stop_after_one)
+    edited = source / "checker/00000.jpg"
+    content = bytearray(edited.read_bytes())
+    content[-10] ^= 1  # another image of the same size
+    edited.write_bytes(content)
+    assert convert(plan_imagefolder(source), target, shard_bytes=64 << 10).reused_shards == 0
+    assert Dataset(target)[0]["image"].tobytes() == content
+
+
+def test_a_target_that_cannot_be_made_is_a_sentence(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run_convert(source, tmp_path / "file" / "x.st")
+    assert result.returncode == 3
+    assert result.stderr.startswith("stagein: writing ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(
     jpeg_folder: Path, tmp_path: Path, signal_number: signal.Signals

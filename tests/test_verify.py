@@ -91,8 +91,12 @@ def test_missing_truncated_and_grown_shards(copy: Path) -> None:
     assert "it has 5000 bytes" in found[1]
     result = run("verify", copy)
     assert result.returncode == 5
+    dataset = Dataset(copy)
+    in_second = dataset.manifest.shards[2].first - 1
     with pytest.raises(SourceError, match="cannot be opened"):
-        Dataset(copy).read_records([0])
+        dataset.read_records([0])
+    with pytest.raises(SourceError, match=f"record {in_second} in .* is cut off"):
+        dataset.read_records([in_second])
 
 
 def test_a_missing_shard_alone_is_a_source_error(copy: Path) -> None:

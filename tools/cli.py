@@ -122,6 +122,67 @@ def verify(
     verify.run(path, workers=workers, as_json=json)
 
 
+class PolicyChoice(StrEnum):
+    """Values of --policy."""
+
+    AUTO = "auto"
+    REPLICATE = "replicate"
+    PARTITION = "partition"
+
+
+@app.command()
+def stage(
+    source: Annotated[Path, typer.Argument(help="A data set on the shared file system.")],
+    to: Annotated[str, typer.Option(help="Node-local folder; {node} in it becomes the node's name.")],
+    policy: Annotated[
+        PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
+    ] = PolicyChoice.AUTO,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and move nothing.")] = False,
+    memory: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Buffers of each rank.")
+    ] = 256 << 20,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without any progress after which all ranks end.")
+    ] = 60.0,
+    json: Json = False,
+) -> None:
+    """Copy a data set to the local disk of every node, each byte read once, every byte verified.
+
+    Started by mpirun or srun in the job script, on one rank a node or more; alone it stages to this node. What is there
+    already is not copied again.
+    """
+    from . import stage
+
+    stage.run(source, to, policy.value, dry_run=dry_run, memory_bytes=memory, timeout_seconds=timeout, as_json=json)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a packaged one: cifar10, demo, imagenet.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a setting; may be repeated.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a model with the loader and the allreduce loop of this package, on as many ranks as mpirun started."""
+    from . import train
+
+    train.run(config, overrides or [], as_json=json)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; what an earlier demo left there is replaced.")] = Path(
+        "demo"
+    ),
+    ranks: Annotated[int, typer.Option(min=1, help="MPI ranks, each playing a node of its own.")] = 2,
+) -> None:
+    """Show the whole chain on made-up images: convert, stage to two nodes, load with DALI, train with allreduce."""
+    from . import demo
+
+    demo.run(folder, ranks)
+
+
 def main() -> None:
     """Entry point of the `stagein` command."""
     try:
