@@ -41,6 +41,7 @@ READER_THREADS = 2
 WRITER_THREADS = 2
 
 _MOST_POSTED_RECEIVES = 4
+_MOST_READS = 2 * READER_THREADS
 _POLL_SECONDS = 100e-6
 _POLL_SECONDS_ALONE = 0.2
 """How long a rank sleeps, unless a helper thread has news, before it looks at MPI and at signals again."""
@@ -71,9 +72,10 @@ class Buffers:
 
     def __init__(self, number: int, buffer_bytes: int) -> None:
         self._memory = mmap.mmap(-1, max(1, number * buffer_bytes))
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._views = memoryview(self._memory)
         self._buffer_bytes = buffer_bytes
-        self._free = list(range(number))
+        self._free = list(range(number))  # the one freed last is taken first: it may still be in a CPU cache
         self._uses = [0] * number
 
     @property
@@ -522,14 +524,19 @@ class Engine:
             neighbours.post_receive(buffer, self._buffers.view(buffer))
 
     def _start_reads(self) -> int:
-        """Read chunks while buffers allow; those that travel first, as other nodes wait for them."""
+        """Give the reader threads enough to do, and no more: a chunk that waits to be read would hold a buffer.
+
+        Chunks that travel come first, as other nodes wait for them.
+        """
         started = 0
-        while self._own and self._buffers.free and self._under_way < self._most_under_way:
-            self._under_way += 1
-            self._read(self._own.popleft(), travels=True)
-            started += 1
-        while self._local and self._buffers.free:
-            self._read(self._local.popleft(), travels=False)
+        while self._buffers.free and len(self._reading) < _MOST_READS:
+            if self._own and self._under_way < self._most_under_way:
+                self._under_way += 1
+                self._read(self._own.popleft(), travels=True)
+            elif self._local and not self._own:
+                self._read(self._local.popleft(), travels=False)
+            else:
+                break
             started += 1
         return started
 

@@ -28,6 +28,7 @@ from stagein.formats.errors import (
 from stagein.formats.manifest import Manifest
 from stagein.receipt import Receipt
 from stagein.staging import plan_stage, stage
+from stagein.tools.stage import run as run_command
 from stagein.world import Communicator
 
 RANK = Path(__file__).with_name("staging_rank.py")
@@ -404,6 +405,12 @@ def test_a_loader_finds_the_copy(source: Path, to: Path) -> None:
     assert find_staged("0" * 64) is None
 
 
+def test_a_ready_of_another_data_set_does_not_count(source: Path, to: Path) -> None:
+    stage_alone(source, to)
+    final_folder(source, to).rename(to / "stagein" / ("1" * 64))
+    assert find_staged("1" * 64, {"STAGEIN_TO": str(to)}) is None
+
+
 def test_a_loader_looks_where_it_is_told(source: Path, to: Path, tmp_path: Path) -> None:
     (tmp_path / "nvme-here").mkdir()
     stage_alone(source, tmp_path / "nvme-here")
@@ -420,6 +427,23 @@ def test_a_note_that_others_could_have_written_is_ignored(source: Path, to: Path
     assert find_staged(Manifest.load(source).id, environment) is not None
     (tmp_path / f"stagein-{os.getuid()}" / "n").chmod(0o777)
     assert find_staged(Manifest.load(source).id, environment) is None
+
+
+# The command
+
+
+def test_the_command_prints_plan_and_receipt(source: Path, to: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(source, str(to), dry_run=True)
+    assert "replicate" in capsys.readouterr().out and list(to.iterdir()) == []
+    run_command(source, str(to), dry_run=True, as_json=True)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["nodes"][0]["gets_bytes"] == sum(SHARD_SIZES) + sum(FILE_SIZES)
+    run_command(source, str(to))
+    assert "read from the source" in capsys.readouterr().out
+    run_command(source, str(to))
+    assert "nothing was moved" in capsys.readouterr().out
+    run_command(source, str(to), as_json=True)
+    assert Receipt.model_validate_json(capsys.readouterr().out).moved_nothing
 
 
 # Several ranks on several nodes
