@@ -88,7 +88,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 shuffle=bool(shuffle),
                 tail="drop" if drop_last else tail,
             )
-        _refuse_misplaced(dataset, graph, self._order, drop_last, tail, device, decode_threads)
+        _refuse_misplaced(dataset, graph, self._order, drop_last, tail, seed, device, decode_threads)
         batching: dict[str, Any] = {
             "batch_size": batch_size,
             "shuffle": shuffle,
@@ -125,11 +125,15 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if graph is not None:
             assert isinstance(dataset, RecordDataset)
             _refuse_not_yet_honoured(
-                collate_fn=collate_fn,
-                worker_init_fn=worker_init_fn,
-                multiprocessing_context=multiprocessing_context,
-                generator=generator,
-                pin_memory_device=pin_memory_device or None,
+                {
+                    "batch_size=None": batch_size is None,
+                    "collate_fn=": collate_fn is not None,
+                    "worker_init_fn=": worker_init_fn is not None,
+                    "multiprocessing_context=": multiprocessing_context is not None,
+                    "generator=": generator is not None,
+                    "pin_memory_device=": bool(pin_memory_device),
+                    "timeout= without num_workers": timeout > 0 and num_workers == 0,
+                }
             )
             import_dali()
             device = _delivery_device(device)
@@ -137,7 +141,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 num_readers=num_workers,
                 batches_per_reader=_DEFAULT_PREFETCH_FACTOR if prefetch_factor is None else prefetch_factor,
                 read_timeout_s=timeout,
-                decode_threads=decode_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node()),
+                decode_threads=_decode_threads(decode_threads),
                 device=device,
                 pin_memory=pin_memory and device.type == "cpu" and torch.cuda.is_available(),
                 keep_pipeline=persistent_workers,
@@ -296,10 +300,13 @@ def _refuse_misplaced(
     order: GlobalOrder | None,
     drop_last: bool,
     tail: str,
+    seed: int,
     device: object,
     decode_threads: int | None,
 ) -> None:
     """Raise UsageError for arguments of ours that have no meaning for this data set, transform or sampler."""
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed={seed} is not a seed: it is from 0 to 2**64 - 1")
     if graph is not None and not isinstance(dataset, RecordDataset):
         raise UsageError(
             f"transform= needs a RecordDataset, not a {type(dataset).__name__}: transform its samples in __getitem__"
@@ -320,11 +327,20 @@ def _refuse_misplaced(
         raise UsageError("tail='pad' keeps the last samples and drop_last=True drops them: leave one of them out")
 
 
-def _refuse_not_yet_honoured(**arguments: object) -> None:
-    """Raise UsageError for arguments of torch's that the fast path does not honour yet: never ignore one."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise UsageError(f"{name}= is not honoured yet beside transform=: leave one of the two out")
+def _refuse_not_yet_honoured(arguments: Mapping[str, bool]) -> None:
+    """Raise UsageError for the first argument of torch's that was given: the fast path never ignores one."""
+    for name, given in arguments.items():
+        if given:
+            raise UsageError(f"{name} is not honoured yet beside transform=: leave one of the two out")
+
+
+def _decode_threads(asked: int | None) -> int:
+    """DALI's threads; by default the cores this process may use, divided by the ranks of the node that share them."""
+    if asked is None:
+        return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node())
+    if asked < 1:
+        raise UsageError(f"decode_threads={asked} is not a number of threads: it is at least 1")
+    return asked
 
 
 def _delivery_device(device: torch.device | str | None) -> torch.device:

@@ -59,11 +59,7 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Several samples with one call, as torch's own loader asks for them."""
         samples: list[Sample] = [
-            {
-                name: np.asarray(self.records.columns[name][index])
-                for name in self.fields
-                if name in self.records.columns
-            }
+            {name: np.array(self.records.columns[name][index]) for name in self.fields if name in self.records.columns}
             for index in indices
         ]
         primary = self.records.schema.primary

@@ -79,14 +79,22 @@ class FastPath:
         """Through one pipeline, and through a larger one from a batch on that has more rows than any before."""
         options = self.options
         pipeline, self._idle_pipeline = self._idle_pipeline, None
-        first = next(batches, None)
-        while first is not None:
-            if pipeline is None or pipeline.max_rows < first.num_inputs:
-                pipeline = GraphPipeline(self._graph, first, first.num_inputs, options.device, options.decode_threads)
-            yield from self._deliver(pipeline.run(itertools.chain([first], batches), self._row_place))
-            first = pipeline.take_back()
-        if options.keep_pipeline:
-            self._idle_pipeline = pipeline
+        try:
+            first = next(batches, None)
+            while first is not None:
+                if pipeline is None or pipeline.max_rows < first.num_inputs:
+                    if pipeline is not None:
+                        pipeline.close()
+                    pipeline = GraphPipeline(
+                        self._graph, first, first.num_inputs, options.device, options.decode_threads
+                    )
+                yield from self._deliver(pipeline.run(itertools.chain([first], batches), self._row_place))
+                first = pipeline.take_back()
+            if options.keep_pipeline:
+                self._idle_pipeline, pipeline = pipeline, None
+        finally:
+            if pipeline is not None:
+                pipeline.close()
 
     def _deliver(self, transformed: Iterator[tuple[HostBatch, Batch]]) -> Iterator[tuple[BatchTask, Batch]]:
         """The same batches, pinned where that was asked for, and counted."""

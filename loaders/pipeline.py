@@ -4,6 +4,7 @@ The pipeline is fed by `external_source` and runs ahead of the caller in DALI's 
 (the default) is essential: only it gives each batch memory of its own, which the tensors then own.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,26 +40,33 @@ class GraphPipeline:
         An exception of `batches` is raised after the batches before it. Raises SourceError for a record that cannot be
         decoded, named by `row_place`, and UsageError for a field whose rows differ in shape.
         """
-        self._source.start(batches)
+        source = self._source
+        source.start(batches)
         self._pipeline.reset()
         while True:
+            source.top_up()
             stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             try:
                 outputs = self._pipeline.run(stream)
             except StopIteration:
                 break
             except RuntimeError as error:
-                raise self._explain(self._source.in_flight[0], error, row_place) from error
-            batch = self._source.in_flight.popleft()
+                cause = error.with_traceback(None)  # its frames would keep the pipeline and its threads alive
+                raise self._explain(source.in_flight[0], cause, row_place) from cause
+            batch = source.in_flight.popleft()
             named = zip(self._output_names, outputs, strict=True)
             yield batch, {name: _as_tensor(name, output)[: batch.num_rows] for name, output in named}
-        if self._source.failure is not None:
-            raise self._source.failure
+        if source.failure is not None:
+            raise source.failure
 
     def take_back(self) -> HostBatch | None:
         """The batch that was too large for this pipeline, if that is why `run` ended."""
         batch, self._source.too_large = self._source.too_large, None
         return batch
+
+    def close(self) -> None:
+        """End DALI's threads and forget what is in flight."""
+        self._pipeline = None
 
     def _explain(
         self, batch: HostBatch, error: RuntimeError, row_place: Callable[[HostBatch, int], str]
@@ -67,6 +75,7 @@ class GraphPipeline:
         for row in range(batch.num_rows):
             single = _Source(tuple(batch.inputs), 1)
             single.start(iter([replace(batch, inputs={name: [values[row]] for name, values in batch.inputs.items()})]))
+            single.top_up()
             pipeline, _ = _build(self._graph, single, self._device, num_threads=1)
             try:
                 pipeline.run()
@@ -78,30 +87,43 @@ class GraphPipeline:
 
 
 class _Source:
-    """What DALI calls for its next batch. It holds what is in flight: DALI reads the records where they lie."""
+    """What DALI calls for its next batch. It holds what is in flight: DALI reads the records where they lie.
+
+    Batches are taken from the caller's iterator outside the call, so that an exception never passes through DALI.
+    """
 
     def __init__(self, names: tuple[str, ...], max_rows: int) -> None:
         self.names = names
         self.max_rows = max_rows
         self.in_flight: deque[HostBatch] = deque()
         self.failure: Exception | None = None
+        """Raised by `batches`; due once the batches before it are delivered."""
         self.too_large: HostBatch | None = None
+        self._waiting: deque[HostBatch] = deque()
         self._batches: Iterator[HostBatch] = iter(())
 
     def start(self, batches: Iterator[HostBatch]) -> None:
         self._batches = batches
 
+    def top_up(self) -> None:
+        """Have as many batches waiting as DALI asks for when it runs next; none after the last one."""
+        while len(self._waiting) + len(self.in_flight) < QUEUE_DEPTH and not self.failure and not self.too_large:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                self.failure = error
+                return
+            if batch.num_inputs > self.max_rows:
+                self.too_large = batch
+                return
+            self._waiting.append(batch)
+
     def __call__(self) -> tuple[Any, ...]:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise
-        except Exception as error:  # raised by `run` once the batches before this one are delivered
-            self.failure = error
-            raise StopIteration from None
-        if batch.num_inputs > self.max_rows:
-            self.too_large = batch
+        if not self._waiting:
             raise StopIteration
+        batch = self._waiting.popleft()
         self.in_flight.append(batch)
         return tuple(batch.inputs[name] for name in self.names)
 
@@ -120,7 +142,10 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
         nodes = dali.fn.external_source(source, num_outputs=len(source.names))
         outputs = graph.build(dict(zip(source.names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
         pipeline.set_outputs(*(node.gpu() if on_gpu else node for node in outputs.values()))
-    pipeline.build()
+    with warnings.catch_warnings():
+        # A user's graph is offered every small field; DALI would warn of each that it does not use.
+        warnings.filterwarnings("ignore", message="The external source node")
+        pipeline.build()
     return pipeline, tuple(outputs)
 
 

@@ -1,0 +1,146 @@
+"""The ready graphs give the pixels that PIL and numpy give for the same windows; one record is decoded at a time."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from stagein.formats import convert, plan_imagefolder
+from stagein.formats.errors import UsageError
+from stagein.loaders import DataLoader, RecordDataset, image_eval, image_train
+from stagein.loaders.augment import random_flips, random_resized_crops, train_uniforms
+from stagein.loaders.graphs import IMAGENET_MEAN, IMAGENET_STD
+
+pytest.importorskip("nvidia.dali")
+SIZES = [(64, 64), (120, 80), (90, 301), (257, 255), (33, 200), (400, 300)]
+MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.5, 8.0
+"""In grey levels of 255: decoders differ by rounding, more where the colour of neighbouring pixels is interpolated."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> RecordDataset:
+    """Smooth colour pictures of many shapes: JPEG with and without subsampled colour, grey, EXIF-rotated, PNG."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "images" / "all").mkdir(parents=True)
+    for number, (height, width) in enumerate(SIZES):
+        image = Image.fromarray(smooth_picture(height, width, number))
+        image.save(root / "images" / "all" / f"{number}.jpg", quality=95, subsampling=number % 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees when shown
+    Image.fromarray(smooth_picture(100, 150, 10)).save(root / "images" / "all" / "rotated.jpg", quality=95, exif=exif)
+    Image.fromarray(smooth_picture(70, 50, 11)).convert("L").save(root / "images" / "all" / "grey.jpg", quality=95)
+    Image.fromarray(smooth_picture(70, 90, 12)).save(root / "images" / "all" / "picture.png")
+    convert(plan_imagefolder(root / "images"), root / "pictures.st")
+    return RecordDataset(root / "pictures.st", staged=None)
+
+
+def smooth_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / 40
+    waves = [np.sin(random.uniform(0.3, 1.5) * x + random.uniform(0.3, 1.5) * y + channel) for channel in range(3)]
+    return np.stack([127.5 + 120 * wave for wave in waves], axis=-1).astype(np.uint8)
+
+
+def original(pictures: RecordDataset, sample: int) -> Image.Image:
+    (stored,) = pictures.records.read_records([sample])
+    return Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+
+
+def loaded(pictures: RecordDataset, **arguments) -> list[NDArray[np.float32]]:
+    """The images of an unshuffled epoch, by sample."""
+    batches = DataLoader(pictures, 4, device="cpu", **arguments)
+    return [image.numpy() for batch in batches for image in batch["image"]]
+
+
+def in_grey_levels(image: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Undo the normalisation: height x width x channel, 0 … 255."""
+    return (image.transpose(1, 2, 0).astype(np.float64) * IMAGENET_STD + IMAGENET_MEAN) * 255
+
+
+def assert_alike(image: NDArray[np.float32], expected: Image.Image) -> None:
+    difference = np.abs(in_grey_levels(image) - np.asarray(expected, dtype=np.float64))
+    assert difference.mean() < MEAN_TOLERANCE
+    assert difference.max() < LARGEST_TOLERANCE
+
+
+def test_train_images_are_pils_crops_resized_and_mirrored(pictures):
+    for epoch in range(3):
+        loader_seed = 10 + epoch
+        images = loaded(pictures, transform=image_train(48), seed=loader_seed)
+        uniforms = train_uniforms(loader_seed, 0, np.arange(len(pictures)))
+        windows = random_resized_crops(uniforms, pictures.records.columns["hw"])
+        flips = random_flips(uniforms)
+        assert 0 < flips.sum() < len(pictures)
+        for sample, image in enumerate(images):
+            (y, x), (height, width) = windows.start[sample].tolist(), windows.extent[sample].tolist()
+            expected = (
+                original(pictures, sample)
+                .crop((x, y, x + width, y + height))
+                .resize((48, 48), Image.Resampling.BILINEAR)
+            )
+            if flips[sample]:
+                expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            assert_alike(image, expected)
+
+
+def test_eval_images_are_pils_resize_and_centre_crop(pictures):
+    images = loaded(pictures, transform=image_eval(56, resize=64))
+    for sample, image in enumerate(images):
+        picture = original(pictures, sample)
+        short = min(picture.size)
+        width, height = (64 * extent // short for extent in picture.size)
+        left, top = round((width - 56) / 2), round((height - 56) / 2)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        assert_alike(image, resized.crop((left, top, left + 56, top + 56)))
+
+
+def test_mean_and_std_are_those_of_values_from_0_to_1(pictures):
+    plain = loaded(pictures, transform=image_eval(32, resize=32, mean=(0, 0, 0), std=(1, 1, 1)))
+    shifted = loaded(pictures, transform=image_eval(32, resize=32, mean=(0.5, 0, 0), std=(1, 1, 0.25)))
+    assert 0 <= min(image.min() for image in plain) < 0.1
+    assert 0.9 < max(image.max() for image in plain) <= 1
+    for before, after in zip(plain, shifted, strict=True):
+        np.testing.assert_allclose(
+            after, (before - np.array([[[0.5]], [[0]], [[0]]])) / np.array([[[1]], [[1]], [[0.25]]]), atol=1e-5
+        )
+
+
+def test_without_antialias_the_pixels_differ(pictures):
+    smooth, sharp = (loaded(pictures, transform=image_train(16, antialias=antialias)) for antialias in (True, False))
+    assert np.abs(smooth[5] - sharp[5]).max() > 0.01
+
+
+def test_a_centre_larger_than_the_resized_image_is_refused():
+    with pytest.raises(UsageError, match="centre of 224 pixels of images resized to 200"):
+        image_eval(224, resize=200)
+
+
+def test_a_data_set_without_image_sizes_is_refused_by_the_field_name(pictures):
+    with pytest.raises(UsageError, match=r"no field 'size_of_image': it has label, hw"):
+        loaded(pictures, transform=image_train(size_column="size_of_image"))
+
+
+def test_a_plain_function_of_nodes_is_a_graph(pictures):
+    from nvidia.dali import fn
+
+    def thumbnails(nodes):
+        image = fn.resize(fn.decoders.image(nodes["image"]), size=(8, 8))
+        return {"thumbnail": image, "label_plus_one": nodes["label"] + 1}
+
+    batch = next(iter(DataLoader(pictures, 3, device="cpu", transform=thumbnails)))
+    assert batch["thumbnail"].shape == (3, 8, 8, 3)
+    assert batch["thumbnail"].dtype == torch.uint8
+    assert batch["label_plus_one"].tolist() == [1, 1, 1]
+
+
+def test_fields_that_differ_in_shape_are_refused_by_name(pictures):
+    def decode_only(nodes):
+        from nvidia.dali import fn
+
+        return {"picture": fn.decoders.image(nodes["image"])}
+
+    with pytest.raises(UsageError, match="the rows of 'picture' differ in shape"):
+        next(iter(DataLoader(pictures, 3, device="cpu", transform=decode_only)))
