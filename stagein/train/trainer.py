@@ -198,7 +198,8 @@ class Trainer:
         reduced = self._clock()
 
         loss_sum, samples, num_failed, num_stopped = self._gradients.words.tolist()
-        self._refuse_failure(num_failed)
+        if num_failed:
+            self._raise_failures()
         self._refuse_no_number(loss_sum, own_loss)
         rate = self._update(samples)
         self.steps += 1
@@ -231,7 +232,8 @@ class Trainer:
         sums[3] = self._failure is not None
         self.collective.allreduce_sum(sums)
         loss_sum, samples, num_correct, num_failed = sums.tolist()
-        self._refuse_failure(num_failed)
+        if num_failed:
+            self._raise_failures()
         if samples == 0:
             raise UsageError("there is nothing to validate: the loader has no samples")
         return Validation(loss_sum / samples, num_correct / samples, int(samples))
@@ -253,6 +255,8 @@ class Trainer:
                 self._save_and_stop(train, batches_in_epoch)
             if self._checkpoint_every_steps and self.steps % self._checkpoint_every_steps == 0:
                 self.save(train, batches_in_epoch)
+        with self._failing_together():
+            next(batches, None)  # the loader, too, sees that its epoch is over
 
     def _end_epoch(self, epochs: int, batches_in_epoch: int) -> None:
         self.epoch += 1
@@ -268,6 +272,7 @@ class Trainer:
             values |= {"validation_loss": self.validation.loss, "accuracy": self.validation.accuracy}
             line += f", accuracy {self.validation.accuracy:.2%} of {self.validation.samples}"
         self._write("epoch", line, **values, ledger=asdict(self.totals))
+        self._raise_failures()
         self.save(None, batches_in_epoch)
 
     def _iterate(self, train: Batches) -> Iterator[Batch]:
@@ -347,12 +352,12 @@ class Trainer:
         error.reported_by_peer = self.world.rank != 0
         return error
 
-    def _refuse_failure(self, num_failed: float) -> None:
-        if num_failed:
-            failure, self._failure = self._failure, None
-            with self.collective.communicator.together():
-                if failure is not None:
-                    raise failure
+    def _raise_failures(self) -> None:
+        """Raise what was kept on any rank, on all of them."""
+        failure, self._failure = self._failure, None
+        with self.collective.communicator.together():
+            if failure is not None:
+                raise failure
 
     def _refuse_no_number(self, loss_sum: float, own_loss: torch.Tensor) -> None:
         if math.isfinite(loss_sum):

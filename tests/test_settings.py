@@ -1,0 +1,88 @@
+"""Settings files and overrides, and what `stagein train` makes of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from mpi import run_ranks
+
+from stagein.formats.errors import ExitCode, UsageError
+from stagein.tools.settings import load_settings
+from stagein.tools.train import share_of_batch, threads_of_rank
+
+NEEDED = ["data.train=/data/train.st"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "demo", "imagenet"])
+def test_packaged_settings_need_only_the_data(name: str) -> None:
+    assert load_settings(name, NEEDED).data.train == Path("/data/train.st")
+    with pytest.raises(UsageError, match=r"data\.train is missing: .* --set data\.train=VALUE"):
+        load_settings(name)
+
+
+def test_a_file_of_ones_own_and_overrides_of_every_type(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[data]\ntrain = "a"\n[optim]\nlr = 0.5\n')
+    settings = load_settings(path, ["optim.lr=0.25", "optim.epochs=3", "data.crop_area=[0.2, 0.9]", "model.name=tiny"])
+    assert (settings.optim.lr, settings.optim.epochs, settings.data.crop_area, settings.model.name) == (
+        0.25,
+        3,
+        (0.2, 0.9),
+        "tiny",
+    )
+    assert load_settings(path).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate=1", r"no setting optim\.learning_rate: known are name, lr, momentum"),
+        ("optimizer.lr=1", r"no setting optimizer: known are \[data\], \[model\], \[optim\], \[train\]"),
+        ("optim.lr=fast", r"optim\.lr = 'fast' does not fit: input should be a valid number"),
+        ("train.backend=horovod", r"train\.backend = 'horovod' does not fit: input should be 'auto'"),
+        ("lr=1", r"--set 'lr=1' is not of the form table\.key=value"),
+        ("optim.lr", r"is not of the form table\.key=value"),
+    ],
+)
+def test_a_wrong_override_is_told_with_what_is_known(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_settings("demo", [*NEEDED, override])
+
+
+def test_a_missing_file_and_one_that_is_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="or one of cifar10, demo, imagenet"):
+        load_settings("cifar100")
+    (tmp_path / "bad.toml").write_text("[data\n")
+    with pytest.raises(UsageError, match="is not TOML"):
+        load_settings(tmp_path / "bad.toml")
+
+
+def test_the_global_batch_is_divided_evenly_or_not_at_all() -> None:
+    assert share_of_batch(128, 4) == 32
+    with pytest.raises(UsageError, match=r"data\.global_batch_size = 128 cannot be divided by 3 ranks: .* such as 129"):
+        share_of_batch(128, 3)
+
+
+def test_threads_are_the_cores_that_no_other_rank_uses() -> None:
+    everything = frozenset(range(8))
+    assert threads_of_rank([("a", everything)], 0) == 8
+    assert threads_of_rank([("a", everything), ("a", everything)], 1) == 4
+    assert threads_of_rank([("a", frozenset({0, 1})), ("a", frozenset({2, 3}))], 1) == 2
+    assert threads_of_rank([("a", everything), ("b", everything)], 0) == 8
+    assert threads_of_rank([("a", frozenset({0}))] * 4, 0) == 1
+
+
+@pytest.mark.mpi
+def test_the_command_trains_on_two_ranks_and_writes_its_summary(jpeg_dataset_path: Path, tmp_path: Path) -> None:
+    sets = [f"data.train={jpeg_dataset_path}", f"data.test={jpeg_dataset_path}", f"train.run_folder={tmp_path}"]
+    sets += ["optim.epochs=2", "data.global_batch_size=16", "train.log_every_steps=2", "data.image_size=32"]
+    command = [sys.executable, "-m", "stagein.tools.cli", "train", "demo", *(f"--set={each}" for each in sets)]
+    finished = run_ranks(2, *command)
+    assert finished.returncode == ExitCode.OK, finished.stderr
+    assert "allreduce: mpi (gradients are in host memory" in finished.stdout
+    assert finished.stdout.count("epoch 2/2") == 4, "three lines of steps, one of the epoch, by one rank"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["epochs"], summary["steps"], summary["images"]) == (2, 12, 170)
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events == ["step"] * 3 + ["epoch"] + ["step"] * 3 + ["epoch", "end"]

@@ -1,0 +1,279 @@
+"""The trainer on real ranks: equal ranks, the same curve for any number of them, resuming, and ends before time."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_rank
+from mpi import run_ranks
+from torch import nn
+from train_rank import STEPS, Samples, cross_entropy, make_trainer
+
+from stagein.collectives import make_collective
+from stagein.formats.errors import ChecksumError, ExitCode, SourceError, UsageError
+from stagein.train import Trainer, build_model
+from stagein.train.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from stagein.train.flat import FlatGradients
+from stagein.train.models import MODELS
+from stagein.world import Communicator
+
+PROGRAM = Path(__file__).with_name("train_rank.py")
+
+
+def run_scenario(ranks: int, *arguments: str | Path) -> dict[str, Any]:
+    finished = run_ranks(ranks, sys.executable, PROGRAM, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def single_curve() -> Mapping[str, Any]:
+    return train_rank.train(Communicator(), "single", epochs=4)
+
+
+# --- the same training, whatever the number of ranks -----------------------------------------------------------------
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_stay_equal_and_the_curve_is_that_of_one_process(ranks: int, single_curve: Mapping[str, Any]) -> None:
+    for backend, run in run_scenario(ranks, "curves", "mpi", "gloo").items():
+        assert len(set(run["fingerprints"])) == 1, f"{backend}: parameters differ between ranks"
+        assert run["losses"] == pytest.approx(single_curve["losses"], rel=2e-5), backend
+        assert run["validation_loss"] == pytest.approx(single_curve["validation_loss"], rel=2e-5)
+        for exact in ("accuracy", "samples", "steps", "images"):
+            assert run[exact] == single_curve[exact], (backend, exact)
+
+
+def test_one_process_learns_and_counts_only_valid_samples(single_curve: Mapping[str, Any]) -> None:
+    assert single_curve["losses"][-2] < 0.7 * single_curve["losses"][0]
+    assert single_curve["accuracy"] > 0.8
+    samples = (STEPS - 1) * train_rank.GLOBAL_BATCH + 5
+    valid = samples - samples // 7
+    assert single_curve["samples"] == valid
+    assert single_curve["images"] == 4 * valid
+
+
+def test_the_step_is_that_of_plain_torch() -> None:
+    """Two batches as one step, against torch's own mean loss, clipping and optimizer."""
+    trainer = make_trainer(Communicator(), "single")
+    reference = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.0), nn.Linear(16, 3))
+    reference.load_state_dict(trainer.model.state_dict())
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5 / 3, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    batches = list(Samples(Communicator().world, mask=False))[:2]
+    report = trainer.step(*((batch["image"], batch["label"]) for batch in batches))  # type: ignore[call-overload]
+    inputs, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))  # type: ignore[call-overload]
+    loss = cross_entropy(reference(inputs), labels).mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimizer.step()
+    assert report.loss == pytest.approx(loss.item())
+    assert report.lr == pytest.approx(0.5 / 3)
+    assert report.samples == 24
+    for ours, theirs in zip(trainer.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_user_may_drop_gradients_between_steps() -> None:
+    trainer = make_trainer(Communicator(), "single")
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.step(next(iter(Samples(Communicator().world))))
+    assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_accumulation_makes_fewer_steps_over_the_same_images() -> None:
+    trainer = make_trainer(Communicator(), "single", accumulate=2)
+    summary = trainer.fit(Samples(Communicator().world, mask=False), 1)
+    assert (summary.steps, summary.images) == (3, 53)
+
+
+def test_training_ends_with_the_epoch_that_reaches_the_target() -> None:
+    trainer = make_trainer(Communicator(), "single")
+    samples = Samples(Communicator().world)
+    summary = trainer.fit(samples, 50, validation=samples, target_accuracy=0.7)
+    assert summary.reached_target
+    assert summary.accuracy is not None
+    assert summary.accuracy >= 0.7
+    assert summary.epochs < 50
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_parameters() -> None:
+    trainer = make_trainer(Communicator(), "single", precision="bf16")
+    seen = []
+    trainer.model[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    trainer.step(next(iter(Samples(Communicator().world))))
+    assert seen == [torch.bfloat16]
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+def test_a_resumed_run_has_the_bits_of_a_straight_one(tmp_path: Path) -> None:
+    runs = run_scenario(2, "resume", tmp_path)
+    assert runs["resumed"]["losses"] == runs["straight"]["losses"][STEPS:]
+    for what in ("fingerprints", "steps", "validation_loss"):
+        assert runs["resumed"][what] == runs["straight"][what], what
+
+
+@pytest.mark.mpi
+def test_a_signal_saves_in_mid_epoch_and_another_number_of_ranks_goes_on(
+    tmp_path: Path, single_curve: Mapping[str, Any]
+) -> None:
+    finished = run_ranks(2, sys.executable, PROGRAM, "stop", tmp_path)
+    assert finished.returncode == ExitCode.INTERRUPTED
+    assert f"stopped by SIGTERM after step {STEPS + 3}, epoch 2: saved" in finished.stderr
+    resumed = train_rank.train(Communicator(), "single", 4, checkpoint_folder=tmp_path)
+    assert resumed["losses"] == pytest.approx(single_curve["losses"][STEPS + 3 :], rel=2e-5)
+    assert resumed["validation_loss"] == pytest.approx(single_curve["validation_loss"], rel=2e-5)
+
+
+def test_a_list_of_batches_resumes_where_it_stopped(tmp_path: Path) -> None:
+    batches = list(Samples(Communicator().world))
+    straight = make_trainer(Communicator(), "single")
+    straight.fit(batches, 2)
+
+    stopped = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path, checkpoint_every_steps=STEPS + 2)
+    stopped.fit(batches, 2)
+    for end_of_epoch in find_checkpoints(tmp_path)[1:]:
+        end_of_epoch.unlink()
+    resumed = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path)
+    summary = resumed.fit(batches, 2)
+    assert summary.steps == 2 * STEPS
+    for ours, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_finished_run_does_not_train_again(tmp_path: Path) -> None:
+    samples = Samples(Communicator().world)
+    first = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path).fit(samples, 1, validation=samples)
+    again = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path).fit(samples, 1, validation=samples)
+    assert (again.steps, again.epochs, again.accuracy) == (first.steps, first.epochs, first.accuracy)
+
+
+def test_a_checkpoint_of_another_model_or_batch_size_is_refused(tmp_path: Path) -> None:
+    make_trainer(Communicator(), "single", checkpoint_folder=tmp_path).fit(Samples(Communicator().world), 1)
+    with pytest.raises(UsageError, match="5 batches an epoch, this one has 4"):
+        make_trainer(Communicator(), "single", checkpoint_folder=tmp_path).fit(
+            list(Samples(Communicator().world))[:4], 1
+        )
+    other = nn.Linear(6, 3)
+    trainer = Trainer(
+        other,
+        torch.optim.SGD(other.parameters(), lr=0.1),
+        cross_entropy,
+        collective=make_collective("single", Communicator()),
+        checkpoint_folder=tmp_path,
+    )
+    with pytest.raises(SourceError, match="of another model or optimizer"):
+        trainer.fit(Samples(Communicator().world), 1)
+
+
+def test_old_checkpoints_are_removed_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, step, {"steps": step}, keep=2)
+    assert [load_checkpoint(path)["steps"] for path in find_checkpoints(tmp_path)] == [10, 100]
+
+
+def test_a_flipped_bit_a_cut_and_a_foreign_file_are_told_in_a_sentence(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": torch.zeros(10_000)}, keep=1)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(flipped)
+    with pytest.raises(ChecksumError, match="is damaged"):
+        load_checkpoint(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(SourceError, match="cut off or not a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"model": torch.zeros(3)}, path)
+    with pytest.raises(SourceError, match="was not written by stagein"):
+        load_checkpoint(path)
+    torch.save(CodeOnLoad(tmp_path / "ran"), path)
+    with pytest.raises(SourceError, match="not a checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+class CodeOnLoad:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+def test_a_fault_on_one_rank_is_told_on_all_in_the_same_step() -> None:
+    told = run_scenario(2, "failures")
+    first, last = told["read"]
+    assert first[0].startswith("rank 1 on ")
+    assert first[0].endswith("OSError: the disk is gone")
+    assert [first[1], last[1]] == [True, False], "the rank that failed prints, the others do not"
+    assert told["read steps"] == told["nan steps"] == 2
+    assert told["nan"][0][0].startswith("the loss is not a number in step 3 (epoch 1) on rank 1:")
+    assert "the parameters of rank 1 differ from those of rank 0" in told["diverged"]
+
+
+@pytest.mark.mpi
+def test_an_error_that_nobody_catches_on_one_rank_ends_all() -> None:
+    started = time.monotonic()
+    finished = run_ranks(2, sys.executable, PROGRAM, "uncaught", timeout_seconds=45)
+    assert finished.returncode == ExitCode.FAILED
+    assert "ZeroDivisionError: a bug between two steps" in finished.stderr
+    assert time.monotonic() - started < 40
+
+
+def test_a_loss_without_one_value_a_sample_is_refused() -> None:
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), collective=make_collective("single", Communicator()))
+    with pytest.raises(UsageError, match="one value a sample"):
+        trainer.step(next(iter(Samples(Communicator().world))))
+
+
+def test_parameters_that_do_not_fit_one_buffer_are_refused() -> None:
+    with pytest.raises(UsageError, match="nothing to train"):
+        FlatGradients(nn.Linear(2, 2).requires_grad_(False).parameters(), num_words=1)
+    with pytest.raises(UsageError, match=r"torch\.float32"):
+        FlatGradients(nn.Linear(2, 2).double().parameters(), num_words=1)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_views_keep_the_layout_of_their_parameters() -> None:
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    flat = FlatGradients(model.parameters(), num_words=2)
+    flat.clear()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.stride() == model.weight.stride()
+    assert flat.gradients.abs().sum() == pytest.approx(sum(each.grad.abs().sum().item() for each in model.parameters()))
+    assert flat.words.tolist() == [0.0, 0.0]
+    assert len(flat.buffer) == len(flat.gradients) + 2
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_models_classify_images(name: str) -> None:
+    model = build_model(name, 7).eval()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_the_models_of_the_literature_have_their_published_sizes() -> None:
+    """Parameters of ResNet-18 and -50 for 1,000 classes, as torchvision documents them."""
+    for name, parameters in {"resnet18": 11_689_512, "resnet50": 25_557_032}.items():
+        assert sum(parameter.numel() for parameter in build_model(name, 1000).parameters()) == parameters
