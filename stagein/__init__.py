@@ -14,7 +14,7 @@ _EXPORTS = {
     "stage": "stagein.staging",
 }
 
-__all__ = ["StageinError", "World", "__version__", "stage"]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["StageinError", "World", "__version__", "stage"]
 
 
 def __getattr__(name: str) -> Any:

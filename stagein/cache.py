@@ -193,12 +193,11 @@ class Store:
         return claimed
 
     def _journaled(self) -> Flags:
-        """Chunks that the journals list; a line cut short by a crash does not count."""
+        """Chunks that the journals list. A line cut short by a crash may name a wrong one: claims are verified anyway."""
         claimed = np.zeros(len(self._table), dtype=np.bool_)
         for path in self.work.glob(f"{_JOURNAL_PREFIX}*"):
-            lines = path.read_text().split("\n")[:-1]
-            chunks = np.array([int(line) for line in lines if line.isdecimal()], dtype=np.int64)
-            claimed[chunks[chunks < len(claimed)]] = True
+            numbers = (int(word) for word in path.read_bytes().split() if word.isdigit())
+            claimed[[number for number in numbers if number < len(claimed)]] = True
         return claimed
 
     def _remove_others(self, wanted: set[str]) -> None:
@@ -237,8 +236,6 @@ class Store:
         except OSError as error:
             raise destination_error(error, "opening a journal in", self.work) from None
         try:
-            if os.fstat(descriptor).st_size:
-                os.write(descriptor, b"\n")  # a crash may have cut the last line short
             yield lambda chunk: os.write(descriptor, b"%d\n" % chunk)
         finally:
             os.close(descriptor)

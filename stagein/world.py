@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -68,6 +69,14 @@ def node_name(environment: Mapping[str, str] = os.environ) -> str:
     if "/" in name or "\0" in name or name in (".", ".."):
         raise UsageError(f"{NODE_VARIABLE}={name!r} cannot be part of a path: choose a name without slashes")
     return name
+
+
+def machine_name() -> str:
+    """This machine's name, whichever node it plays: the kernel's id of its last boot, else the host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 class Communicator:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stagein.formats.errors import UsageError
 from stagein.formats.publish import publish_bytes
-from stagein.world import Communicator, World, connect
+from stagein.world import Communicator, World, connect, machine_name
 
 from .console import complain, say, seconds_text
 from .settings import DataSettings, OptimSettings, Settings, load_settings
@@ -46,7 +46,7 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, as_json: bool = Fa
         settings = load_settings(config, overrides)
         batch_size = share_of_batch(settings.data.global_batch_size, world.size)
     device, device_reason = _choose_device(settings.train.device, communicator)
-    threads = threads_of_rank(communicator.gather_all((world.node, frozenset(os.sched_getaffinity(0)))), world.rank)
+    threads = threads_of_rank(communicator.gather_all((machine_name(), frozenset(os.sched_getaffinity(0)))), world.rank)
     torch.set_num_threads(threads)
     with communicator.together():
         train_set = RecordDataset(settings.data.train)
@@ -113,13 +113,13 @@ def share_of_batch(global_batch_size: int, world_size: int) -> int:
     return share
 
 
-def threads_of_rank(cores_of_ranks: Sequence[tuple[int, frozenset[int]]], rank: int) -> int:
-    """How many threads `rank` may keep busy: its cores, divided by the ranks of its node that may use the same ones.
+def threads_of_rank(cores_of_ranks: Sequence[tuple[str, frozenset[int]]], rank: int) -> int:
+    """How many threads `rank` may keep busy: its cores, divided by the ranks of its machine that may use the same ones.
 
-    cores_of_ranks  for each rank its node and the cores it may run on; a launcher may or may not have bound it to some.
+    cores_of_ranks  for each rank its machine and the cores it may run on; a launcher may or may not have bound it to some.
     """
-    node, cores = cores_of_ranks[rank]
-    sharing = sum(1 for other_node, other_cores in cores_of_ranks if other_node == node and other_cores & cores)
+    machine, cores = cores_of_ranks[rank]
+    sharing = sum(1 for other, other_cores in cores_of_ranks if other == machine and other_cores & cores)
     return max(1, len(cores) // sharing)
 
 
