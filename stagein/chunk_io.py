@@ -83,8 +83,9 @@ class ChunkReader:
                 self._open.close()
                 time.sleep(pause_seconds)
         if got < len(buffer):
+            status = os.fstat(self._open.descriptor(place.file))
             raise SourceError(
-                f"{self._root / place.name} ends at byte {place.offset + got}: it was truncated while being staged"
+                describe_changed_file(self._root / place.name, status, self._table.files[place.file].nbytes)
             )
 
     def _open_source(self, file: int) -> int:

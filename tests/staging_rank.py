@@ -30,16 +30,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hang-reading", action="store_true", help="reads of the source never end")
     parser.add_argument("--flip-arrivals", action="store_true", help="damage what comes over the network")
     parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
-    parser.add_argument("--slow-seconds", type=float, default=0, help="each chunk read takes this much longer")
+    parser.add_argument(
+        "--slow-seconds", type=float, default=0, help="on every rank, each chunk read takes this much longer"
+    )
     return parser.parse_args()
 
 
 def plant_faults(arguments: argparse.Namespace) -> None:
-    read = chunk_io.ChunkReader.read
     if arguments.hang_reading:
         chunk_io.ChunkReader.read = lambda *_: time.sleep(HANG_SECONDS)
-    if arguments.slow_seconds:
-        chunk_io.ChunkReader.read = lambda *words: (time.sleep(arguments.slow_seconds), read(*words))
     if arguments.flip_arrivals:
         after_arrival = ring.Engine._after_arrival
 
@@ -48,6 +47,11 @@ def plant_faults(arguments: argparse.Namespace) -> None:
             after_arrival(engine, arrival, neighbours)
 
         ring.Engine._after_arrival = flip
+
+
+def read_slowly(pause_seconds: float) -> None:
+    read = chunk_io.ChunkReader.read
+    chunk_io.ChunkReader.read = lambda *words: (time.sleep(pause_seconds), read(*words))
 
 
 def send_signal_in_the_middle(name: str, done_bytes: int, total_bytes: int) -> None:
@@ -65,6 +69,8 @@ def main() -> None:
     arguments = parse()
     communicator: Communicator = connect()
     faulty = communicator.world.rank == arguments.on_rank
+    if arguments.slow_seconds:
+        read_slowly(arguments.slow_seconds)
     if faulty:
         plant_faults(arguments)
     before = read_call_bytes()

@@ -247,13 +247,20 @@ def test_all_bad_files_are_listed(source: Path, to: Path) -> None:
         stage_alone(source, to)
 
 
-def test_a_shard_truncated_while_it_is_copied(source: Path, to: Path) -> None:
-    def cut_off(done_bytes: int, total_bytes: int) -> None:
-        os.truncate(source / "shards/00004.h5", 100)
-
-    with pytest.raises(SourceError, match=r"00004\.h5 .*truncated"):
-        stage_alone(source, to, memory_bytes=1, progress=cut_off)
-    assert not final_folder(source, to).exists()
+@pytest.mark.parametrize(
+    ("shard_sizes", "new_bytes"),
+    [((20 * CHUNK_BYTES, 20 * CHUNK_BYTES), 21 * CHUNK_BYTES), ((20 * CHUNK_BYTES,), 100)],
+    ids=["grown before it is opened", "truncated while it is open"],
+)
+def test_a_shard_that_changes_while_it_is_copied(
+    tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch, shard_sizes: tuple[int, ...], new_bytes: int
+) -> None:
+    last = tmp_path / f"changing/shards/{len(shard_sizes) - 1:05d}.h5"
+    write_dataset(tmp_path / "changing", shard_sizes, ())
+    monkeypatch.setattr("stagein.ring.READER_THREADS", 1)  # so that we know which file is open
+    with pytest.raises(SourceError, match=f"{last.name} has {new_bytes} bytes, the manifest says {shard_sizes[-1]}"):
+        stage_alone(tmp_path / "changing", to, memory_bytes=1, progress=lambda *_: os.truncate(last, new_bytes))
+    assert not final_folder(tmp_path / "changing", to).exists()
 
 
 def test_a_manifest_that_is_no_json(source: Path, to: Path) -> None:
@@ -352,6 +359,7 @@ def test_sigterm_stops_cleanly_and_resumes(source: Path, to: Path) -> None:
     _, stderr = stopped.communicate(timeout=30)
     assert stopped.returncode == ExitCode.INTERRUPTED
     assert stderr.count("run the same command again") == 1 and "Traceback" not in stderr
+    assert journaled_chunks(source, to) < 50, "it went on to the end"
     assert stage_alone(source, to).nodes[0].reused_bytes > 0
     assert_staged(source, to)
 
@@ -379,6 +387,7 @@ def test_two_jobs_at_once_do_the_work_once(source: Path, to: Path) -> None:
     jobs = [start_alone(source, to, "--slow-seconds", 0.01) for _ in range(2)]
     reports = [json.loads(job.communicate(timeout=60)[0]) for job in jobs]
     assert sorted(report["receipt"]["moved_nothing"] for report in reports) == [False, True]
+    assert sorted(report["receipt"]["nodes"][0]["prepare_seconds"] > 0 for report in reports) == [False, True]
     assert_staged(source, to)
 
 
@@ -541,6 +550,13 @@ def test_sigterm_on_one_rank_stops_all_resumably(source: Path, node_disks: str) 
     assert result.returncode == ExitCode.INTERRUPTED
     assert result.stderr.count("run the same command again") == 1
     assert work_folder(source, expand_node(node_disks, "b")).exists()
+
+
+@pytest.mark.mpi
+def test_ranks_that_share_no_chunk_hear_of_a_failure_at_once(source: Path, to: Path) -> None:
+    result, _ = stage_over_ranks(source, str(to), "aaa", "--signal", "SIGTERM", "--slow-seconds", 0.1)
+    assert result.returncode == ExitCode.INTERRUPTED
+    assert journaled_chunks(source, to) < 45, "they went on to the end"
 
 
 @pytest.mark.mpi
