@@ -26,8 +26,8 @@ def check_results(results: dict[str, list[dict[str, object]]], ranks: int) -> No
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sums_and_broadcasts_are_the_same_bits_on_every_rank(ranks: int) -> None:
+def test_sums_and_broadcasts_are_the_same_bits_on_every_rank() -> None:
+    ranks = 3
     finished = run_ranks(ranks, sys.executable, PROGRAM, "mpi", "gloo")
     assert finished.returncode == 0, finished.stderr
     check_results(json.loads(finished.stdout), ranks)

@@ -79,6 +79,23 @@ def test_the_step_is_that_of_plain_torch() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_rows_that_do_not_count_change_nothing() -> None:
+    samples = Samples(Communicator().world, mask=False)
+    counting = samples.batch(torch.arange(8))
+    padded = {name: torch.cat([part, part]) for name, part in counting.items()}  # type: ignore[union-attr]
+    padded["image"][8:] = 100.0
+    padded["valid"][8:] = False
+    trainers = [make_trainer(Communicator(), "single") for _ in range(2)]
+    reports = [trainer.step(batch) for trainer, batch in zip(trainers, (counting, padded), strict=True)]
+    assert reports[1].samples == 8
+    assert reports[1].loss == pytest.approx(reports[0].loss)
+    for ours, theirs in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    validations = [trainers[0].validate([batch]) for batch in (counting, padded)]
+    assert (validations[1].accuracy, validations[1].samples) == (validations[0].accuracy, 8)
+    assert validations[1].loss == pytest.approx(validations[0].loss)
+
+
 def test_a_user_may_drop_gradients_between_steps() -> None:
     trainer = make_trainer(Communicator(), "single")
     before = [parameter.clone() for parameter in trainer.model.parameters()]

@@ -18,7 +18,8 @@ from torch import nn
 from stagein.collectives import make_collective
 from stagein.formats.errors import StageinError
 from stagein.train import Schedule, Trainer
-from stagein.train.trainer import Batch, fingerprint
+from stagein.train.replicas import fingerprint
+from stagein.train.trainer import Batch
 from stagein.world import Communicator, World, connect
 
 FEATURES, CLASSES, GLOBAL_BATCH, STEPS = 6, 3, 12, 5

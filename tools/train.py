@@ -189,8 +189,8 @@ def _make_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr)
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
+        return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True)
 
 
 def _plan_schedule(settings: Settings, batches_in_epoch: int) -> Callable[[int], float]:

@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models import build_model
+    from .reports import StepReport, Summary, Validation
     from .schedule import Schedule
-    from .trainer import Batch, StepReport, Summary, Trainer, Validation
+    from .trainer import Batch, Trainer
 
 __all__ = ["Batch", "Schedule", "StepReport", "Summary", "Trainer", "Validation", "build_model"]
 
 _MODULES = {
     "Batch": "trainer",
     "Schedule": "schedule",
-    "StepReport": "trainer",
-    "Summary": "trainer",
+    "StepReport": "reports",
+    "Summary": "reports",
     "Trainer": "trainer",
-    "Validation": "trainer",
+    "Validation": "reports",
     "build_model": "models",
 }
 

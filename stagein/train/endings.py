@@ -1,7 +1,9 @@
-"""How a run ends before its time: a signal that asks it to, or an error that nobody caught on one rank."""
+"""How a run ends before its time: a signal that asks it to, an error on one rank, an error that nobody caught."""
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -31,6 +33,32 @@ class StopSignals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+class Failures:
+    """Errors of what a rank does alone, kept until all ranks can be told: they wait in an allreduce, and would for ever."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._first: Exception | None = None
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Run a block; an error in it is kept, the first one only, and the block is left."""
+        try:
+            yield
+        except Exception as error:
+            self._first = self._first or error
+
+    def raise_together(self) -> None:
+        """Raise what was kept on any rank, on all of them; nothing where nothing was. Collective."""
+        first, self._first = self._first, None
+        with self._communicator.together():
+            if first is not None:
+                raise first
 
 
 def end_job_on_uncaught_error(communicator: Communicator) -> None:

@@ -6,12 +6,10 @@ unequal shares, masked samples, or none. What the ranks have to agree on (a stop
 in the same allreduce: all of them act on it in the same step.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,9 +21,11 @@ from stagein.collectives import Collective
 from stagein.formats.errors import InterruptedRunError, SourceError, StageinError, UsageError
 
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from .endings import StopSignals, end_job_on_uncaught_error
+from .endings import Failures, StopSignals, end_job_on_uncaught_error
 from .flat import FlatGradients
 from .ledger import Ledger, LedgerTotals, attribute
+from .replicas import average_buffers, copy_from_rank_0, refuse_diverged
+from .reports import MeanLoss, StepReport, Summary, Validation
 from .runlog import RunLog, say_at_once
 
 Batch = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
@@ -43,43 +43,6 @@ class Batches(Protocol):
 
     def __len__(self) -> int:
         """Batches in an epoch; a rank with fewer than the others goes on without samples."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step: its number (from 1), the mean loss over the global batch, its samples, the learning rate."""
-
-    step: int
-    loss: float
-    samples: int
-    lr: float
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Exact over all samples of all ranks."""
-
-    loss: float
-    accuracy: float
-    samples: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `fit` did. Shares are of the time in steps, averaged over the ranks; see `ledger.py` for the critical rank."""
-
-    epochs: int
-    steps: int
-    images: int
-    seconds: float
-    images_per_second: float
-    data_wait_share: float
-    allreduce_share: float
-    critical_data_share: float
-    speedup_without_data_wait: float
-    loss: float | None
-    accuracy: float | None
-    reached_target: bool
 
 
 class Trainer:
@@ -144,16 +107,21 @@ class Trainer:
         self._device = self._gradients.buffer.device
         self._ledger = Ledger()
         self._signals = StopSignals()
-        self._failure: Exception | None = None
+        self._failures = Failures(collective.communicator)
         self._stopping = False
+        self._epochs = 0
+        """Wanted of `fit`."""
+        self._batches_in_epoch = 0
         self._batches_done = 0
+        """Of this epoch; those that a new loader still has to be led past after a resume are `_batches_to_skip`."""
+        self._batches_to_skip = 0
         self._data_seconds = 0.0
         self._update_seconds = 0.0
         """Of the step before: time after an allreduce counts towards the next one, where ranks wait for each other."""
-        self._epoch_loss = _Mean()
+        self._epoch_loss = MeanLoss()
 
         end_job_on_uncaught_error(collective.communicator)
-        self._copy_from_rank_0()
+        copy_from_rank_0(model, collective)
 
     # --- the story -------------------------------------------------------------------------------------------------
 
@@ -172,24 +140,25 @@ class Trainer:
         step and rank, where the loss is no number or a rank failed.
         """
         started = time.perf_counter()
-        batches_in_epoch = max(self.collective.communicator.gather_all(len(train)))
-        self._resume(train, batches_in_epoch)
+        self._epochs = epochs
+        self._batches_in_epoch = max(self.collective.communicator.gather_all(len(train)))
+        self._resume(train)
         with self._signals:
             while self.epoch < epochs and not self._has_reached(target_accuracy):
-                self._train_epoch(train, epochs, batches_in_epoch)
+                self._train_epoch(train)
                 if validation is not None:
                     self.validation = self.validate(validation)
-                self._end_epoch(epochs, batches_in_epoch)
+                self._end_epoch()
         return self._summarise(time.perf_counter() - started, self._has_reached(target_accuracy))
 
     def step(self, *batches: Batch) -> StepReport:
         """One optimizer step on `batches`, this rank's part of the global batch; on every rank, also one with no samples."""
         started = self._clock()
         self._gradients.clear()
-        with self._failing_together():
+        with self._failures.kept():
             for batch in batches:
                 self._add_gradients(batch)
-        self._gradients.words[_FAILED] = self._failure is not None
+        self._gradients.words[_FAILED] = bool(self._failures)
         self._gradients.words[_STOP] = self._signals.received is not None
         own_loss = self._gradients.words[_LOSS].clone()
 
@@ -199,7 +168,7 @@ class Trainer:
 
         loss_sum, samples, num_failed, num_stopped = self._gradients.words.tolist()
         if num_failed:
-            self._raise_failures()
+            self._failures.raise_together()
         self._refuse_no_number(loss_sum, own_loss)
         rate = self._update(samples)
         self.steps += 1
@@ -219,74 +188,74 @@ class Trainer:
 
         Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so.
         """
-        self._average_buffers()
+        average_buffers(self.model, self.collective)
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)  # losses, samples, correct, failed
-        with self._failing_together():
+        with self._failures.kept():
             for batch in batches:
                 inputs, labels, valid = self._unpack(batch)
                 if len(inputs):
                     outputs, losses = self._forward(inputs, labels)
                     correct = outputs.argmax(dim=1) == labels
                     sums[:3] += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
-        sums[3] = self._failure is not None
+        sums[3] = bool(self._failures)
         self.collective.allreduce_sum(sums)
         loss_sum, samples, num_correct, num_failed = sums.tolist()
         if num_failed:
-            self._raise_failures()
+            self._failures.raise_together()
         if samples == 0:
             raise UsageError("there is nothing to validate: the loader has no samples")
         return Validation(loss_sum / samples, num_correct / samples, int(samples))
 
     # --- an epoch --------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, train: Batches, epochs: int, batches_in_epoch: int) -> None:
+    def _train_epoch(self, train: Batches) -> None:
         self.model.train()
-        self._epoch_loss = _Mean()
+        self._epoch_loss = MeanLoss()
         batches = self._iterate(train)
-        while self._batches_done < batches_in_epoch:
-            wanted = min(self._accumulate, batches_in_epoch - self._batches_done)
+        while self._batches_done < self._batches_in_epoch:
+            wanted = min(self._accumulate, self._batches_in_epoch - self._batches_done)
             report = self.step(*self._fetch(batches, wanted))
             self._batches_done += wanted
-            self._epoch_loss.add(report.loss, report.samples)
+            self._epoch_loss.add(report)
             if self.steps % self._log_every_steps == 0:
-                self._log_steps(report, epochs)
+                self._log_steps(report)
             if self._stopping:
-                self._save_and_stop(train, batches_in_epoch)
+                self._save_and_stop(train)
             if self._checkpoint_every_steps and self.steps % self._checkpoint_every_steps == 0:
-                self.save(train, batches_in_epoch)
-        with self._failing_together():
+                self.save(train)
+        with self._failures.kept():
             next(batches, None)  # the loader, too, sees that its epoch is over
 
-    def _end_epoch(self, epochs: int, batches_in_epoch: int) -> None:
+    def _end_epoch(self) -> None:
         self.epoch += 1
         self._batches_done = 0
-        self._average_buffers()
-        self._refuse_diverged_ranks()
+        average_buffers(self.model, self.collective)
+        refuse_diverged(self.model, self.collective, self.steps)
         self._take_ledger()
         values: dict[str, Any] = {"epoch": self.epoch, "step": self.steps, "loss": self._epoch_loss.value}
-        line = f"epoch {self.epoch}/{epochs}" + (
+        line = f"epoch {self.epoch}/{self._epochs}" + (
             "" if self._epoch_loss.value is None else f": loss {self._epoch_loss.value:.4f}"
         )
         if self.validation is not None:
             values |= {"validation_loss": self.validation.loss, "accuracy": self.validation.accuracy}
             line += f", accuracy {self.validation.accuracy:.2%} of {self.validation.samples}"
         self._write("epoch", line, **values, ledger=asdict(self.totals))
-        self._raise_failures()
-        self.save(None, batches_in_epoch)
+        self._failures.raise_together()
+        self.save()
 
     def _iterate(self, train: Batches) -> Iterator[Batch]:
         """The batches of this epoch that are not done yet. A generator: nothing happens, or fails, before the first."""
         if hasattr(train, "set_epoch"):
             train.set_epoch(self.epoch)
-        to_skip = 0 if hasattr(train, "load_state_dict") else self._batches_done
+        to_skip, self._batches_to_skip = self._batches_to_skip, 0
         yield from islice(train, to_skip, None)
 
     def _fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
         """The next `count` batches; fewer where this rank has no more, none where it failed."""
         started = time.perf_counter()
         fetched: list[Batch] = []
-        with self._failing_together():
+        with self._failures.kept():
             fetched = list(islice(batches, count))
         self._data_seconds += time.perf_counter() - started
         return fetched
@@ -339,25 +308,10 @@ class Trainer:
 
     # --- what ranks agree on -----------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """What a rank does alone. An error is kept until the next allreduce: the others wait there and would wait for ever."""
-        try:
-            yield
-        except Exception as error:
-            self._failure = self._failure or error
-
     def _agreed(self, error: StageinError) -> StageinError:
         """An error that all ranks raise in the same words: one of them is enough to print it."""
         error.reported_by_peer = self.world.rank != 0
         return error
-
-    def _raise_failures(self) -> None:
-        """Raise what was kept on any rank, on all of them."""
-        failure, self._failure = self._failure, None
-        with self.collective.communicator.together():
-            if failure is not None:
-                raise failure
 
     def _refuse_no_number(self, loss_sum: float, own_loss: torch.Tensor) -> None:
         if math.isfinite(loss_sum):
@@ -371,44 +325,13 @@ class Trainer:
             )
         )
 
-    def _refuse_diverged_ranks(self) -> None:
-        """All ranks have made the same steps from the same start; memory or network that flips bits shows here."""
-        fingerprints = self.collective.communicator.gather_all(fingerprint(self.model))
-        different = [str(rank) for rank, each in enumerate(fingerprints) if each != fingerprints[0]]
-        if different:
-            raise self._agreed(
-                StageinError(
-                    f"after step {self.steps} the parameters of rank {', '.join(different)} differ from those of rank 0: "
-                    "check the memory of these nodes, and that nothing but the trainer changes parameters"
-                )
-            )
-
-    def _copy_from_rank_0(self) -> None:
-        with torch.no_grad():
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                content = tensor.contiguous()
-                self.collective.broadcast(content)
-                tensor.copy_(content)
-
-    def _average_buffers(self) -> None:
-        """BatchNorm's running statistics differ from rank to rank; their mean is the model's."""
-        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        if not buffers or self.world.size == 1:
-            return
-        flat = torch.cat([buffer.float().view(-1) for buffer in buffers])
-        self.collective.allreduce_sum(flat)
-        flat.div_(self.world.size)
-        means = torch.split(flat, [buffer.numel() for buffer in buffers])
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(mean.view_as(buffer))
-
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self, train: Batches | None, batches_in_epoch: int) -> Path | None:
+    def save(self, train: Batches | None = None) -> Path | None:
         """Write a checkpoint; `train` is the loader in the middle of an epoch, None between epochs. Collective."""
         if self._checkpoint_folder is None:
             return None
-        self._average_buffers()
+        average_buffers(self.model, self.collective)
         communicator = self.collective.communicator
         random_states = communicator.gather_all(self._random_state())
         path = None
@@ -420,7 +343,7 @@ class Trainer:
                     "steps": self.steps,
                     "epoch": self.epoch,
                     "batches_done": self._batches_done,
-                    "batches_in_epoch": batches_in_epoch,
+                    "batches_in_epoch": self._batches_in_epoch,
                     "loader": _loader_state(train),
                     "random_states": random_states,
                     "validation": None if self.validation is None else asdict(self.validation),
@@ -428,7 +351,7 @@ class Trainer:
                 path = save_checkpoint(self._checkpoint_folder, self.steps, state, self._keep_checkpoints)
         return path
 
-    def _resume(self, train: Batches, batches_in_epoch: int) -> None:
+    def _resume(self, train: Batches) -> None:
         """Take up the newest checkpoint in the folder, if there is one."""
         if self._checkpoint_folder is None:
             return
@@ -437,13 +360,13 @@ class Trainer:
         if path is None:
             return
         with communicator.together():
-            self._apply(load_checkpoint(path), path, train, batches_in_epoch)
+            self._apply(load_checkpoint(path), path, train)
         self._log.line(f"resuming from {path}: step {self.steps}, epoch {self.epoch + 1}")
 
-    def _apply(self, state: dict[str, Any], path: Path, train: Batches, batches_in_epoch: int) -> None:
-        if state["batches_in_epoch"] != batches_in_epoch:
+    def _apply(self, state: dict[str, Any], path: Path, train: Batches) -> None:
+        if state["batches_in_epoch"] != self._batches_in_epoch:
             raise UsageError(
-                f"{path} is of a run with {state['batches_in_epoch']} batches an epoch, this one has {batches_in_epoch}: "
+                f"{path} is of a run with {state['batches_in_epoch']} batches an epoch, this one has {self._batches_in_epoch}: "
                 "use the same data and global batch size, or another checkpoint folder"
             )
         try:
@@ -456,13 +379,15 @@ class Trainer:
             ) from error
         self.steps, self.epoch, self._batches_done = state["steps"], state["epoch"], state["batches_done"]
         self.validation = None if state["validation"] is None else Validation(**state["validation"])
-        if state["loader"] is not None and hasattr(train, "load_state_dict"):
-            train.load_state_dict(state["loader"])
+        if state["loader"] is None:
+            self._batches_to_skip = self._batches_done
+        else:
+            train.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         if self.world.rank < len(state["random_states"]):  # ranks there were not then keep their seed
             self._set_random_state(state["random_states"][self.world.rank])
 
-    def _save_and_stop(self, train: Batches, batches_in_epoch: int) -> None:
-        path = self.collective.communicator.broadcast(self.save(train, batches_in_epoch))
+    def _save_and_stop(self, train: Batches) -> None:
+        path = self.collective.communicator.broadcast(self.save(train))
         names = self.collective.communicator.gather_all(self._signals.received)
         name = next(filter(None, names))
         outcome = (
@@ -499,17 +424,17 @@ class Trainer:
         self.totals += recent
         return recent
 
-    def _log_steps(self, report: StepReport, epochs: int) -> None:
+    def _log_steps(self, report: StepReport) -> None:
         recent = self._take_ledger()
         line = (
-            f"epoch {self.epoch + 1}/{epochs} step {report.step}: loss {report.loss:.4f}, lr {report.lr:.4g}, "
+            f"epoch {self.epoch + 1}/{self._epochs} step {report.step}: loss {report.loss:.4f}, lr {report.lr:.4g}, "
             f"{recent.samples_per_second:.0f} images/s, data wait {recent.data_wait_share:.1%}, "
             f"allreduce {recent.allreduce_share:.1%}"
         )
         self._write("step", line, epoch=self.epoch + 1, **asdict(report), ledger=asdict(recent))
 
     def _write(self, event: str, line: str, **values: object) -> None:
-        with self._failing_together():  # rank 0 alone writes, and its disk may be full
+        with self._failures.kept():  # rank 0 alone writes, and its disk may be full
             self._log.event(event, **values)
         self._log.line(line)
 
@@ -537,30 +462,12 @@ class Trainer:
         return summary
 
 
-class _Mean:
-    """The mean of losses over samples; None before the first."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._samples = 0
-
-    def add(self, loss: float, samples: int) -> None:
-        self._sum += loss * samples
-        self._samples += samples
-
-    @property
-    def value(self) -> float | None:
-        return self._sum / self._samples if self._samples else None
-
-
 def _loader_state(loader: Batches | None) -> dict[str, Any] | None:
+    """None where there is none, as between epochs, or in a list, or in a loader whose order is not its own."""
     state_dict = getattr(loader, "state_dict", None)
-    return None if state_dict is None else state_dict()
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the bits of all parameters: equal on two ranks if and only if their models are."""
-    digest = hashlib.blake2b(digest_size=16)
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    if state_dict is None or not hasattr(loader, "load_state_dict"):
+        return None
+    try:
+        return state_dict()  # type: ignore[no-any-return]
+    except UsageError:
+        return None
