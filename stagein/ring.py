@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MINIMUM_BUFFERS = 4
 MAXIMUM_BUFFERS = 64
-READER_THREADS = 2
+READER_THREADS = 4
 WRITER_THREADS = 2
 
 _MOST_POSTED_RECEIVES = 4
@@ -342,7 +342,7 @@ class Engine:
         self._own, self._local = deque(traveling.tolist()), deque(work.local.tolist())
         passing = [*work.by_origin, work.local]
         self._to_finish_bytes = sum(table.total_bytes(chunks) for chunks in passing)
-        self._finished_bytes = 0
+        self._finished_bytes = self._reported_bytes = 0
         buffer_bytes = max((int(table.nbytes[chunks].max()) for chunks in passing if len(chunks)), default=1)
         number = max(
             MINIMUM_BUFFERS, min(memory_bytes // buffer_bytes, MAXIMUM_BUFFERS, 2 * sum(map(len, passing)) + 2)
@@ -387,8 +387,9 @@ class Engine:
         return self.transfer
 
     def _report_progress(self) -> None:
-        if self._progress is None or self._failed:
+        if self._progress is None or self._failed or self._finished_bytes == self._reported_bytes:
             return
+        self._reported_bytes = self._finished_bytes
         try:
             self._progress(self._finished_bytes, self._to_finish_bytes)
         except Exception as problem:  # the caller's mistake must not leave the other ranks waiting

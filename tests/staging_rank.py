@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from stagein import chunk_io, ring
+from stagein.cache import Store
 from stagein.formats.errors import StageinError
 from stagein.staging import stage
 from stagein.world import Communicator, connect
@@ -29,6 +30,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--signal", help="signal that a rank sends to itself in the middle")
     parser.add_argument("--hang-reading", action="store_true", help="reads of the source never end")
     parser.add_argument("--flip-arrivals", action="store_true", help="damage what comes over the network")
+    parser.add_argument(
+        "--disk-gets-full", action="store_true", help="the room that the plan saw is gone when it is used"
+    )
     parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
     parser.add_argument(
         "--slow-seconds", type=float, default=0, help="on every rank, each chunk read takes this much longer"
@@ -39,6 +43,9 @@ def parse() -> argparse.Namespace:
 def plant_faults(arguments: argparse.Namespace) -> None:
     if arguments.hang_reading:
         chunk_io.ChunkReader.read = lambda *_: time.sleep(HANG_SECONDS)
+    if arguments.disk_gets_full:
+        Store.free_bytes = lambda self: 1 << 40
+        os.posix_fallocate = lambda descriptor, offset, nbytes: os.ftruncate(descriptor, nbytes)
     if arguments.flip_arrivals:
         after_arrival = ring.Engine._after_arrival
 

@@ -560,7 +560,18 @@ def test_ranks_that_share_no_chunk_hear_of_a_failure_at_once(source: Path, to: P
 
 
 @pytest.mark.mpi
-def test_one_full_node_ends_all_and_leaves_the_others_resumable(source: Path, node_disks: str) -> None:
+def test_a_node_that_gets_full_cleans_up_and_leaves_the_others_resumable(source: Path, node_disks: str) -> None:
+    full, other = expand_node(node_disks, "b"), expand_node(node_disks, "a")
+    with small_disk(full, 2 << 20):
+        result, _ = stage_over_ranks(source, node_disks, "aabb", "--disk-gets-full", "--on-rank", 2)
+        assert result.returncode == ExitCode.NO_SPACE
+        assert result.stderr.count("no space left while writing") == 1
+        assert not work_folder(source, full).exists() and not final_folder(source, full).exists()
+    assert work_folder(source, other).exists() and not final_folder(source, other).exists()
+
+
+@pytest.mark.mpi
+def test_a_node_without_room_is_named_or_the_data_set_partitioned(source: Path, node_disks: str) -> None:
     full = expand_node(node_disks, "b")
     with small_disk(full, 2 << 20):
         result, _ = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
