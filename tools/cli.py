@@ -24,6 +24,10 @@ convert_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards."
 )
 app.add_typer(convert_app, name="convert")
+bench_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure ours beside its peers, interleaved; prints ratios."
+)
+app.add_typer(bench_app, name="bench")
 
 
 class ContainerChoice(StrEnum):
@@ -181,6 +185,48 @@ def demo(
     from . import demo
 
     demo.run(folder, ranks)
+
+
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+
+
+@bench_app.command("convert")
+def bench_convert(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders of images.")],
+    rounds: Rounds = 5,
+    work: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a temporary one]")] = None,
+) -> None:
+    """Packing an image folder beside copying it with `cp -r`."""
+    from . import bench_convert
+
+    bench_convert.run_convert(source, rounds, work)
+
+
+@bench_app.command("load")
+def bench_load(
+    dataset: Annotated[Path, typer.Argument(help="A data set.")],
+    images: Annotated[Path, typer.Argument(help="The image folder it was made from.")],
+    rounds: Rounds = 9,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")] = 224,
+    threads: Annotated[int | None, typer.Option(min=1, help="Decoding threads.  [default: all cores]")] = None,
+) -> None:
+    """Our DataLoader beside DALI's own file reader: decode, random crop, resize, flip, normalise, on the CPU."""
+    from . import bench_load
+    from .convert import usable_cores
+
+    bench_load.run_load(dataset, images, rounds, batch_size, size, threads or usable_cores())
+
+
+@bench_app.command("allreduce")
+def bench_allreduce(
+    rounds: Rounds = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a rank in a step.")] = 64,
+) -> None:
+    """Whole training steps of our trainer beside torch's DDP, on the ranks that mpirun started."""
+    from . import bench_allreduce
+
+    bench_allreduce.run_allreduce(rounds, batch_size)
 
 
 def main() -> None:

@@ -1,34 +1,16 @@
-"""`stagein bench`: ours beside its peers, in interleaved rounds of one process; ratios, never bare times."""
+"""`stagein bench load`: our loader beside its peers, in interleaved rounds of one process."""
 
-import json
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
+
+from .rates import print_rates
 
 _SETTLE_SECONDS = 0.5
 """Pause between two contestants: what one still has in its queue must not cost the other."""
 _WARM_UP_BATCHES = 4
 """Not timed at the start of a round: what lay ready in the queue, and the start of the threads."""
 _TIMED_BATCHES = 12
-
-
-def print_rates(bench: str, rates: dict[str, list[float]], baseline: str, unit: str, **settings: object) -> None:
-    """A line of JSON for each contestant, then the table of their ratios to `baseline`.
-
-    rates  by contestant, the rate in every round; the rounds were interleaved, so a ratio is taken within its round.
-    """
-    for name, of_rounds in rates.items():
-        line = {"bench": bench, "contestant": name, "unit": unit, **settings, "rates": [round(r, 1) for r in of_rounds]}
-        print(json.dumps(line))
-    rounds = len(rates[baseline])
-    print(
-        f"{'contestant':<20}{unit:>12}{'ratio':>8}   medians of {rounds} interleaved rounds (smallest, largest ratio)"
-    )
-    for name, of_rounds in rates.items():
-        ratios = [mine / theirs for mine, theirs in zip(of_rounds, rates[baseline], strict=True)]
-        middle, ratio = statistics.median(of_rounds), statistics.median(ratios)
-        print(f"{name:<20}{middle:>12.0f}{ratio:>8.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
 
 
 def run_load(dataset: Path, images: Path, rounds: int, batch_size: int, size: int, threads: int) -> None:
