@@ -61,7 +61,7 @@ def test_one_process_learns_and_counts_only_valid_samples(single_curve: Mapping[
 
 def test_the_step_is_that_of_plain_torch() -> None:
     """Two batches as one step, against torch's own mean loss, clipping and optimizer."""
-    trainer = make_trainer(Communicator(), "single")
+    trainer = make_trainer(Communicator(), "single", clip_norm=0.05)
     reference = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.0), nn.Linear(16, 3))
     reference.load_state_dict(trainer.model.state_dict())
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.5 / 3, momentum=0.9, weight_decay=1e-3, nesterov=True)
@@ -70,7 +70,7 @@ def test_the_step_is_that_of_plain_torch() -> None:
     inputs, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))  # type: ignore[call-overload]
     loss = cross_entropy(reference(inputs), labels).mean()
     loss.backward()
-    nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
     optimizer.step()
     assert report.loss == pytest.approx(loss.item())
     assert report.lr == pytest.approx(0.5 / 3)
@@ -92,6 +92,7 @@ def test_rows_that_do_not_count_change_nothing() -> None:
     for ours, theirs in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(ours, theirs)
     validations = [trainers[0].validate([batch]) for batch in (counting, padded)]
+    assert trainers[0].model.training, "the model is left in the mode it was in"
     assert (validations[1].accuracy, validations[1].samples) == (validations[0].accuracy, 8)
     assert validations[1].loss == pytest.approx(validations[0].loss)
 
@@ -161,6 +162,7 @@ def test_a_list_of_batches_resumes_where_it_stopped(tmp_path: Path) -> None:
     stopped.fit(batches, 2)
     for end_of_epoch in find_checkpoints(tmp_path)[1:]:
         end_of_epoch.unlink()
+    assert [path.name for path in find_checkpoints(tmp_path)] == [f"step-{STEPS + 2:08d}.pt"]
     resumed = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path)
     summary = resumed.fit(batches, 2)
     assert summary.steps == 2 * STEPS
@@ -241,6 +243,7 @@ def test_a_fault_on_one_rank_is_told_on_all_in_the_same_step() -> None:
     assert first[0].endswith("OSError: the disk is gone")
     assert [first[1], last[1]] == [True, False], "the rank that failed prints, the others do not"
     assert told["read steps"] == told["nan steps"] == 2
+    assert [flag for _, flag in told["nan"]] == [False, True], "in the same words on all ranks: one is enough"
     assert told["nan"][0][0].startswith("the loss is not a number in step 3 (epoch 1) on rank 1:")
     assert "the parameters of rank 1 differ from those of rank 0" in told["diverged"]
 

@@ -186,9 +186,11 @@ class Trainer:
     def validate(self, batches: Batches) -> Validation:
         """Loss and accuracy over the samples of all ranks, each counted once; ranks may have unequally many batches.
 
-        Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so.
+        Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so. The model is left
+        in the mode, training or evaluation, that it was in.
         """
         average_buffers(self.model, self.collective)
+        was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)  # losses, samples, correct, failed
         with self._failures.kept():
@@ -198,6 +200,7 @@ class Trainer:
                     outputs, losses = self._forward(inputs, labels)
                     correct = outputs.argmax(dim=1) == labels
                     sums[:3] += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
+        self.model.train(was_training)
         sums[3] = bool(self._failures)
         self.collective.allreduce_sum(sums)
         loss_sum, samples, num_correct, num_failed = sums.tolist()
@@ -361,7 +364,7 @@ class Trainer:
             return
         with communicator.together():
             self._apply(load_checkpoint(path), path, train)
-        self._log.line(f"resuming from {path}: step {self.steps}, epoch {self.epoch + 1}")
+        self._log.line(f"resuming from {path}: {self.epoch} of {self._epochs} epochs done, {self.steps} steps")
 
     def _apply(self, state: dict[str, Any], path: Path, train: Batches) -> None:
         if state["batches_in_epoch"] != self._batches_in_epoch:
