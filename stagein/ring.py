@@ -15,6 +15,7 @@ hear of it by the *pulse*, a small allreduce that also tells when all are done a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import threading
@@ -72,7 +73,8 @@ class Buffers:
 
     def __init__(self, number: int, buffer_bytes: int) -> None:
         self._memory = mmap.mmap(-1, max(1, number * buffer_bytes))
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._views = memoryview(self._memory)
         self._buffer_bytes = buffer_bytes
         self._free = list(range(number))  # the one freed last is taken first: it may still be in a CPU cache
@@ -415,6 +417,8 @@ class Engine:
         self._own.clear()
         self._local.clear()
         self._turns.clear()
+        for buffer in self._to_send.values():
+            self._buffers.release(buffer)
         self._to_send.clear()
 
     def _handle_done(self, wait_seconds: float) -> int:

@@ -6,6 +6,7 @@ which files end on which node; `rank_work` deals the chunks that are still missi
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,20 +120,11 @@ class StagePlan:
     def summary(self, manifest: Manifest) -> PlanSummary:
         """What `--dry-run` shows, for data that is nowhere yet: what is held already will not be read again."""
         table = ChunkTable(manifest)
-        everything = np.ones(len(table), dtype=np.bool_)
+        traveling = _by_size(table, table.of_files(self.shared))
         nodes = []
         for number, node in enumerate(self.nodes):
-            reads_bytes = 0
-            for local_rank in range(node.ranks):
-                world = World(
-                    local_rank=local_rank,
-                    local_size=node.ranks,
-                    node=number,
-                    nodes=len(self.nodes),
-                    node_name=node.name,
-                )
-                work = rank_work(self, table, world, everything, everything)
-                reads_bytes += table.total_bytes(work.reads(number))
+            shared_bytes = table.total_bytes(_dealt(traveling, number, len(self.nodes)))
+            owned_bytes = sum(table.files[file].nbytes for file in self.owned[number])
             files = self.files_of(number)
             gets_bytes = sum(table.files[file].nbytes for file in files)
             nodes.append(
@@ -142,7 +134,7 @@ class StagePlan:
                     gets_bytes=gets_bytes,
                     held_bytes=node.held_bytes,
                     free_bytes=node.free_bytes,
-                    reads_bytes=reads_bytes,
+                    reads_bytes=shared_bytes + owned_bytes,
                 )
             )
         return PlanSummary(dataset_id=manifest.id, policy=self.policy, nodes=tuple(nodes))
@@ -212,18 +204,24 @@ def _deal_by_bytes(
     shard_bytes: list[int], shared_bytes: int, nodes: Sequence[NodeSpace]
 ) -> tuple[tuple[int, ...], ...]:
     """Give each shard, largest first, to the node with the least so far among those that have room for it."""
-    loads = [0] * len(nodes)
     owned: list[list[int]] = [[] for _ in nodes]
     for node in nodes:
         if node.room_bytes < shared_bytes:
             _refuse(node, shared_bytes)
+    by_load = [(0, number) for number in range(len(nodes))]
     for shard in sorted(range(len(shard_bytes)), key=lambda number: -shard_bytes[number]):
-        fits = [n for n, node in enumerate(nodes) if shared_bytes + loads[n] + shard_bytes[shard] <= node.room_bytes]
-        if not fits:
+        without_room = []
+        while by_load:
+            load, number = heapq.heappop(by_load)
+            if shared_bytes + load + shard_bytes[shard] <= nodes[number].room_bytes:
+                owned[number].append(shard)
+                heapq.heappush(by_load, (load + shard_bytes[shard], number))
+                break
+            without_room.append((load, number))
+        else:
             _refuse_together(nodes, sum(shard_bytes) + shared_bytes * len(nodes))
-        chosen = min(fits, key=lambda n: loads[n])
-        loads[chosen] += shard_bytes[shard]
-        owned[chosen].append(shard)
+        for entry in without_room:
+            heapq.heappush(by_load, entry)
     return tuple(tuple(sorted(numbers)) for numbers in owned)
 
 
@@ -255,13 +253,19 @@ def rank_work(
     shared = table.of_files(plan.shared) & missing_anywhere
     owned = table.of_files(plan.owned[world.node]) & missing_here
     if world.nodes == 1:
-        return RankWork((), _by_size(table, shared | owned)[world.local_rank :: world.local_size])
-    local = _by_size(table, owned)[world.local_rank :: world.local_size]
+        return RankWork((), _dealt(_by_size(table, shared | owned), world.local_rank, world.local_size))
+    local = _dealt(_by_size(table, owned), world.local_rank, world.local_size)
     if world.local_rank >= plan.rings:
         return RankWork((), local)
     traveling = _by_size(table, shared)
-    by_origin = tuple(traveling[node :: world.nodes][world.local_rank :: plan.rings] for node in range(world.nodes))
+    of_nodes = (_dealt(traveling, node, world.nodes) for node in range(world.nodes))
+    by_origin = tuple(_dealt(chunks, world.local_rank, plan.rings) for chunks in of_nodes)
     return RankWork(by_origin, local)
+
+
+def _dealt(chunks: Chunks, receiver: int, receivers: int) -> Chunks:
+    """What one receiver gets when chunks are dealt in turns."""
+    return chunks[receiver::receivers]
 
 
 def _by_size(table: ChunkTable, flags: Flags) -> Chunks:
