@@ -97,6 +97,17 @@ def test_eval_images_are_pils_resize_and_centre_crop(pictures):
         assert_alike(image, resized.crop((left, top, left + 56, top + 56)))
 
 
+def test_the_edge_of_the_centre_is_smoothed_over_the_pixels_beyond_it(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    (tmp_path / "images" / "all").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "images" / "all" / "noise.png")
+    convert(plan_imagefolder(tmp_path / "images"), tmp_path / "noise.st")
+    (image,) = loaded(RecordDataset(tmp_path / "noise.st", staged=None), transform=image_eval(40, resize=60))
+    resized = Image.fromarray(noise).resize((80, 60), Image.Resampling.BILINEAR)
+    difference = np.abs(in_grey_levels(image) - np.asarray(resized.crop((20, 10, 60, 50)), dtype=np.float64))
+    assert difference.max() < 2
+
+
 def test_mean_and_std_are_those_of_values_from_0_to_1(pictures):
     plain = loaded(pictures, transform=image_eval(32, resize=32, mean=(0, 0, 0), std=(1, 1, 1)))
     shifted = loaded(pictures, transform=image_eval(32, resize=32, mean=(0.5, 0, 0), std=(1, 1, 0.25)))
