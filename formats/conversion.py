@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from .assembly import FinishedShard, GrowingDataset, fingerprint, journal_shard, resume_shard
 from .checksums import crc32c, pread_exactly
-from .errors import InterruptedRunError, SourceError, StageinError
+from .errors import InterruptedRunError, SourceError, StageinError, destination_error
 from .images import BadImageError, read_header
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Source
-from .publish import describe_os_error
 from .shards import (
     DEFAULT_SHARD_BYTES,
     PayloadBuffer,
@@ -310,7 +309,7 @@ def _os_errors_as_sentences(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise describe_os_error(error, "writing", target) from error
+        raise destination_error(error, "writing", target) from error
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 Every error a user can cause or meet is one sentence: what happened, on which path and value, and what to do.
 """
 
+import errno
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -61,3 +63,17 @@ class WatchdogError(StageinError):
     """A rank made no progress within the limit; all ranks were ended."""
 
     exit_code = ExitCode.WATCHDOG
+
+
+def source_error(error: OSError, action: str, path: Path | str) -> SourceError:
+    """A sentence about a source that cannot be read: what was being done with which path, and why it failed."""
+    return SourceError(f"{action} {path} failed: {error.strerror or error}")
+
+
+def destination_error(error: OSError, action: str, path: Path | str) -> StageinError:
+    """A sentence about trouble where something is written: NoSpaceError when that is what it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            f"no space left while {action} {path}: free some room or choose another place, then run it again"
+        )
+    return StageinError(f"{action} {path} failed: {error.strerror or error}")

@@ -5,12 +5,9 @@ rename it, fsync the folder. A crash at any point leaves either the old state or
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-from .errors import NoSpaceError, SourceError, StageinError
 
 PART_SUFFIX = ".part"
 
@@ -50,12 +47,3 @@ def publish_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Publish a small file whose whole content is in memory."""
     with publish_file(path, mode=mode) as part:
         part.write_bytes(content)
-
-
-def describe_os_error(error: OSError, action: str, path: Path | str) -> StageinError:
-    """Turn an OSError into a sentence: no space, or what could not be done with which path and why."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(
-            f"no space left while {action} {path}: free some room or choose another place, then run it again"
-        )
-    return SourceError(f"{action} {path} failed: {error.strerror or error}")

@@ -10,9 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .assembly import FinishedShard, GrowingDataset, fingerprint
 from .checksums import Buffer, crc32c
-from .errors import UsageError
+from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Source
-from .publish import describe_os_error
 from .schema import Field, Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
@@ -89,7 +88,7 @@ class Writer:
         try:
             return self._growing.publish(self._layout, self._finished, source)
         except OSError as error:
-            raise describe_os_error(error, "writing", self._growing.target) from error
+            raise destination_error(error, "writing", self._growing.target) from error
         finally:
             self._growing.close()
 
@@ -144,7 +143,7 @@ class Writer:
         try:
             entry = write_shard(self._growing.folder, len(self._finished), first, content, self._layout)
         except OSError as error:
-            raise describe_os_error(error, "writing", self._growing.target) from error
+            raise destination_error(error, "writing", self._growing.target) from error
         absolute = offset + np.uint64(entry.data_offset)
         self._finished.append(
             FinishedShard(entry, payload_bytes, absolute, content.nbytes, content.crc32c, dict(content.columns))

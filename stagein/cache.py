@@ -25,12 +25,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stagein.formats.errors import NoSpaceError, StageinError, UsageError
+from stagein.formats.errors import NoSpaceError, StageinError, UsageError, destination_error
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.publish import PART_SUFFIX, fsync_folder, publish_bytes
 from stagein.formats.zarr_view import link_paths
 
-from .chunk_io import destination_error
 from .stage_plan import ChosenPolicy, ChunkTable, Flags
 from .world import node_name
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stagein.formats.checksums import chunk_sum, pread_exactly, pwrite_all
-from stagein.formats.errors import ChecksumError, NoSpaceError, SourceError, StageinError
-from stagein.formats.publish import describe_os_error
+from stagein.formats.errors import ChecksumError, SourceError, destination_error, source_error
 
 from .stage_plan import ChunkTable, Place
 
@@ -79,7 +78,7 @@ class ChunkReader:
                 break
             except OSError as error:
                 if error.errno not in _PASSING_TROUBLE or pause_seconds is None:
-                    raise describe_os_error(error, "reading", self._root / place.name) from None
+                    raise source_error(error, "reading", self._root / place.name) from None
                 self._open.close()
                 time.sleep(pause_seconds)
         if got < len(buffer):
@@ -147,12 +146,6 @@ def check_sum(place: Place, buffer: memoryview, what: str) -> None:
             f"{what} differs from the manifest in the {place.nbytes} bytes from {place.offset}: their xxh3_128 is "
             f"{found.hex()}, not {place.chunk_sum.hex()}; restore the file from a good copy or convert the data set again"
         )
-
-
-def destination_error(error: OSError, action: str, path: Path | str) -> StageinError:
-    """A sentence about trouble at the destination: NoSpaceError where that is what it is."""
-    described = describe_os_error(error, action, path)
-    return described if isinstance(described, NoSpaceError) else StageinError(str(described))
 
 
 def describe_changed_file(path: Path, status: os.stat_result, expected_bytes: int) -> str:

@@ -1,5 +1,6 @@
 """The ready graphs give the pixels that PIL and numpy give for the same windows; one record is decoded at a time."""
 
+import gc
 import io
 
 import numpy as np
@@ -145,6 +146,26 @@ def test_a_plain_function_of_nodes_is_a_graph(pictures):
     assert batch["thumbnail"].shape == (3, 8, 8, 3)
     assert batch["thumbnail"].dtype == torch.uint8
     assert batch["label_plus_one"].tolist() == [1, 1, 1]
+
+
+def test_fields_that_pass_through_own_their_memory(tmp_path):
+    """DALI hands on the host's memory where an output is an input: records of one size, one after the other, and labels."""
+    content = io.BytesIO()
+    Image.fromarray(smooth_picture(32, 32, 0)).save(content, "jpeg")
+    for number in range(24):
+        (tmp_path / "images" / f"{number:02d}").mkdir(parents=True)
+        (tmp_path / "images" / f"{number:02d}" / "same.jpg").write_bytes(content.getvalue())
+    convert(plan_imagefolder(tmp_path / "images"), tmp_path / "same.st")
+    loader = DataLoader(
+        RecordDataset(tmp_path / "same.st", staged=None), 4, device="cpu", num_workers=2, transform=dict
+    )
+    for epoch in range(20):
+        batches = list(loader)
+        gc.collect()
+        assert [label for batch in batches for label in batch["label"].tolist()] == list(range(24)), epoch
+        assert all(record.numpy().tobytes() == content.getvalue() for batch in batches for record in batch["image"]), (
+            epoch
+        )
 
 
 def test_fields_that_differ_in_shape_are_refused_by_name(pictures):

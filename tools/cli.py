@@ -147,7 +147,7 @@ def stage(
     ] = 256 << 20,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without any progress after which all ranks end.")
-    ] = 60.0,
+    ] = 300.0,
     json: Json = False,
 ) -> None:
     """Copy a data set to the local disk of every node, each byte read once, every byte verified.

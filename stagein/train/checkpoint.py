@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from stagein.formats.errors import ChecksumError, SourceError
-from stagein.formats.publish import describe_os_error, publish_file
+from stagein.formats.errors import ChecksumError, SourceError, destination_error, source_error
+from stagein.formats.publish import publish_file
 
 FORMAT = "stagein checkpoint 1"
 
@@ -28,7 +28,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         for old in find_checkpoints(folder)[:-keep]:
             old.unlink()
     except OSError as error:
-        raise describe_os_error(error, "writing the checkpoint", path) from error
+        raise destination_error(error, "writing the checkpoint", path) from error
     return path
 
 
@@ -52,7 +52,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ChecksumError(f"the checkpoint {path} is damaged (in {damaged}): {advice}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise describe_os_error(error, "reading the checkpoint", path) from error
+        raise source_error(error, "reading the checkpoint", path) from error
     except ChecksumError:
         raise
     except Exception as error:  # zipfile, pickle and torch raise nearly every kind

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from stagein.formats.errors import StageinError
-from stagein.formats.publish import describe_os_error
+from stagein.formats.errors import StageinError, destination_error
 
 LOG_NAME = "log.jsonl"
 
@@ -37,5 +36,5 @@ class RunLog:
             with self._path.open("a") as file:
                 file.write(content + "\n")
         except OSError as error:
-            failure: StageinError = describe_os_error(error, "writing the run's log", self._path)
+            failure: StageinError = destination_error(error, "writing the run's log", self._path)
             raise failure from error
