@@ -68,7 +68,11 @@ class BatchReader:
             planned = self.graph.inputs(SampleBatch(self.seed, task.epoch, ids, columns))
         except StageinError as error:
             raise type(error)(f"{task.place}: {error}") from error
-        wanted = {name: value for name, value in planned.items() if name not in columns or name in self.dataset.fields}
+        wanted = {
+            name: np.ascontiguousarray(value)
+            for name, value in planned.items()
+            if name not in columns or name in self.dataset.fields
+        }
         inputs = {records.schema.primary: stored, **wanted}
         return HostBatch(task, inputs, len(task.rows.ids), time.perf_counter() - started, sum(map(len, stored)))
 

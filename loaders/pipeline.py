@@ -139,7 +139,9 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
         prefetch_queue_depth=QUEUE_DEPTH,
     )
     with pipeline:
-        nodes = dali.fn.external_source(source, num_outputs=len(source.names))
+        # On the CPU, DALI reads the records where they lie, and copies what passes through to an output. For a GPU it
+        # copies them first: outputs are handed out before the GPU is done with the batch, which then ends here.
+        nodes = dali.fn.external_source(source, num_outputs=len(source.names), no_copy=not on_gpu)
         outputs = graph.build(dict(zip(source.names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
         pipeline.set_outputs(*(node.gpu() if on_gpu else node for node in outputs.values()))
     with warnings.catch_warnings():

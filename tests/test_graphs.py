@@ -149,7 +149,7 @@ def test_a_plain_function_of_nodes_is_a_graph(pictures):
 
 
 def test_fields_that_pass_through_own_their_memory(tmp_path):
-    """DALI hands on the host's memory where an output is an input: records of one size, one after the other, and labels."""
+    """Records are fed to DALI without a copy; what a graph hands on unchanged must not live in memory that is reused."""
     content = io.BytesIO()
     Image.fromarray(smooth_picture(32, 32, 0)).save(content, "jpeg")
     for number in range(24):
