@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from .index import RecordIndex
     from .manifest import Manifest
     from .schema import Field, Schema
-    from .sources import plan_imagefolder
+    from .source_imagefolder import scan_imagefolder
     from .verification import verify
     from .writer import Writer
 
-__all__ = ["Dataset", "Field", "Manifest", "RecordIndex", "Schema", "Writer", "convert", "plan_imagefolder", "verify"]
+__all__ = ["Dataset", "Field", "Manifest", "RecordIndex", "Schema", "Writer", "convert", "scan_imagefolder", "verify"]
 
 _MODULES = {
     "Dataset": "dataset",
@@ -23,7 +23,7 @@ _MODULES = {
     "Schema": "schema",
     "Writer": "writer",
     "convert": "conversion",
-    "plan_imagefolder": "sources",
+    "scan_imagefolder": "source_imagefolder",
     "verify": "verification",
 }
 

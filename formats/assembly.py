@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from .checksums import chunk_sums
 from .errors import UsageError
 from .index import index_fields
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, ShardEntry, Source
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes
 from .schema import Field
 from .shards import ShardLayout
+from .sources import RefusedRecord
 from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, primary_document
 
 JOURNAL_FOLDER = "journal"
@@ -41,8 +42,8 @@ class FinishedShard:
     nbytes: NDArray[np.uint32]
     crc32c: NDArray[np.uint32]
     columns: dict[str, NDArray[np.generic]]
-    skipped: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of records of the source that were left out, on request."""
+    skipped: tuple[RefusedRecord, ...] = ()
+    """What was left out of it, on request."""
 
 
 class GrowingDataset:
@@ -85,9 +86,15 @@ class GrowingDataset:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
-    def publish(self, layout: ShardLayout, shards: Sequence[FinishedShard], source: Source) -> Manifest:
+    def publish(
+        self,
+        layout: ShardLayout,
+        shards: Sequence[FinishedShard],
+        origin: Origin,
+        skipped: Sequence[RefusedRecord] = (),
+    ) -> Manifest:
         """Complete the data set from its shards, in order, and give it its final name."""
-        manifest = _write_all_but_shards(self.folder, layout, shards, source)
+        manifest = _write_all_but_shards(self.folder, layout, shards, origin, skipped)
         expected = {shard.entry.file for shard in shards}
         for path in (self.folder / "shards").iterdir():  # shards of an earlier attempt with other options
             if f"shards/{path.name}" not in expected:
@@ -112,7 +119,7 @@ def journal_shard(folder: Path, number: int, fingerprint: str, shard: FinishedSh
         "fingerprint": fingerprint,
         "entry": shard.entry.model_dump(),
         "payload_bytes": shard.payload_bytes,
-        "skipped": shard.skipped,
+        "skipped": [(refused.name, refused.reason) for refused in shard.skipped],
         "columns": sorted(shard.columns),
     }
     arrays: dict[str, Any] = {"offset": shard.offset, "nbytes": shard.nbytes, "crc32c": shard.crc32c}
@@ -136,7 +143,7 @@ def resume_shard(folder: Path, number: int, fingerprint: str, chunk_bytes: int) 
                 content["nbytes"],
                 content["crc32c"],
                 {name: content[f"column.{name}"] for name in head["columns"]},
-                tuple((name, reason) for name, reason in head["skipped"]),
+                tuple(RefusedRecord(name, reason) for name, reason in head["skipped"]),
             )
         if file_sums(folder / shard.entry.file, chunk_bytes) != shard.entry.xxh3_128:
             return None
@@ -161,7 +168,11 @@ def file_sums(path: Path, chunk_bytes: int) -> str:
 
 
 def _write_all_but_shards(
-    folder: Path, layout: ShardLayout, shards: Sequence[FinishedShard], source: Source
+    folder: Path,
+    layout: ShardLayout,
+    shards: Sequence[FinishedShard],
+    origin: Origin,
+    skipped: Sequence[RefusedRecord],
 ) -> Manifest:
     schema, primary = layout.schema, layout.schema.primary
     num_records = sum(shard.entry.records for shard in shards)
@@ -189,9 +200,8 @@ def _write_all_but_shards(
         files[f"{primary}/zarr.json"] = document(
             primary_document(schema.primary_field, num_records, layout.capacity, last_payload, len(shards))
         )
-    skipped = [f"{name}\t{reason}\n" for shard in shards for name, reason in shard.skipped]
     if skipped:
-        files["skipped.tsv"] = "".join(skipped).encode()
+        files["skipped.tsv"] = "".join(f"{refused.name}\t{refused.reason}\n" for refused in skipped).encode()
 
     entries = []
     for name, content in sorted(files.items()):
@@ -214,7 +224,7 @@ def _write_all_but_shards(
         chunk_bytes=layout.chunk_bytes,
         shards=tuple(shard_entries),
         files=tuple(entries),
-        source=source,
+        source=origin,
     ).sealed()
     make_links(folder, manifest)
     return manifest

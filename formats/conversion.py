@@ -14,13 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .assembly import FinishedShard, GrowingDataset, fingerprint, journal_shard, resume_shard
-from .checksums import crc32c, pread_exactly
+from .checksums import crc32c
 from .errors import InterruptedRunError, SourceError, StageinError, destination_error
-from .images import BadImageError, read_header
-from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Source
+from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .shards import (
     DEFAULT_SHARD_BYTES,
     PayloadBuffer,
@@ -32,9 +31,9 @@ from .shards import (
     refuse_large_record,
     write_shard,
 )
-from .sources import FilePlan
+from .sources import RefusedRecord, Source, SourcePart
 
-_LISTED_BAD_FILES = 20
+_LISTED_REFUSED = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Converted:
     """What a conversion did."""
 
     manifest: Manifest
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[RefusedRecord, ...]
     reused_shards: int
 
 
@@ -62,23 +61,17 @@ class _ShardTask:
     """Everything a worker process needs to make one shard."""
 
     plan: ShardPlan
-    root: Path
-    paths: tuple[str, ...]
-    nbytes: tuple[int, ...]
-    mtime_ns: tuple[int, ...]
-    labels: tuple[int, ...]
+    part: SourcePart
     layout: ShardLayout
     folder: Path
     skip_bad: bool
 
     def fingerprint(self) -> str:
-        layout = (
-            self.layout.schema.model_dump(mode="json"),
-            self.layout.container,
-            self.layout.capacity,
-            self.layout.chunk_bytes,
+        layout = self.layout
+        schema = layout.schema.model_dump(mode="json")
+        return fingerprint(
+            self.part.mark(), schema, layout.container, layout.capacity, layout.chunk_bytes, self.skip_bad
         )
-        return fingerprint(str(self.root), self.paths, self.nbytes, self.mtime_ns, self.labels, layout, self.skip_bad)
 
 
 @dataclass(frozen=True)
@@ -86,11 +79,11 @@ class _ShardResult:
     number: int
     shard: FinishedShard | None
     reused: bool
-    bad: tuple[tuple[str, str], ...] = ()
+    bad: tuple[RefusedRecord, ...] = ()
 
 
 def convert(
-    plan: FilePlan,
+    source: Source,
     target: Path,
     *,
     container: Container = "hdf5+zarr",
@@ -101,86 +94,60 @@ def convert(
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Converted:
-    """Pack the records of `plan` into the data set `target`, with `workers` processes (1: this one).
+    """Pack the records of `source` into the data set `target`, with `workers` processes (1: this one).
 
-    Killed at any point, the same call again keeps the finished shards. Files that are no complete images are all listed
-    in a SourceError at the end, or left out and written to skipped.tsv when `skip_bad` is set. Other errors: UsageError
-    (target exists, another process writes it), SourceError (a file changed or cannot be read), NoSpaceError,
+    Killed at any point, the same call again keeps the finished shards. What cannot be a record is listed in a
+    SourceError at the end, or left out and written to skipped.tsv when `skip_bad` is set. Other errors: UsageError
+    (target exists, another process writes it), SourceError (something changed or cannot be read), NoSpaceError,
     InterruptedRunError (SIGTERM, SIGINT).
     """
-    if plan.refused and not skip_bad:
-        raise _bad_files_error(plan.root, list(plan.refused))
-    for path, nbytes in zip(plan.paths, plan.nbytes, strict=True):
-        refuse_large_record(int(nbytes), path)
-    shard_plans = plan_encoded_shards(plan.nbytes, shard_bytes)
-    layout = ShardLayout(plan.schema, container, encoded_capacity(shard_plans, shard_bytes), chunk_bytes)
+    if source.refused and not skip_bad:
+        raise _refusal(source, list(source.refused))
+    for record, nbytes in enumerate(source.nbytes.tolist()):
+        refuse_large_record(nbytes, f"record {record} of {source.name}")
+    shard_plans = plan_encoded_shards(source.nbytes, shard_bytes)
+    layout = ShardLayout(source.schema, container, encoded_capacity(shard_plans, shard_bytes), chunk_bytes)
     with _os_errors_as_sentences(target):
         growing = GrowingDataset(target, overwrite=overwrite)
     try:
-        tasks = [_make_task(plan, shard_plan, layout, growing.folder, skip_bad) for shard_plan in shard_plans]
         with _os_errors_as_sentences(target), _signals_as_errors(target):
-            results = _run_tasks(tasks, plan, min(workers, max(1, len(tasks))), on_progress)
-            bad = [file for result in results for file in result.bad]
+            tasks = [
+                _ShardTask(plan, source.part(plan.first, plan.records), layout, growing.folder, skip_bad)
+                for plan in shard_plans
+            ]
+            results = _run_tasks(tasks, source.nbytes, min(workers, max(1, len(tasks))), on_progress)
+            bad = [refused for result in results for refused in result.bad]
             if bad:
-                raise _bad_files_error(plan.root, bad)
+                raise _refusal(source, bad)
             shards = [result.shard for result in results if result.shard is not None]
-            source = Source(
-                kind=plan.kind, records_sha256=fingerprint(plan.paths, plan.nbytes.tolist(), plan.labels.tolist())
-            )
-            shards[:1] = [_with_skipped(shard, plan.refused) for shard in shards[:1]]
-            manifest = growing.publish(layout, shards, source)
+            skipped = (*source.refused, *(refused for shard in shards for refused in shard.skipped))
+            origin = Origin(kind=source.kind, records_sha256=fingerprint(source.identity()))
+            manifest = growing.publish(layout, shards, origin, skipped)
     finally:
         growing.close()
-    skipped = tuple(file for shard in shards for file in shard.skipped)
     return Converted(manifest, skipped, sum(result.reused for result in results))
 
 
-def _with_skipped(shard: FinishedShard, refused: tuple[tuple[str, str], ...]) -> FinishedShard:
-    return FinishedShard(
-        shard.entry,
-        shard.payload_bytes,
-        shard.offset,
-        shard.nbytes,
-        shard.crc32c,
-        shard.columns,
-        (*refused, *shard.skipped),
-    )
-
-
-def _bad_files_error(root: Path, bad: list[tuple[str, str]]) -> SourceError:
-    listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:_LISTED_BAD_FILES])
-    more = f"\n  … and {len(bad) - _LISTED_BAD_FILES} more" if len(bad) > _LISTED_BAD_FILES else ""
-    files = "file is no complete image" if len(bad) == 1 else "files are no complete images"
+def _refusal(source: Source, bad: list[RefusedRecord]) -> SourceError:
+    listed = "".join(f"\n  {refused.name}: {refused.reason}" for refused in bad[:_LISTED_REFUSED])
+    more = f"\n  … and {len(bad) - _LISTED_REFUSED} more" if len(bad) > _LISTED_REFUSED else ""
+    what = "1 thing in it is no record" if len(bad) == 1 else f"{len(bad)} things in it are no records"
     return SourceError(
-        f"{len(bad)} {files} below {root}: mend or remove them, or pass --skip-bad to leave them out{listed}{more}"
-    )
-
-
-def _make_task(plan: FilePlan, shard: ShardPlan, layout: ShardLayout, folder: Path, skip_bad: bool) -> _ShardTask:
-    mine = slice(shard.first, shard.first + shard.records)
-    return _ShardTask(
-        shard,
-        plan.root,
-        plan.paths[mine],
-        tuple(plan.nbytes[mine].tolist()),
-        tuple(plan.mtime_ns[mine].tolist()),
-        tuple(plan.labels[mine].tolist()),
-        layout,
-        folder,
-        skip_bad,
+        f"{source.name}: {what}: mend or remove them, or pass --skip-bad to leave them out{listed}{more}"
     )
 
 
 def _run_tasks(
-    tasks: list[_ShardTask], plan: FilePlan, workers: int, on_progress: Callable[[Progress], None]
+    tasks: list[_ShardTask], record_bytes: NDArray[np.int64], workers: int, on_progress: Callable[[Progress], None]
 ) -> list[_ShardResult]:
     """The results of all tasks, in shard order."""
-    total_records, total_bytes = len(plan.paths), int(plan.nbytes.sum())
+    total_records, total_bytes = len(record_bytes), int(record_bytes.sum())
     results: list[_ShardResult] = []
     records = nbytes = 0
     for result in _run_here(tasks) if workers == 1 else _run_in_pool(tasks, workers):
         task = tasks[result.number]
-        records, nbytes = records + len(task.paths), nbytes + sum(task.nbytes)
+        records += task.plan.records
+        nbytes += int(record_bytes[task.plan.first : task.plan.first + task.plan.records].sum())
         results.append(result)
         on_progress(Progress(records, total_records, nbytes, total_bytes, sum(each.reused for each in results)))
     return sorted(results, key=lambda result: result.number)
@@ -244,7 +211,7 @@ def _make_shard(task: _ShardTask, buffer: PayloadBuffer) -> _ShardResult:
     if finished is not None:
         return _ShardResult(number, finished, reused=True)
     payload = buffer.view(task.plan.payload_bytes)
-    content, bad = _read_files(task, payload)
+    content, bad = _read_records(task, payload)
     if bad and not task.skip_bad:
         return _ShardResult(number, None, reused=False, bad=bad)
     entry = write_shard(task.folder, number, task.plan.first, content, task.layout)
@@ -254,54 +221,40 @@ def _make_shard(task: _ShardTask, buffer: PayloadBuffer) -> _ShardResult:
     return _ShardResult(number, shard, reused=False)
 
 
-def _read_files(task: _ShardTask, payload: memoryview) -> tuple[ShardContent, tuple[tuple[str, str], ...]]:
-    """Read the files of a shard to their places in `payload`; returns what is there and the files that are no images."""
-    root = os.open(task.root, os.O_RDONLY | os.O_DIRECTORY)
-    offsets, sizes, sums, labels, image_sizes = [], [], [], [], []
-    bad: list[tuple[str, str]] = []
+def _read_records(task: _ShardTask, payload: memoryview) -> tuple[ShardContent, tuple[RefusedRecord, ...]]:
+    """Read the records of a shard to their places in `payload`; returns what is there, and what is no record."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    sums: list[int] = []
+    columns: dict[str, list[ArrayLike]] = {name: [] for name in task.layout.schema.columns}
+    bad: list[RefusedRecord] = []
     position = 0
-    try:
-        for path, nbytes, label in zip(task.paths, task.nbytes, task.labels, strict=True):
-            room = payload[position : position + nbytes]
-            _read_whole_file(root, path, room, task.root)
-            try:
-                header = read_header(room)
-            except BadImageError as error:
-                bad.append((path, str(error)))
-                continue
-            offsets.append(position)
-            sizes.append(nbytes)
-            sums.append(crc32c(room))
-            labels.append(label)
-            image_sizes.append((header.height, header.width))
-            position += nbytes
-    finally:
-        os.close(root)
+
+    def room(nbytes: int) -> memoryview:
+        return payload[position : position + nbytes]
+
+    for record in task.part.read(room):
+        if isinstance(record, RefusedRecord):
+            bad.append(record)
+            continue
+        offsets.append(position)
+        sizes.append(record.nbytes)
+        sums.append(crc32c(payload[position : position + record.nbytes]))
+        for name, values in columns.items():
+            values.append(record.columns[name])
+        position += record.nbytes
     payload[position:] = bytes(len(payload) - position)
-    columns: dict[str, NDArray[np.generic]] = {
-        "label": np.array(labels, np.int64),
-        "hw": np.array(image_sizes, np.int32).reshape(-1, 2),
-    }
     content = ShardContent(
-        payload, np.array(offsets, np.uint64), np.array(sizes, np.uint32), np.array(sums, np.uint32), columns
+        payload,
+        np.array(offsets, np.uint64),
+        np.array(sizes, np.uint32),
+        np.array(sums, np.uint32),
+        {
+            name: np.array(columns[name], field.stored_dtype).reshape(len(sizes), *field.fixed_shape)
+            for name, field in task.layout.schema.columns.items()
+        },
     )
     return content, tuple(bad)
-
-
-def _read_whole_file(root: int, path: str, room: memoryview, root_path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
-        try:
-            got = pread_exactly(descriptor, room, 0)
-            grown = os.pread(descriptor, 1, len(room))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise SourceError(f"{root_path / path} cannot be read: {error.strerror}") from None
-    if got != len(room) or grown:
-        raise SourceError(
-            f"{root_path / path} changed its size while it was converted: run the same command again when it is at rest"
-        )
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class ShardEntry(FileEntry):
     data_offset: int = pydantic_field(ge=0)
 
 
-class Source(BaseModel):
+class Origin(BaseModel):
     """Where the records came from, as far as it is the same wherever the source lies."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,7 +85,7 @@ class Manifest(BaseModel):
     chunk_bytes: int = pydantic_field(ge=4096)
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
-    source: Source
+    source: Origin
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Manifest":

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .assembly import FinishedShard, GrowingDataset, fingerprint
 from .checksums import Buffer, crc32c
 from .errors import UsageError, destination_error
-from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Source
+from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Field, Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
@@ -84,9 +84,9 @@ class Writer:
         """Write what is left and publish the data set. Called by the end of the `with` block."""
         if self._sizes:
             self._finish_shard()
-        source = Source(kind="writer", records_sha256=fingerprint([shard.entry.xxh3_128 for shard in self._finished]))
+        origin = Origin(kind="writer", records_sha256=fingerprint([shard.entry.xxh3_128 for shard in self._finished]))
         try:
-            return self._growing.publish(self._layout, self._finished, source)
+            return self._growing.publish(self._layout, self._finished, origin)
         except OSError as error:
             raise destination_error(error, "writing", self._growing.target) from error
         finally:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagein.formats import Dataset, convert, plan_imagefolder
+from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.loaders.synthetic import make_image_folder
 
 IMAGES_PER_CLASS = 17
@@ -23,7 +23,7 @@ def jpeg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jpeg_dataset_path(jpeg_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set made from `jpeg_folder`: 85 records in several shards of 64 KiB. Read only."""
     target = tmp_path_factory.mktemp("dataset") / "train.st"
-    convert(plan_imagefolder(jpeg_folder), target, shard_bytes=64 << 10, chunk_bytes=16 << 10)
+    convert(scan_imagefolder(jpeg_folder), target, shard_bytes=64 << 10, chunk_bytes=16 << 10)
     return target
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from stagein.formats import Dataset, convert, plan_imagefolder
+from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.conversion import Progress
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.publish import PART_SUFFIX
@@ -51,7 +51,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     jpeg_folder: Path, jpeg_dataset_path: Path, tmp_path: Path, workers: int
 ) -> None:
     convert(
-        plan_imagefolder(jpeg_folder), tmp_path / "x.st", shard_bytes=64 << 10, chunk_bytes=16 << 10, workers=workers
+        scan_imagefolder(jpeg_folder), tmp_path / "x.st", shard_bytes=64 << 10, chunk_bytes=16 << 10, workers=workers
     )
     assert tree(tmp_path / "x.st") == tree(jpeg_dataset_path)
 
@@ -87,7 +87,7 @@ def test_bad_files_are_all_listed_and_refused(source: Path, tmp_path: Path) -> N
         (source / name).unlink()
     result = run_convert(source, tmp_path / "x.st", *SMALL_SHARDS)
     assert result.returncode == 3
-    assert "3 files are no complete images" in result.stderr
+    assert "3 things in it are no records" in result.stderr
     for name, reason in {
         "circle/truncated.jpg": "truncated JPEG: it has no end marker",
         "circle/cut in header.jpg": "truncated JPEG: it ends within its header",
@@ -115,7 +115,7 @@ def test_a_png_is_an_image_whatever_its_name(source: Path, tmp_path: Path) -> No
     from PIL import Image
 
     Image.new("RGB", (31, 17)).save(source / "circle/zz.jpg", "PNG")
-    convert(plan_imagefolder(source), tmp_path / "x.st")
+    convert(scan_imagefolder(source), tmp_path / "x.st")
     dataset = Dataset(tmp_path / "x.st")
     assert [int(h * w) for h, w in dataset.columns["hw"] if h * w != 48 * 72] == [31 * 17]
 
@@ -124,7 +124,7 @@ def test_an_image_larger_than_a_shard_gets_its_own(source: Path, tmp_path: Path)
     random = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     large = simplejpeg.encode_jpeg(random, quality=95)
     (source / "circle/large.jpg").write_bytes(large)
-    convert(plan_imagefolder(source), tmp_path / "x.st", shard_bytes=64 << 10)
+    convert(scan_imagefolder(source), tmp_path / "x.st", shard_bytes=64 << 10)
     assert len(large) > 64 << 10
     assert sum(record["image"].tobytes() == large for record in Dataset(tmp_path / "x.st")) == 1
 
@@ -133,11 +133,11 @@ def test_an_existing_target_is_kept(jpeg_folder: Path, jpeg_dataset_path: Path, 
     target = shutil.copytree(jpeg_dataset_path, tmp_path / "x.st", symlinks=True)
     before = tree(target)
     with pytest.raises(UsageError, match="pass --overwrite"):
-        convert(plan_imagefolder(jpeg_folder), target)
+        convert(scan_imagefolder(jpeg_folder), target)
     assert tree(target) == before
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="not a stagein data set"):
-        convert(plan_imagefolder(jpeg_folder), tmp_path / "mine", overwrite=True)
+        convert(scan_imagefolder(jpeg_folder), tmp_path / "mine", overwrite=True)
 
 
 def test_overwrite_replaces_only_when_the_new_one_is_complete(
@@ -147,10 +147,10 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(
     before = tree(target)
     (source / "circle/00000.jpg").write_bytes(b"no image")
     with pytest.raises(SourceError):
-        convert(plan_imagefolder(source), target, overwrite=True)
+        convert(scan_imagefolder(source), target, overwrite=True)
     assert tree(target) == before
     (source / "circle/00000.jpg").unlink()
-    convert(plan_imagefolder(source), target, overwrite=True)
+    convert(scan_imagefolder(source), target, overwrite=True)
     assert len(Dataset(target)) == 84
     assert [path.name for path in tmp_path.iterdir() if path.name != "source"] == ["x.st"]
 
@@ -167,7 +167,7 @@ def test_a_restart_keeps_what_holds_and_redoes_the_rest(source: Path, jpeg_datas
     options = {"shard_bytes": 64 << 10, "chunk_bytes": 16 << 10}
     target = tmp_path / "x.st"
     with pytest.raises(_StopError):
-        convert(plan_imagefolder(source), target, on_progress=stop_after_two, **options)
+        convert(scan_imagefolder(source), target, on_progress=stop_after_two, **options)
     assert not target.exists()
     shards = sorted((tmp_path / f"x.st{PART_SUFFIX}" / "shards").iterdir())
     assert len(shards) >= 2
@@ -175,7 +175,7 @@ def test_a_restart_keeps_what_holds_and_redoes_the_rest(source: Path, jpeg_datas
     with open(shards[0], "r+b") as file:  # a flipped byte: this shard must be made again
         file.seek(-1000, os.SEEK_END)
         file.write(bytes([file.read(1)[0] ^ 1]))
-    converted = convert(plan_imagefolder(source), target, **options)
+    converted = convert(scan_imagefolder(source), target, **options)
     assert converted.reused_shards == len(shards) - 1
     assert tree(target) == tree(jpeg_dataset_path)
 
@@ -186,12 +186,12 @@ def test_a_restart_after_the_source_changed_takes_nothing_stale(source: Path, tm
 
     target = tmp_path / "x.st"
     with pytest.raises(_StopError):
-        convert(plan_imagefolder(source), target, shard_bytes=64 << 10, on_progress=stop_after_one)
+        convert(scan_imagefolder(source), target, shard_bytes=64 << 10, on_progress=stop_after_one)
     edited = source / "checker/00000.jpg"
     content = bytearray(edited.read_bytes())
     content[-10] ^= 1  # another image of the same size
     edited.write_bytes(content)
-    assert convert(plan_imagefolder(source), target, shard_bytes=64 << 10).reused_shards == 0
+    assert convert(scan_imagefolder(source), target, shard_bytes=64 << 10).reused_shards == 0
     assert Dataset(target)[0]["image"].tobytes() == content
 
 
@@ -241,13 +241,13 @@ def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(
 def test_two_processes_do_not_write_one_target(source: Path, tmp_path: Path) -> None:
     def second(progress: Progress) -> None:
         with pytest.raises(UsageError, match="being written by another process"):
-            convert(plan_imagefolder(source), tmp_path / "x.st")
+            convert(scan_imagefolder(source), tmp_path / "x.st")
 
-    convert(plan_imagefolder(source), tmp_path / "x.st", on_progress=second)
+    convert(scan_imagefolder(source), tmp_path / "x.st", on_progress=second)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
-    plan = plan_imagefolder(source)
+    plan = scan_imagefolder(source)
     with open(source / "circle/00003.jpg", "ab") as file:
         file.write(b"more")
     with pytest.raises(SourceError, match=r"circle/00003.jpg changed its size"):
@@ -255,7 +255,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(source: Path, tmp_path:
 
 
 def test_a_file_that_vanishes_is_named(source: Path, tmp_path: Path) -> None:
-    plan = plan_imagefolder(source)
+    plan = scan_imagefolder(source)
     (source / "circle/00003.jpg").unlink()
     with pytest.raises(SourceError, match=r"circle/00003.jpg cannot be read"):
         convert(plan, tmp_path / "x.st", workers=2, shard_bytes=64 << 10)
@@ -281,6 +281,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_made(jpeg_folder: Pat
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot be listed"):
-        plan_imagefolder(tmp_path / "nowhere")
+        scan_imagefolder(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="no class folders"):
-        plan_imagefolder(tmp_path)
+        scan_imagefolder(tmp_path)

@@ -18,7 +18,7 @@ import torch
 import torch.utils.data
 from mpi import run_ranks
 
-from stagein.formats import Dataset, convert, plan_imagefolder
+from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.errors import ChecksumError, SourceError, StageinError, UsageError
 from stagein.loaders import DataLoader, RecordDataset, image_train
 
@@ -33,7 +33,7 @@ def numbered(jpeg_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Rec
     for number, image in enumerate(sorted(jpeg_folder.rglob("*.jpg"))):
         (root / "images" / f"{number:03d}").mkdir(parents=True)
         shutil.copy(image, root / "images" / f"{number:03d}")
-    convert(plan_imagefolder(root / "images"), root / "numbered.st", shard_bytes=64 << 10, chunk_bytes=16 << 10)
+    convert(scan_imagefolder(root / "images"), root / "numbered.st", shard_bytes=64 << 10, chunk_bytes=16 << 10)
     return RecordDataset(root / "numbered.st", staged=None)
 
 
@@ -296,7 +296,7 @@ def test_an_image_that_cannot_be_decoded_is_named(jpeg_folder, tmp_path):
     frame = content.index(b"\xff\xc0")
     content[frame + 9] = 17  # components of the image: header and end still look whole
     victim.write_bytes(content)
-    convert(plan_imagefolder(tmp_path / "images"), tmp_path / "images.st")
+    convert(scan_imagefolder(tmp_path / "images"), tmp_path / "images.st")
     loader = make_loader(RecordDataset(tmp_path / "images.st", staged=None), shuffle=False, num_workers=1)
     with pytest.raises(SourceError, match=r"^epoch 0, batch 2: record 20 in .*00000\.\w+ cannot be decoded: [^\n]+$"):
         list(loader)

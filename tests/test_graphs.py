@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stagein.formats import convert, plan_imagefolder
+from stagein.formats import convert, scan_imagefolder
 from stagein.formats.errors import UsageError
 from stagein.loaders import DataLoader, RecordDataset, image_eval, image_train
 from stagein.loaders.augment import random_flips, random_resized_crops, train_uniforms
@@ -34,7 +34,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> RecordDataset:
     Image.fromarray(smooth_picture(100, 150, 10)).save(root / "images" / "all" / "rotated.jpg", quality=95, exif=exif)
     Image.fromarray(smooth_picture(70, 50, 11)).convert("L").save(root / "images" / "all" / "grey.jpg", quality=95)
     Image.fromarray(smooth_picture(70, 90, 12)).save(root / "images" / "all" / "picture.png")
-    convert(plan_imagefolder(root / "images"), root / "pictures.st")
+    convert(scan_imagefolder(root / "images"), root / "pictures.st")
     return RecordDataset(root / "pictures.st", staged=None)
 
 
@@ -102,7 +102,7 @@ def test_the_edge_of_the_centre_is_smoothed_over_the_pixels_beyond_it(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     (tmp_path / "images" / "all").mkdir(parents=True)
     Image.fromarray(noise).save(tmp_path / "images" / "all" / "noise.png")
-    convert(plan_imagefolder(tmp_path / "images"), tmp_path / "noise.st")
+    convert(scan_imagefolder(tmp_path / "images"), tmp_path / "noise.st")
     (image,) = loaded(RecordDataset(tmp_path / "noise.st", staged=None), transform=image_eval(40, resize=60))
     resized = Image.fromarray(noise).resize((80, 60), Image.Resampling.BILINEAR)
     difference = np.abs(in_grey_levels(image) - np.asarray(resized.crop((20, 10, 60, 50)), dtype=np.float64))
@@ -155,7 +155,7 @@ def test_fields_that_pass_through_own_their_memory(tmp_path):
     for number in range(24):
         (tmp_path / "images" / f"{number:02d}").mkdir(parents=True)
         (tmp_path / "images" / f"{number:02d}" / "same.jpg").write_bytes(content.getvalue())
-    convert(plan_imagefolder(tmp_path / "images"), tmp_path / "same.st")
+    convert(scan_imagefolder(tmp_path / "images"), tmp_path / "same.st")
     loader = DataLoader(
         RecordDataset(tmp_path / "same.st", staged=None), 4, device="cpu", num_workers=2, transform=dict
     )

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stagein.formats.sources import plan_imagefolder
+from stagein.formats.source_imagefolder import scan_imagefolder
 
 from .rates import print_rates
 
@@ -19,7 +19,7 @@ def run_convert(source: Path, rounds: int, work: Path | None = None) -> None:
     Conversion ends with everything on the disk; `cp -r` ends earlier, with its bytes in the page cache, so that
     `cp -r` followed by `sync` is measured too. Before each run the disk is let come to rest.
     """
-    nbytes = int(plan_imagefolder(source).nbytes.sum())
+    nbytes = int(scan_imagefolder(source).nbytes.sum())
     folder = Path(tempfile.mkdtemp(prefix="stagein-bench-", dir=work))
     copy, target = str(folder / "copy"), str(folder / "x.st")
     commands = {

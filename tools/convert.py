@@ -3,11 +3,12 @@
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from stagein.formats.conversion import Converted, Progress, convert
 from stagein.formats.manifest import Container
-from stagein.formats.sources import plan_imagefolder
+from stagein.formats.source_imagefolder import scan_imagefolder
 
 from .console import bytes_text, complain, progress_bytes, say, seconds_text
 
@@ -27,7 +28,7 @@ def run_imagefolder(
 ) -> None:
     """Convert a folder of class folders of images. Raises StageinError."""
     start = time.monotonic()
-    plan = plan_imagefolder(source)
+    plan = scan_imagefolder(source)
     if not as_json:
         classes = len(set(plan.labels.tolist()))
         say(f"{source}: {len(plan.paths):,} images in {classes} classes, {bytes_text(plan.nbytes.sum())}")
@@ -67,15 +68,15 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
                     "nbytes": manifest.nbytes,
                     "seconds": round(seconds, 3),
                     "reused_shards": converted.reused_shards,
-                    "skipped": converted.skipped,
+                    "skipped": [asdict(refused) for refused in converted.skipped],
                 }
             )
         )
         return
     if converted.skipped:
         complain(f"{len(converted.skipped)} files were left out, as asked; they are listed in {target / 'skipped.tsv'}")
-        for path, reason in converted.skipped[:_LISTED_SKIPPED]:
-            complain(f"  {path}: {reason}")
+        for refused in converted.skipped[:_LISTED_SKIPPED]:
+            complain(f"  {refused.name}: {refused.reason}")
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
     say(
         f"{target}: {manifest.num_records:,} records in {len(manifest.shards)} shards{reused}, {bytes_text(manifest.nbytes)}, "

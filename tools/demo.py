@@ -10,7 +10,7 @@ from typing import Any
 
 from stagein.formats.conversion import convert
 from stagein.formats.errors import StageinError, UsageError
-from stagein.formats.sources import plan_imagefolder
+from stagein.formats.source_imagefolder import scan_imagefolder
 from stagein.loaders.synthetic import PATTERNS, make_image_folder
 from stagein.receipt import Receipt
 
@@ -89,7 +89,7 @@ def _make_empty(folder: Path) -> None:
 def _convert(source: Path, target: Path) -> None:
     with progress_bytes(f"converting {source.name}") as update:
         convert(
-            plan_imagefolder(source),
+            scan_imagefolder(source),
             target,
             shard_bytes=4 << 20,
             chunk_bytes=1 << 20,
