@@ -23,7 +23,7 @@ from .index import index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes
 from .schema import Field
-from .shards import ShardLayout
+from .shards import ShardContent, ShardLayout, write_shard
 from .sources import RefusedRecord
 from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, primary_document
 
@@ -44,6 +44,20 @@ class FinishedShard:
     columns: dict[str, NDArray[np.generic]]
     skipped: tuple[RefusedRecord, ...] = ()
     """What was left out of it, on request."""
+
+
+def finish_shard(
+    folder: Path,
+    number: int,
+    first: int,
+    content: ShardContent,
+    layout: ShardLayout,
+    skipped: tuple[RefusedRecord, ...] = (),
+) -> FinishedShard:
+    """Write and publish shard `number` of the data set growing in `folder`. Raises OSError as the file system does."""
+    entry, offset = write_shard(folder, number, first, content, layout)
+    payload_bytes, columns = len(content.payload), dict(content.columns)
+    return FinishedShard(entry, payload_bytes, offset, content.nbytes, content.crc32c, columns, skipped)
 
 
 class GrowingDataset:

@@ -12,28 +12,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint, journal_shard, resume_shard
-from .checksums import crc32c
+from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard, journal_shard, resume_shard
+from .codecs import WORTHWHILE_RATIO, Codec
 from .errors import InterruptedRunError, SourceError, StageinError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
+from .schema import Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
     PayloadBuffer,
-    ShardContent,
+    ShardBuilder,
     ShardLayout,
     ShardPlan,
-    encoded_capacity,
-    plan_encoded_shards,
+    plan_shards,
+    refuse_codec,
     refuse_large_record,
-    write_shard,
 )
-from .sources import RefusedRecord, Source, SourcePart
+from .sources import RefusedRecord, Source, SourcePart, SourceRecord
 
 _LISTED_REFUSED = 20
+_TRIED_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def convert(
     target: Path,
     *,
     container: Container = "hdf5+zarr",
+    codec: Codec | Literal["auto"] | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     workers: int = 1,
@@ -95,6 +98,9 @@ def convert(
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Converted:
     """Pack the records of `source` into the data set `target`, with `workers` processes (1: this one).
+
+    `codec` compresses the records of a `tensor` primary field; "auto" tries some on a few records and takes what is
+    worthwhile. Records of an `encoded` field are stored as they are.
 
     Killed at any point, the same call again keeps the finished shards. What cannot be a record is listed in a
     SourceError at the end, or left out and written to skipped.tsv when `skip_bad` is set. Other errors: UsageError
@@ -105,8 +111,10 @@ def convert(
         raise _refusal(source, list(source.refused))
     for record, nbytes in enumerate(source.nbytes.tolist()):
         refuse_large_record(nbytes, f"record {record} of {source.name}")
-    shard_plans = plan_encoded_shards(source.nbytes, shard_bytes)
-    layout = ShardLayout(source.schema, container, encoded_capacity(shard_plans, shard_bytes), chunk_bytes)
+    schema = with_codec(source.schema, choose_codec(source) if codec == "auto" else codec)
+    refuse_codec(schema, container)
+    shard_plans, capacity = plan_shards(schema, source.nbytes, shard_bytes)
+    layout = ShardLayout(schema, container, capacity, chunk_bytes)
     with _os_errors_as_sentences(target):
         growing = GrowingDataset(target, overwrite=overwrite)
     try:
@@ -126,6 +134,35 @@ def convert(
     finally:
         growing.close()
     return Converted(manifest, skipped, sum(result.reused for result in results))
+
+
+def with_codec(schema: Schema, codec: Codec | None) -> Schema:
+    """The schema with its primary field compressed by `codec`, where it is a tensor field."""
+    field = schema.primary_field
+    if codec is None or field.kind != "tensor":
+        return schema
+    compressed = field.model_copy(update={"codec": codec})
+    return schema.model_copy(update={"fields": {**schema.fields, schema.primary: compressed}})
+
+
+def choose_codec(source: Source) -> Codec | None:
+    """The Blosc shuffle that compresses a few records spread over the source best, None when none is worthwhile."""
+    field, count = source.schema.primary_field, len(source.nbytes)
+    if field.kind != "tensor" or not count:
+        return None
+    candidates = [Codec(name="blosc-lz4", shuffle="byte"), Codec(name="blosc-lz4", shuffle="bit")]
+    stored_bytes = [0] * len(candidates)
+    record = memoryview(bytearray(field.record_bytes))
+    tried_bytes = 0
+    for number in np.unique(np.linspace(0, count - 1, _TRIED_RECORDS).astype(int)).tolist():
+        for read in source.part(number, 1).read(lambda nbytes: record):
+            if isinstance(read, SourceRecord):
+                tried_bytes += read.nbytes
+                for place, codec in enumerate(candidates):
+                    stored_bytes[place] += len(codec.encode(record, field.stored_dtype.itemsize))
+    best = min(range(len(candidates)), key=stored_bytes.__getitem__)
+    worthwhile = tried_bytes >= WORTHWHILE_RATIO * max(stored_bytes[best], 1)
+    return candidates[best] if worthwhile else None
 
 
 def _refusal(source: Source, bad: list[RefusedRecord]) -> SourceError:
@@ -210,51 +247,18 @@ def _make_shard(task: _ShardTask, buffer: PayloadBuffer) -> _ShardResult:
     finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
     if finished is not None:
         return _ShardResult(number, finished, reused=True)
-    payload = buffer.view(task.plan.payload_bytes)
-    content, bad = _read_records(task, payload)
-    if bad and not task.skip_bad:
-        return _ShardResult(number, None, reused=False, bad=bad)
-    entry = write_shard(task.folder, number, task.plan.first, content, task.layout)
-    absolute = content.offset + np.uint64(entry.data_offset)
-    shard = FinishedShard(entry, len(payload), absolute, content.nbytes, content.crc32c, dict(content.columns), bad)
-    journal_shard(task.folder, number, mark, shard)
-    return _ShardResult(number, shard, reused=False)
-
-
-def _read_records(task: _ShardTask, payload: memoryview) -> tuple[ShardContent, tuple[RefusedRecord, ...]]:
-    """Read the records of a shard to their places in `payload`; returns what is there, and what is no record."""
-    offsets: list[int] = []
-    sizes: list[int] = []
-    sums: list[int] = []
-    columns: dict[str, list[ArrayLike]] = {name: [] for name in task.layout.schema.columns}
+    builder = ShardBuilder(task.layout, buffer, task.plan.records, task.plan.payload_bytes)
     bad: list[RefusedRecord] = []
-    position = 0
-
-    def room(nbytes: int) -> memoryview:
-        return payload[position : position + nbytes]
-
-    for record in task.part.read(room):
+    for record in task.part.read(builder.room):
         if isinstance(record, RefusedRecord):
             bad.append(record)
-            continue
-        offsets.append(position)
-        sizes.append(record.nbytes)
-        sums.append(crc32c(payload[position : position + record.nbytes]))
-        for name, values in columns.items():
-            values.append(record.columns[name])
-        position += record.nbytes
-    payload[position:] = bytes(len(payload) - position)
-    content = ShardContent(
-        payload,
-        np.array(offsets, np.uint64),
-        np.array(sizes, np.uint32),
-        np.array(sums, np.uint32),
-        {
-            name: np.array(columns[name], field.stored_dtype).reshape(len(sizes), *field.fixed_shape)
-            for name, field in task.layout.schema.columns.items()
-        },
-    )
-    return content, tuple(bad)
+        else:
+            builder.add(record.nbytes, record.columns)
+    if bad and not task.skip_bad:
+        return _ShardResult(number, None, reused=False, bad=tuple(bad))
+    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad))
+    journal_shard(task.folder, number, mark, shard)
+    return _ShardResult(number, shard, reused=False)
 
 
 @contextmanager

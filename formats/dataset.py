@@ -66,9 +66,7 @@ class Dataset:
             name: np.asarray(column[record]) for name, column in self.columns.items()
         }
         field = self.schema.primary_field
-        fields[self.schema.primary] = (
-            content if field.kind == "encoded" else content.view(field.stored_dtype).reshape(field.fixed_shape)
-        )
+        fields[self.schema.primary] = content if field.kind == "encoded" else self._decode([content], None)[0]
         return fields
 
     def __iter__(self) -> Iterator[dict[str, NDArray[np.generic]]]:
@@ -110,6 +108,33 @@ class Dataset:
             views.append(view)
             position = end
         return views
+
+    def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
+        """Read and decode these records of a `tensor` primary field, in this order: [len(records), *shape].
+
+        out  where to put them, C-contiguous with that shape and the field's dtype; by default a fresh array.
+
+        Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record.
+        """
+        field = self.schema.primary_field
+        if out is None:
+            out = np.empty((len(records), *field.fixed_shape), field.stored_dtype)
+        if field.codec is None:
+            self.read_records(records, memoryview(out.reshape(-1).view(np.uint8)))
+            return out
+        return self._decode(self.read_records(records), out)
+
+    def _decode(self, stored: list[NDArray[np.uint8]], out: NDArray[np.generic] | None) -> NDArray[np.generic]:
+        field = self.schema.primary_field
+        if out is None:
+            out = np.empty((len(stored), *field.fixed_shape), field.stored_dtype)
+        rows = out.reshape(len(stored), -1).view(np.uint8)
+        for row, content in zip(rows, stored, strict=True):
+            if field.codec is None:
+                row[:] = content
+            else:
+                field.codec.decode_into(content, row)
+        return out
 
     def close(self) -> None:
         """Close the shards; the data set cannot be read afterwards."""

@@ -5,10 +5,11 @@ Two traps shape this file (both tried with HDF5 1.14): bytes past the end that H
 the end of the file. Shards are immutable after that: any edit would move the end and break the Zarr view.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
+import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,6 +68,54 @@ def create_skeleton(
         for name, values in small.items():
             file.create_dataset(name, data=values)
         return _create_contiguous(file, payload_name, payload_shape, payload_dtype)
+
+
+def create_chunked(
+    path: Path,
+    *,
+    payload_name: str,
+    payload_shape: tuple[int, ...],
+    payload_dtype: str,
+    hdf5_filter: tuple[int, tuple[int, ...]],
+    records: Sequence[memoryview],
+    small: Mapping[str, NDArray[np.generic]],
+    attributes: Mapping[str, object],
+) -> NDArray[np.uint64]:
+    """Write all of a shard, its payload as one filtered chunk a record; `records` are the chunks as they are stored.
+
+    Returns the offset of each chunk in the file, in bytes.
+    """
+    with _open(path, "w") as file:
+        file.attrs.update(attributes)
+        for name, values in small.items():
+            file.create_dataset(name, data=values)
+        number, parameters = hdf5_filter
+        dataset = file.create_dataset(
+            payload_name,
+            payload_shape,
+            np.dtype(payload_dtype),
+            chunks=(1, *payload_shape[1:]),
+            compression=number,
+            compression_opts=parameters,
+            fill_time="never",
+        )
+        inner = (0,) * (len(payload_shape) - 1)
+        for row, content in enumerate(records):
+            dataset.id.write_direct_chunk((row, *inner), content)
+    return chunk_places(path, payload_name)[:, 0]
+
+
+def chunk_places(path: Path, name: str) -> NDArray[np.uint64]:
+    """Offset and size in the file of every chunk of a payload of one chunk a record, [records, 2], in bytes."""
+    with h5py.File(path, "r", locking=False) as file:
+        dataset = file[name]
+        places = np.zeros((len(dataset), 2), np.uint64)
+
+        def note(chunk: h5py.h5d.StoreInfo) -> None:
+            places[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size
+
+        dataset.id.chunk_iter(note)  # get_chunk_info(i) walks the whole index for every i
+    return places
 
 
 def append_zarr_index_room(path: Path, nbytes: int) -> int:

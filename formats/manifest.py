@@ -53,7 +53,7 @@ class FileEntry(BaseModel):
 
 
 class ShardEntry(FileEntry):
-    """A shard: `records` records from number `first` on; payload byte 0 is at `data_offset` of the file."""
+    """A shard: `records` records from number `first` on; its payload starts at `data_offset` of the file."""
 
     records: int = pydantic_field(ge=0)
     first: int = pydantic_field(ge=0)

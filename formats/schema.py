@@ -7,6 +7,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic import Field as pydantic_field
 
+from .codecs import Codec
+
 FieldKind = Literal["encoded", "tensor"]
 SMALL_FIELD_BYTES = 4096
 """A fixed-shape field of at most this many bytes a record is small: kept whole in memory as a column."""
@@ -20,6 +22,7 @@ class Field(BaseModel):
     shape     extents of one record; None where they differ from record to record (only `encoded`).
     encoding  for `encoded`: the format's name, `jpeg` or `image` for a mixture.
     dims      names of the extents, such as ("height", "width", "channel").
+    codec     for `tensor`: how records are compressed; None: they are stored as they are.
     meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
     """
 
@@ -30,6 +33,7 @@ class Field(BaseModel):
     shape: tuple[int | None, ...] = ()
     encoding: str | None = None
     dims: tuple[str, ...] | None = None
+    codec: Codec | None = None
     meta: dict[str, object] = pydantic_field(default_factory=dict)
 
     @field_validator("dtype")
@@ -47,6 +51,8 @@ class Field(BaseModel):
     def _consistent(self) -> "Field":
         if self.kind == "tensor" and (None in self.shape or self.encoding is not None):
             raise ValueError("a tensor field has a fixed shape and no encoding")
+        if self.kind == "encoded" and self.codec is not None:
+            raise ValueError("an encoded field is compressed already: it has no codec")
         if self.kind == "encoded" and self.encoding is None:
             raise ValueError("an encoded field names its encoding")
         return self
@@ -84,6 +90,8 @@ class Schema(BaseModel):
         for name, field in self.fields.items():
             if not name.isidentifier() or name in ("index", "shards", "zarr_index"):
                 raise ValueError(f"{name!r} cannot be the name of a field")
+            if name != self.primary and field.codec is not None:
+                raise ValueError(f"field {name!r} is not the primary field: it has no codec")
             if name != self.primary and (field.kind != "tensor" or field.record_bytes > SMALL_FIELD_BYTES):
                 raise ValueError(f"field {name!r} is too large to stand beside the primary field {self.primary!r}")
         return self

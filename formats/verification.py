@@ -13,7 +13,7 @@ from .checksums import chunk_sum, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, StageinError
 from .index import RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
-from .shards import ShardLayout
+from .shards import ShardLayout, padded_payload_bytes
 
 _READ_BYTES = 16 << 20
 
@@ -142,27 +142,42 @@ def _container_problems(
     """What HDF5 and Zarr see of a shard is what the index says."""
     schema = manifest.record_schema
     layout = ShardLayout(schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
+    mine = slice(entry.first, entry.first + entry.records)
     if "hdf5" in manifest.container:
-        offset = hdf5_shard.payload_offset(path, f"{schema.primary}/data")
+        yield from _hdf5_problems(path, entry, manifest, index)
+    if "zarr" in manifest.container and index is not None:
+        expected = layout.zarr_index(
+            entry.data_offset, _payload_bytes(index, mine, entry), index.offset[mine], index.nbytes[mine]
+        )
+        with open(path, "rb") as file:
+            file.seek(entry.nbytes - len(expected))
+            if file.read() != expected:
+                yield Problem(entry.file, "its Zarr shard index does not describe its payload")
+
+
+def _payload_bytes(index: RecordIndex, records: slice, entry: ShardEntry) -> int:
+    """Size of the padded payload of an `encoded` field: it ends with the last record."""
+    end = int((index.offset[records] + index.nbytes[records]).max())
+    return padded_payload_bytes(end - entry.data_offset)
+
+
+def _hdf5_problems(path: Path, entry: ShardEntry, manifest: Manifest, index: RecordIndex | None) -> Iterator[Problem]:
+    schema = manifest.record_schema
+    data, mine = f"{schema.primary}/data", slice(entry.first, entry.first + entry.records)
+    if schema.primary_field.codec is None:
+        offset = hdf5_shard.payload_offset(path, data)
         if offset != entry.data_offset:
             yield Problem(entry.file, f"HDF5 has the payload at byte {offset}, the manifest at {entry.data_offset}")
-        names = [f"{schema.primary}/crc32c", *schema.columns]
-        small = hdf5_shard.read_small(path, names)
-        if any(len(values) != entry.records for values in small.values()):
-            yield Problem(entry.file, "its HDF5 data sets do not have one element a record")
-        elif index is not None and not np.array_equal(
-            small[names[0]], index.crc32c[entry.first : entry.first + entry.records]
-        ):
-            yield Problem(entry.file, "its crc32c data set differs from the record index")
-    if "zarr" in manifest.container:
-        room = zarr_view.index_nbytes(layout.inner_chunks)
-        with open(path, "rb") as file:
-            file.seek(entry.nbytes - room)
-            found = file.read(room)
-        pairs = np.frombuffer(found[:-4], "<u8").reshape(-1, 2)
-        present = int((pairs[:, 0] != 2**64 - 1).sum())
-        if found != zarr_view.encode_index(entry.data_offset, layout.inner_chunk_bytes, present, layout.inner_chunks):
-            yield Problem(entry.file, "its Zarr shard index does not describe its payload")
+    elif index is not None:
+        places = np.stack([index.offset[mine], index.nbytes[mine].astype(np.uint64)], axis=1)
+        if not np.array_equal(hdf5_shard.chunk_places(path, data), places):
+            yield Problem(entry.file, "its HDF5 chunks are not where the record index says")
+    names = [f"{schema.primary}/crc32c", *schema.columns]
+    small = hdf5_shard.read_small(path, names)
+    if any(len(values) != entry.records for values in small.values()):
+        yield Problem(entry.file, "its HDF5 data sets do not have one element a record")
+    elif index is not None and not np.array_equal(small[names[0]], index.crc32c[mine]):
+        yield Problem(entry.file, "its crc32c data set differs from the record index")
 
 
 def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:

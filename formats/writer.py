@@ -8,20 +8,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint
-from .checksums import Buffer, crc32c
+from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard
+from .checksums import Buffer
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Field, Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
     PayloadBuffer,
-    ShardContent,
+    ShardBuilder,
     ShardLayout,
     padded_payload_bytes,
+    refuse_codec,
     refuse_large_record,
     tensor_shard_records,
-    write_shard,
 )
 
 
@@ -45,6 +45,7 @@ class Writer:
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         overwrite: bool = False,
     ) -> None:
+        refuse_codec(schema, container)
         field = schema.primary_field
         encoded = field.kind == "encoded"
         capacity = (
@@ -54,9 +55,8 @@ class Writer:
         self._capacity_bytes = capacity if encoded else capacity * field.record_bytes
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
         self._buffer = PayloadBuffer()
-        self._payload = self._buffer.view(self._capacity_bytes)
         self._finished: list[FinishedShard] = []
-        self._start_shard()
+        self._builder = self._new_builder()
 
     def write(self, record: Mapping[str, ArrayLike | Buffer]) -> None:
         """Add one record: every field of the schema by its name; bytes for `encoded`, an array for `tensor`.
@@ -70,19 +70,14 @@ class Writer:
             )
         content = self._primary_bytes(record[schema.primary])
         columns = {name: _as_tensor(name, field, record[name]) for name, field in schema.columns.items()}
-        if self._used + len(content) > self._capacity_bytes:
+        if self._is_full(len(content)):
             self._finish_shard()
-        self._payload[self._used : self._used + len(content)] = content
-        self._offsets.append(self._used)
-        self._sizes.append(len(content))
-        self._sums.append(crc32c(content))
-        for name, value in columns.items():
-            self._columns[name].append(value)
-        self._used += len(content)
+        self._builder.room(len(content))[:] = content
+        self._builder.add(len(content), columns)
 
     def close(self) -> Manifest:
         """Write what is left and publish the data set. Called by the end of the `with` block."""
-        if self._sizes:
+        if self._builder.records:
             self._finish_shard()
         origin = Origin(kind="writer", records_sha256=fingerprint([shard.entry.xxh3_128 for shard in self._finished]))
         try:
@@ -120,35 +115,22 @@ class Writer:
             )
         return content
 
-    def _start_shard(self) -> None:
-        self._used = 0
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
-        self._sums: list[int] = []
-        self._columns: dict[str, list[NDArray[np.generic]]] = {name: [] for name in self._layout.schema.columns}
+    def _is_full(self, next_bytes: int) -> bool:
+        if self._layout.schema.primary_field.kind == "tensor":
+            return self._builder.records == self._layout.capacity
+        return self._builder.used_bytes + next_bytes > self._capacity_bytes
+
+    def _new_builder(self) -> ShardBuilder:
+        return ShardBuilder(self._layout, self._buffer, self._layout.capacity, self._capacity_bytes)
 
     def _finish_shard(self) -> None:
-        encoded = self._layout.schema.primary_field.kind == "encoded"
-        payload_bytes = padded_payload_bytes(self._used) if encoded else self._used
-        self._payload[self._used : payload_bytes] = bytes(payload_bytes - self._used)
-        offset = np.asarray(self._offsets, np.uint64)
-        content = ShardContent(
-            self._payload[:payload_bytes],
-            offset,
-            np.asarray(self._sizes, np.uint32),
-            np.asarray(self._sums, np.uint32),
-            {name: np.stack(values) for name, values in self._columns.items()},
-        )
         first = sum(shard.entry.records for shard in self._finished)
+        number, content = len(self._finished), self._builder.content()
         try:
-            entry = write_shard(self._growing.folder, len(self._finished), first, content, self._layout)
+            self._finished.append(finish_shard(self._growing.folder, number, first, content, self._layout))
         except OSError as error:
             raise destination_error(error, "writing", self._growing.target) from error
-        absolute = offset + np.uint64(entry.data_offset)
-        self._finished.append(
-            FinishedShard(entry, payload_bytes, absolute, content.nbytes, content.crc32c, dict(content.columns))
-        )
-        self._start_shard()
+        self._builder = self._new_builder()
 
 
 def _as_tensor(name: str, field: Field, value: ArrayLike | Buffer) -> NDArray[np.generic]:

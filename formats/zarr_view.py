@@ -30,11 +30,11 @@ def index_nbytes(num_inner_chunks: int) -> int:
     return 16 * num_inner_chunks + 4
 
 
-def encode_index(data_offset: int, inner_chunk_bytes: int, present: int, num_inner_chunks: int) -> bytes:
-    """The index of a shard whose first `present` inner chunks lie back to back from `data_offset` on, the rest absent."""
+def encode_index(offset: NDArray[np.uint64], nbytes: NDArray[np.uint64], num_inner_chunks: int) -> bytes:
+    """The index of a shard whose first inner chunks have these offsets and sizes in its file; the rest are absent."""
     pairs = np.full((num_inner_chunks, 2), _ABSENT, dtype="<u8")
-    pairs[:present, 0] = data_offset + np.arange(present, dtype=np.uint64) * inner_chunk_bytes
-    pairs[:present, 1] = inner_chunk_bytes
+    pairs[: len(offset), 0] = offset
+    pairs[: len(offset), 1] = nbytes
     content = pairs.tobytes()
     return content + struct.pack("<I", crc32c(content))
 
@@ -102,7 +102,7 @@ def primary_document(
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": (inner, *record_shape),
-            "codecs": [_LITTLE_ENDIAN],
+            "codecs": [_LITTLE_ENDIAN, *([field.codec.zarr_codec(field.stored_dtype.itemsize)] if field.codec else [])],
             "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
             "index_location": "end",
         },

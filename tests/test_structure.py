@@ -27,6 +27,7 @@ MAY_IMPORT = {
 }
 OWNERS = {
     "h5py": "formats",
+    "hdf5plugin": "formats",
     "zarr": "formats",
     "numcodecs": "formats",
     "lz4": "formats",
