@@ -66,7 +66,7 @@ class Dataset:
             name: np.asarray(column[record]) for name, column in self.columns.items()
         }
         field = self.schema.primary_field
-        fields[self.schema.primary] = content if field.kind == "encoded" else self._decode([content], None)[0]
+        fields[self.schema.primary] = content if field.kind == "encoded" else self.decode(content)
         return fields
 
     def __iter__(self) -> Iterator[dict[str, NDArray[np.generic]]]:
@@ -119,22 +119,22 @@ class Dataset:
         field = self.schema.primary_field
         if out is None:
             out = np.empty((len(records), *field.fixed_shape), field.stored_dtype)
+        rows = out.reshape(len(records), -1).view(np.uint8)
         if field.codec is None:
-            self.read_records(records, memoryview(out.reshape(-1).view(np.uint8)))
+            self.read_records(records, memoryview(rows.reshape(-1)))
             return out
-        return self._decode(self.read_records(records), out)
-
-    def _decode(self, stored: list[NDArray[np.uint8]], out: NDArray[np.generic] | None) -> NDArray[np.generic]:
-        field = self.schema.primary_field
-        if out is None:
-            out = np.empty((len(stored), *field.fixed_shape), field.stored_dtype)
-        rows = out.reshape(len(stored), -1).view(np.uint8)
-        for row, content in zip(rows, stored, strict=True):
-            if field.codec is None:
-                row[:] = content
-            else:
-                field.codec.decode_into(content, row)
+        for row, stored in zip(rows, self.read_records(records), strict=True):
+            field.codec.decode_into(stored, row)
         return out
+
+    def decode(self, stored: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """One record of a `tensor` primary field from its stored bytes; a view of them when they are not compressed."""
+        field = self.schema.primary_field
+        content = stored
+        if field.codec is not None:
+            content = np.empty(field.record_bytes, np.uint8)
+            field.codec.decode_into(stored, content)
+        return content.view(field.stored_dtype).reshape(field.fixed_shape)
 
     def close(self) -> None:
         """Close the shards; the data set cannot be read afterwards."""

@@ -76,7 +76,7 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
     def _decode(self, index: int, stored: NDArray[np.uint8]) -> NDArray[Any]:
         field = self.records.schema.primary_field
         if field.kind == "tensor":
-            return stored.view(field.dtype).reshape([extent or 0 for extent in field.shape])
+            return self.records.decode(stored)
         image = _decode_image(stored)
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")

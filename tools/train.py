@@ -69,7 +69,7 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, as_json: bool = Fa
     )
     tell(f"allreduce: {backend_text}")
     tell(
-        f"data: {settings.data.train}, {len(train_set)} images of {len(train_set.classes)} classes, {batch_size} a rank and step, {len(train)} steps an epoch"
+        f"data: {settings.data.train}{_staged_text(train_set)}, {len(train_set)} images of {len(train_set.classes)} classes, {batch_size} a rank and step, {len(train)} steps an epoch"
     )
     tell(f"model: {settings.model.name}, {parameters:,} parameters, {settings.train.precision}")
 
@@ -121,6 +121,11 @@ def threads_of_rank(cores_of_ranks: Sequence[tuple[str, frozenset[int]]], rank: 
     machine, cores = cores_of_ranks[rank]
     sharing = sum(1 for other, other_cores in cores_of_ranks if other == machine and other_cores & cores)
     return max(1, len(cores) // sharing)
+
+
+def _staged_text(dataset: RecordDataset) -> str:
+    staged = dataset.records.staged_path
+    return " (not staged on this node)" if staged is None else f" (staged in {staged.parent.parent})"
 
 
 def _say_nothing(text: str) -> None:

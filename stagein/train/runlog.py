@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from stagein.formats.errors import StageinError, destination_error
+from stagein.formats.errors import destination_error
 
 LOG_NAME = "log.jsonl"
 
@@ -36,5 +36,4 @@ class RunLog:
             with self._path.open("a") as file:
                 file.write(content + "\n")
         except OSError as error:
-            failure: StageinError = destination_error(error, "writing the run's log", self._path)
-            raise failure from error
+            raise destination_error(error, "writing the run's log", self._path) from error
