@@ -10,7 +10,7 @@ import numpy as np
 from stagein.formats.errors import StageinError
 
 from .dataset import RecordDataset
-from .graphs import Graph, SampleBatch
+from .graphs import Columns, Graph, SampleBatch
 from .order import RankBatch
 
 _STAND_IN = np.zeros(1, dtype=np.int64)
@@ -32,13 +32,17 @@ class BatchTask:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """A batch as read. `inputs`: by name an array `[batch, ...]`, or a list of arrays that differ in size.
+    """A batch as read.
 
-    The first `num_rows` rows are to be delivered. `read_s` and `num_bytes` say what reading it took.
+    inputs    what DALI is fed, by name: an array `[batch, ...]`, or a list of arrays that differ in size.
+    ready     fields that need no graph, `[batch, ...]` each.
+    num_rows  how many rows of both, from the first, are to be delivered.
+    read_s, num_bytes  what reading it took.
     """
 
     task: BatchTask
     inputs: dict[str, Any]
+    ready: Columns
     num_rows: int
     read_s: float
     num_bytes: int
@@ -65,16 +69,14 @@ class BatchReader:
         try:
             stored = records.read_records(ids)  # type: ignore[arg-type]
             columns = {name: np.asarray(column[ids]) for name, column in records.columns.items()}
-            planned = self.graph.inputs(SampleBatch(self.seed, task.epoch, ids, columns))
+            plan = self.graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
         except StageinError as error:
             raise type(error)(f"{task.place}: {error}") from error
-        wanted = {
-            name: np.ascontiguousarray(value)
-            for name, value in planned.items()
-            if name not in columns or name in self.dataset.fields
-        }
-        inputs = {records.schema.primary: stored, **wanted}
-        return HostBatch(task, inputs, len(task.rows.ids), time.perf_counter() - started, sum(map(len, stored)))
+        unwanted = columns.keys() - set(self.dataset.fields)
+        fed = {name: np.ascontiguousarray(value) for name, value in plan.fed.items() if name not in unwanted}
+        ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
+        inputs = {records.schema.primary: stored, **fed}
+        return HostBatch(task, inputs, ready, len(task.rows.ids), time.perf_counter() - started, sum(map(len, stored)))
 
 
 def tasks_of(epoch: int, first_number: int, batches: Iterable[RankBatch | Sequence[int]]) -> Iterator[BatchTask]:

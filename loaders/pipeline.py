@@ -54,8 +54,9 @@ class GraphPipeline:
                 cause = error.with_traceback(None)  # its frames would keep the pipeline and its threads alive
                 raise self._explain(source.in_flight[0], cause, row_place) from cause
             batch = source.in_flight.popleft()
-            named = zip(self._output_names, outputs, strict=True)
-            yield batch, {name: _as_tensor(name, output)[: batch.num_rows] for name, output in named}
+            tensors = {name: _as_tensor(name, output) for name, output in zip(self._output_names, outputs, strict=True)}
+            tensors |= {name: torch.from_numpy(value).to(self._device) for name, value in batch.ready.items()}
+            yield batch, {name: tensor[: batch.num_rows] for name, tensor in tensors.items()}
         if source.failure is not None:
             raise source.failure
 
