@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stagein.formats import Dataset, Manifest, verify
-from stagein.formats.errors import ChecksumError, SourceError
+from stagein.formats import Dataset, Manifest, convert, scan_imagefolder, verify
+from stagein.formats.errors import ChecksumError, SourceError, UsageError
+from stagein.formats.repair import repair
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def problems(path: Path) -> list[str]:
     return [str(problem) for problem in verify(path, workers=2).problems]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stagein.tools.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
@@ -128,3 +129,51 @@ def test_commands_on_damaged_manifests_are_sentences(copy: Path) -> None:
         assert result.returncode == 3
         assert "is not JSON" in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_repair_takes_just_the_damaged_chunks_from_the_other_copy(copy: Path, jpeg_dataset_path: Path) -> None:
+    shards = [copy / shard.file for shard in Manifest.load(copy).shards]
+    flip(shards[0], 20_000)
+    shards[1].unlink()
+    flip(copy / "label/c/0", 3)
+    (copy / "image/c/2").unlink()
+    chunks = -(-Manifest.load(copy).shards[1].nbytes // Manifest.load(copy).chunk_bytes)
+    result = run("verify", copy, "--repair", "--from", jpeg_dataset_path)
+    assert result.returncode == 0, result.stderr
+    assert f"3 files made again, {chunks + 2} chunks taken" in result.stdout
+    assert verify(copy).problems == []
+    assert not list(copy.rglob("*.part"))
+
+
+def test_repair_of_a_damaged_manifest(copy: Path, jpeg_dataset_path: Path) -> None:
+    (copy / "manifest.json").write_text("{")
+    assert repair(copy, jpeg_dataset_path).files == ()
+    assert verify(copy).problems == []
+
+
+def test_repair_refuses_another_data_set_and_damage_in_both(copy: Path, jpeg_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.st"
+    convert(scan_imagefolder(jpeg_folder), other)
+    with pytest.raises(UsageError, match="their ids differ"):
+        repair(copy, other)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="no shard of the good copy"):
+        repair(copy, other)
+    good = shutil.copytree(other, tmp_path / "good.st", symlinks=True)
+    for place in (other, good):
+        shard = place / "shards/00000.h5"
+        shard.chmod(0o644)
+        flip(shard, 9000)
+    before = (good / "shards/00000.h5").read_bytes()
+    with pytest.raises(ChecksumError, match=r"chunk 0 of shards/00000\.h5"):
+        repair(good, other)
+    assert (good / "shards/00000.h5").read_bytes() == before
+
+
+def test_extract_gives_the_file_back(jpeg_dataset_path: Path, jpeg_folder: Path, tmp_path: Path) -> None:
+    result = run("extract", jpeg_dataset_path, 17, "--to", tmp_path)
+    assert result.returncode == 0, result.stderr
+    original = sorted(jpeg_folder.glob("*/*.jpg"))[17]
+    assert (tmp_path / "image-00000017.jpg").read_bytes() == original.read_bytes()
+    assert json.loads(result.stdout.splitlines()[1]) == {"label": 1, "hw": [48, 72]}
+    assert run("extract", jpeg_dataset_path, 85, "--to", tmp_path).returncode == 2

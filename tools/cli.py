@@ -118,12 +118,30 @@ def info(path: Annotated[Path, typer.Argument(help="A data set.")], json: Json =
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A data set.")], workers: Workers = None, json: Json = False
+    path: Annotated[Path, typer.Argument(help="A data set, or a staged copy of one.")],
+    workers: Workers = None,
+    repair: Annotated[bool, typer.Option("--repair", help="First mend what is damaged or missing.")] = False,
+    good: Annotated[Path | None, typer.Option("--from", help="With --repair: another copy of the data set.")] = None,
+    json: Json = False,
 ) -> None:
     """Read all of a data set and check every sum, count, index and container view."""
     from . import verify
 
-    verify.run(path, workers=workers, as_json=json)
+    if repair != (good is not None):
+        raise typer.BadParameter("--repair and --from belong together: --repair --from ANOTHER_COPY")
+    verify.run(path, workers=workers, repair_from=good, as_json=json)
+
+
+@app.command()
+def extract(
+    dataset: Annotated[Path, typer.Argument(help="A data set.")],
+    record: Annotated[int, typer.Argument(help="Number of the record, counted from 0.")],
+    to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
+) -> None:
+    """Give a record back as files: an image as it came, a tensor as .npy, the small fields as JSON."""
+    from . import extract
+
+    extract.run(dataset, record, to)
 
 
 class PolicyChoice(StrEnum):

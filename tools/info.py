@@ -24,13 +24,14 @@ def run(path: Path, *, as_json: bool) -> None:
     say(f"{path}: {manifest.num_records:,} records in {len(manifest.shards)} shards, {bytes_text(manifest.nbytes)}")
     say(f"  id         {manifest.id}")
     say(f"  container  {manifest.container}, made from {manifest.source.kind}")
-    say(
-        f"  record     {bytes_text(mean)} on average; crc32c a record, xxh3_128 every {bytes_text(manifest.chunk_bytes)}"
-    )
+    primary = manifest.record_schema.primary_field
+    smaller = f" ({primary.record_bytes / mean:.2f} times smaller than uncompressed)" if primary.codec and mean else ""
+    say(f"  record     {bytes_text(mean)} on average{smaller}")
+    say(f"  sums       crc32c of every record, xxh3_128 of every {bytes_text(manifest.chunk_bytes)} of every file")
     table = Table("field", "kind", "dtype", "shape", "more")
     for name, field in manifest.record_schema.fields.items():
-        primary = " (primary)" if name == manifest.record_schema.primary else ""
-        table.add_row(name + primary, field.kind, field.dtype, _shape_text(field), _meta_text(field))
+        mark = " (primary)" if name == manifest.record_schema.primary else ""
+        table.add_row(name + mark, field.kind, field.dtype, _shape_text(field), _meta_text(field))
     print_table(table)
 
 
@@ -40,6 +41,8 @@ def _shape_text(field: Field) -> str:
 
 def _meta_text(field: Field) -> str:
     parts = [field.encoding] if field.encoding else []
+    if field.codec:
+        parts.append(field.codec.name + (f", shuffled by {field.codec.shuffle}s" if field.codec.shuffle else ""))
     for key, value in field.meta.items():
         if isinstance(value, list) and len(value) > 6:
             parts.append(f"{key}: {', '.join(map(str, value[:5]))}, … {len(value)} in all")

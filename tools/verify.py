@@ -4,14 +4,24 @@ import json
 import time
 from pathlib import Path
 
+from stagein.formats.repair import repair
 from stagein.formats.verification import verify
 
 from .console import bytes_text, progress_bytes, say, seconds_text
 from .convert import usable_cores
 
 
-def run(path: Path, *, workers: int | None, as_json: bool) -> None:
-    """Verify the data set at `path` and say what is wrong. Raises ChecksumError or SourceError when something is."""
+def run(path: Path, *, workers: int | None, repair_from: Path | None, as_json: bool) -> None:
+    """Verify the data set at `path` and say what is wrong; first mend it from the copy at `repair_from`, if given.
+
+    Raises ChecksumError or SourceError when something is wrong.
+    """
+    if repair_from is not None:
+        repaired = repair(path, repair_from)
+        if not as_json:
+            say(f"{path}: {len(repaired.files)} files made again, {repaired.chunks} chunks taken from {repair_from}")
+            for file in repaired.files:
+                say(f"  {file}")
     start = time.monotonic()
     with progress_bytes("verifying", quiet=as_json) as update:
         report = verify(path, workers=workers or usable_cores(), on_progress=update)
