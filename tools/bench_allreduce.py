@@ -1,13 +1,10 @@
 """`stagein bench allreduce`: whole training steps of our trainer beside torch's DDP, in interleaved rounds of one job."""
 
 import functools
-import json
 import random
-import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +13,7 @@ from stagein.formats.errors import UsageError
 from stagein.train import Trainer
 from stagein.world import Communicator, connect
 
-from .console import say
+from .rates import print_rates
 
 FEATURES, HIDDEN, CLASSES = 1024, 4096, 1000
 BASELINE = "torch DDP, gloo"
@@ -35,13 +32,14 @@ def run_allreduce(rounds: int, batch_size: int) -> None:
     if communicator.world.size == 1:
         raise UsageError("there is nothing to reduce on one rank: start it with mpirun -n 2 or more")
     torch.set_num_threads(1)
-    seconds = bench_steps(communicator, rounds, batch_size)
+    rates = bench_steps(communicator, rounds, batch_size)
     if communicator.world.rank == 0:
-        _print_ratios(seconds, communicator.world.size, batch_size)
+        ranks = communicator.world.size
+        print_rates("allreduce", rates, BASELINE, unit="steps/s", ranks=ranks, batch_size=batch_size)
 
 
 def bench_steps(communicator: Communicator, rounds: int, batch_size: int) -> dict[str, list[float]]:
-    """Seconds of a step of the slowest rank, for each contestant and round."""
+    """Steps a second of the slowest rank, for each contestant and round."""
     gloo, mpi = (make_collective(name, communicator) for name in ("gloo", "mpi"))
     try:
         batch = _make_batch(communicator.world.rank, batch_size)
@@ -51,7 +49,7 @@ def bench_steps(communicator: Communicator, rounds: int, batch_size: int) -> dic
             "stagein, mpi": _trainer_step(mpi, batch),
         }
         order = random.Random(0)  # the same on every rank
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        rates: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(_WARM_UP_ROUNDS + rounds):
             for name in order.sample(list(steps), len(steps)):
                 communicator.barrier()
@@ -59,8 +57,8 @@ def bench_steps(communicator: Communicator, rounds: int, batch_size: int) -> dic
                 steps[name]()
                 slowest = max(communicator.gather_all(time.perf_counter() - started))
                 if number >= _WARM_UP_ROUNDS:
-                    seconds[name].append(slowest)
-        return seconds
+                    rates[name].append(1 / slowest)
+        return rates
     finally:
         gloo.close()
 
@@ -102,18 +100,3 @@ def _ddp_step(batch: tuple[torch.Tensor, torch.Tensor]) -> Step:
         optimizer.step()
 
     return step
-
-
-def _print_ratios(seconds: dict[str, list[float]], ranks: int, batch_size: int) -> None:
-    for name, of_rounds in seconds.items():
-        rounded = [round(each, 4) for each in of_rounds]
-        say(
-            json.dumps(
-                {"bench": "allreduce", "contestant": name, "ranks": ranks, "batch_size": batch_size, "step_s": rounded}
-            )
-        )
-    say(f"{'contestant':<20}{'s a step':>10}{'ratio':>8}   median of the ratios of interleaved rounds (quartiles)")
-    for name, of_rounds in seconds.items():
-        ratios = np.array(of_rounds) / np.array(seconds[BASELINE])
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        say(f"{name:<20}{statistics.median(of_rounds):>10.3f}{middle:>8.3f}   ({low:.3f}, {high:.3f})")

@@ -10,7 +10,13 @@ def print_rates(bench: str, rates: dict[str, list[float]], baseline: str, unit: 
     rates  by contestant, the rate in every round; the rounds were interleaved, so a ratio is taken within its round.
     """
     for name, of_rounds in rates.items():
-        line = {"bench": bench, "contestant": name, "unit": unit, **settings, "rates": [round(r, 1) for r in of_rounds]}
+        line = {
+            "bench": bench,
+            "contestant": name,
+            "unit": unit,
+            **settings,
+            "rates": [float(f"{rate:.4g}") for rate in of_rounds],
+        }
         print(json.dumps(line))
     rounds = len(rates[baseline])
     print(
@@ -19,4 +25,4 @@ def print_rates(bench: str, rates: dict[str, list[float]], baseline: str, unit: 
     for name, of_rounds in rates.items():
         ratios = [mine / theirs for mine, theirs in zip(of_rounds, rates[baseline], strict=True)]
         middle, ratio = statistics.median(of_rounds), statistics.median(ratios)
-        print(f"{name:<20}{middle:>12.0f}{ratio:>8.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
+        print(f"{name:<20}{middle:>12.4g}{ratio:>8.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
