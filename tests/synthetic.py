@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagein.formats.checksums import chunk_sums
-from stagein.formats.manifest import FileEntry, Manifest, ShardEntry, Source
+from stagein.formats.manifest import FileEntry, Manifest, Origin, ShardEntry
 from stagein.formats.schema import Field, Schema
 
 CHUNK_BYTES = 64 << 10
@@ -60,7 +60,7 @@ def make_manifest(shards: Sequence[ShardEntry], files: Sequence[FileEntry], chun
         chunk_bytes=chunk_bytes,
         shards=tuple(shards),
         files=tuple(files),
-        source=Source(kind="synthetic", records_sha256="0" * 64),
+        source=Origin(kind="synthetic", records_sha256="0" * 64),
     ).sealed()
 
 

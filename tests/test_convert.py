@@ -103,7 +103,7 @@ def test_bad_files_are_skipped_on_request_and_listed(source: Path, jpeg_dataset:
     spoil(source)
     result = run_convert(source, tmp_path / "x.st", "--skip-bad", "--workers", "2", *SMALL_SHARDS)
     assert result.returncode == 0
-    assert "6 files were left out" in result.stderr
+    assert "6 things were left out" in result.stderr
     listed = (tmp_path / "x.st" / "skipped.tsv").read_text()
     assert {line.split("\t")[0] for line in listed.splitlines()} == set(BAD_FILES)
     dataset = Dataset(tmp_path / "x.st")

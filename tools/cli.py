@@ -74,38 +74,39 @@ def _root(
     pass
 
 
+Target = Annotated[Path, typer.Argument(help="The data set to make.")]
+Format = Annotated[ContainerChoice, typer.Option("--format", help="Containers a shard is valid as.")]
+CodecText = Annotated[
+    str, typer.Option("--codec", help="For tensors: auto, none, blosc-lz4, blosc-lz4:bit, zstd, lz4.")
+]
+ShardBytes = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be a record, and list it.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
+]
+_SHARD_BYTES = 256 << 20
+
+
 @convert_app.command("imagefolder")
 def convert_imagefolder(
     source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
-    target: Annotated[Path, typer.Argument(help="The data set to make.")],
-    container: Annotated[
-        ContainerChoice, typer.Option("--format", help="Containers a shard is valid as.")
-    ] = ContainerChoice.HDF5_ZARR,
-    shard_bytes: Annotated[
-        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
-    ] = 256 << 20,
+    target: Target,
+    container: Format = ContainerChoice.HDF5_ZARR,
+    shard_bytes: ShardBytes = _SHARD_BYTES,
     workers: Workers = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out files that are no complete images, and list them.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
+    from stagein.formats.source_imagefolder import scan_imagefolder
+
     from . import convert
 
-    convert.run_imagefolder(
-        source,
-        target,
-        container=container.value,
-        shard_bytes=shard_bytes,
-        workers=workers,
-        skip_bad=skip_bad,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    options = convert.ConvertOptions(container.value, "none", shard_bytes, workers, skip_bad, overwrite, json)
+    convert.run(lambda: scan_imagefolder(source), target, options)
 
 
 @app.command()

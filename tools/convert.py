@@ -3,51 +3,73 @@
 import json
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+from stagein.formats.codecs import Codec
 from stagein.formats.conversion import Converted, Progress, convert
+from stagein.formats.errors import UsageError
 from stagein.formats.manifest import Container
-from stagein.formats.source_imagefolder import scan_imagefolder
+from stagein.formats.sources import Source
 
 from .console import bytes_text, complain, progress_bytes, say, seconds_text
 
 _LISTED_SKIPPED = 20
 
 
-def run_imagefolder(
-    source: Path,
-    target: Path,
-    *,
-    container: Container,
-    shard_bytes: int,
-    workers: int | None,
-    skip_bad: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Convert a folder of class folders of images. Raises StageinError."""
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What every kind of source has in common on the command line."""
+
+    container: Container
+    codec: str
+    shard_bytes: int
+    workers: int | None
+    skip_bad: bool
+    overwrite: bool
+    as_json: bool
+
+
+def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> None:
+    """Convert the source that `scan` finds into the data set `target`. Raises StageinError."""
     start = time.monotonic()
-    plan = scan_imagefolder(source)
-    if not as_json:
-        classes = len(set(plan.labels.tolist()))
-        say(f"{source}: {len(plan.paths):,} images in {classes} classes, {bytes_text(plan.nbytes.sum())}")
-    with progress_bytes("converting", quiet=as_json) as update:
+    source = scan()
+    if not options.as_json:
+        say(f"{source.name}: {len(source.nbytes):,} records, {bytes_text(source.nbytes.sum())}")
+    with progress_bytes("converting", quiet=options.as_json) as update:
 
         def on_progress(progress: Progress) -> None:
             update(progress.nbytes, progress.total_bytes)
 
         converted = convert(
-            plan,
+            source,
             target,
-            container=container,
-            shard_bytes=shard_bytes,
-            workers=workers or usable_cores(),
-            skip_bad=skip_bad,
-            overwrite=overwrite,
+            container=options.container,
+            codec=parse_codec(options.codec),
+            shard_bytes=options.shard_bytes,
+            workers=options.workers or usable_cores(),
+            skip_bad=options.skip_bad,
+            overwrite=options.overwrite,
             on_progress=on_progress,
         )
-    _report(target, converted, time.monotonic() - start, as_json)
+    _report(target, converted, time.monotonic() - start, options.as_json)
+
+
+def parse_codec(text: str) -> Codec | Literal["auto"] | None:
+    """A codec on the command line: auto, none, zstd, lz4, blosc-lz4 (by bytes) or blosc-lz4:bit. Raises UsageError."""
+    codecs: dict[str, Codec | Literal["auto"] | None] = {
+        "auto": "auto",
+        "none": None,
+        "zstd": Codec(name="zstd"),
+        "lz4": Codec(name="lz4"),
+        "blosc-lz4": Codec(name="blosc-lz4", shuffle="byte"),
+        "blosc-lz4:bit": Codec(name="blosc-lz4", shuffle="bit"),
+    }
+    if text not in codecs:
+        raise UsageError(f"--codec {text} is not known: take one of {', '.join(codecs)}")
+    return codecs[text]
 
 
 def usable_cores() -> int:
@@ -74,7 +96,9 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
         )
         return
     if converted.skipped:
-        complain(f"{len(converted.skipped)} files were left out, as asked; they are listed in {target / 'skipped.tsv'}")
+        complain(
+            f"{len(converted.skipped)} things were left out, as asked; they are listed in {target / 'skipped.tsv'}"
+        )
         for refused in converted.skipped[:_LISTED_SKIPPED]:
             complain(f"  {refused.name}: {refused.reason}")
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
