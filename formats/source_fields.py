@@ -1,0 +1,73 @@
+"""The fields that sources make of what they find: images with their size, and columns whose values keep their meaning."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ValidationError
+
+from .errors import UsageError
+from .images import read_header
+from .schema import Field, Schema
+
+SIZE_FIELD = Field(kind="tensor", dtype="int32", shape=(2,), dims=("height_width",))
+"""The column `hw` beside an image."""
+
+LABEL_FIELD = Field(kind="tensor", dtype="int64")
+
+
+class BadValueError(ValueError):
+    """A value that its field cannot hold; the text says why, without naming the record."""
+
+
+def image_field(encoding: str) -> Field:
+    """The field of an image as its file holds it; `encoding` is `jpeg`, `png`, or `image` for a mixture."""
+    return Field(
+        kind="encoded",
+        dtype="uint8",
+        shape=(None, None, 3),
+        encoding=encoding,
+        dims=("height", "width", "channel"),
+    )
+
+
+def image_size(content: memoryview) -> tuple[int, int]:
+    """Height and width of a complete image file, for the column `hw`. Raises BadImageError for anything else."""
+    header = read_header(content)
+    return header.height, header.width
+
+
+def make_schema(fields: Mapping[str, Field], primary: str) -> Schema:
+    """The schema of these fields. Raises UsageError, in a sentence, when they cannot be one."""
+    try:
+        return Schema(fields=dict(fields), primary=primary)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"the fields {', '.join(fields)} make no data set: {reason}") from None
+
+
+def number_array(value: ArrayLike) -> NDArray[np.generic]:
+    """`value` as an array. Raises BadValueError unless it is made of numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # nested lists of differing lengths
+        raise BadValueError("it is no array of numbers") from None
+    if array.dtype.kind not in "biufc":
+        raise BadValueError("it is no array of numbers")
+    return array
+
+
+def column_value(value: ArrayLike, field: Field) -> NDArray[np.generic]:
+    """`value` as `field` stores it. Raises BadValueError when its shape differs or a number would not stay what it is."""
+    array = number_array(value)
+    if array.shape != field.fixed_shape:
+        raise BadValueError(f"its shape is {array.shape}, not {field.fixed_shape}")
+    with np.errstate(all="ignore"):
+        stored = array.astype(field.stored_dtype)
+    if not np.array_equal(stored, array, equal_nan=True):
+        raise BadValueError(f"its value {_short(array)} is none of {field.dtype}")
+    return stored
+
+
+def _short(array: NDArray[np.generic]) -> str:
+    return str(array) if array.size == 1 else f"{array.ravel()[0]}, …"
