@@ -93,7 +93,10 @@ class Schema(BaseModel):
             if name != self.primary and field.codec is not None:
                 raise ValueError(f"field {name!r} is not the primary field: it has no codec")
             if name != self.primary and (field.kind != "tensor" or field.record_bytes > SMALL_FIELD_BYTES):
-                raise ValueError(f"field {name!r} is too large to stand beside the primary field {self.primary!r}")
+                raise ValueError(
+                    f"field {name!r} has {field.record_bytes} bytes a record, a field beside the primary one {self.primary!r} "
+                    f"at most {SMALL_FIELD_BYTES}: leave it out, or make a data set of its own from it"
+                )
         return self
 
     @property

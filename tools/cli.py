@@ -86,7 +86,20 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
 ]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--field", metavar="NAME=PLACE", help="A field and its place in the source; repeat it."),
+]
+Primary = Annotated[str | None, typer.Option(help="The field that fills the shards.")]
 _SHARD_BYTES = 256 << 20
+
+
+def parse_fields(texts: list[str] | None) -> dict[str, str] | None:
+    """NAME=PLACE options as a mapping; None when there are none."""
+    for text in texts or []:
+        if not all(text.partition("=")):
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=PLACE", param_hint="--field")
+    return dict(text.split("=", 1) for text in texts) if texts else None
 
 
 @convert_app.command("imagefolder")
@@ -107,6 +120,98 @@ def convert_imagefolder(
 
     options = convert.ConvertOptions(container.value, "none", shard_bytes, workers, skip_bad, overwrite, json)
     convert.run(lambda: scan_imagefolder(source), target, options)
+
+
+@convert_app.command("webdataset")
+def convert_webdataset(
+    source: Annotated[Path, typer.Argument(help="A .tar archive, or a folder of them.")],
+    target: Target,
+    fields: Fields = None,
+    container: Format = ContainerChoice.HDF5_ZARR,
+    shard_bytes: ShardBytes = _SHARD_BYTES,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Pack the samples of tar archives: an image each, its class from .cls, more columns by --field."""
+    from stagein.formats.source_webdataset import scan_webdataset
+
+    from . import convert
+
+    options = convert.ConvertOptions(container.value, "none", shard_bytes, workers, skip_bad, overwrite, json)
+    convert.run(lambda: scan_webdataset(source, parse_fields(fields)), target, options)
+
+
+@convert_app.command("hdf5")
+def convert_hdf5(
+    source: Annotated[Path, typer.Argument(help="A folder of HDF5 files, or one file.")],
+    target: Target,
+    fields: Fields = None,
+    primary: Primary = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
+    container: Format = ContainerChoice.HDF5_ZARR,
+    codec: CodecText = "auto",
+    shard_bytes: ShardBytes = _SHARD_BYTES,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Pack HDF5 files: of a folder one record a file (DeepCAM), of one file one record a row."""
+    from stagein.formats.source_hdf5 import scan_hdf5
+
+    from . import convert
+
+    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
+    convert.run(
+        lambda: scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern), target, options
+    )
+
+
+@convert_app.command("npy")
+def convert_npy(
+    source: Annotated[Path, typer.Argument(help="A folder of .npy or .npz files, or one .npy file.")],
+    target: Target,
+    fields: Fields = None,
+    primary: Primary = None,
+    container: Format = ContainerChoice.HDF5_ZARR,
+    codec: CodecText = "auto",
+    shard_bytes: ShardBytes = _SHARD_BYTES,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Pack .npy or .npz files: of a folder one record a file (CosmoFlow), of one file one record a row."""
+    from stagein.formats.source_npy import scan_npy
+
+    from . import convert
+
+    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
+    convert.run(lambda: scan_npy(source, fields=parse_fields(fields), primary=primary), target, options)
+
+
+@convert_app.command("python")
+def convert_python(
+    source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, called without arguments.")],
+    target: Target,
+    primary: Primary = None,
+    container: Format = ContainerChoice.HDF5_ZARR,
+    codec: CodecText = "auto",
+    shard_bytes: ShardBytes = _SHARD_BYTES,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Pack what a function of yours returns: a torch Dataset, or any sequence of records."""
+    from stagein.formats.source_python import scan_python
+
+    from . import convert
+
+    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
+    convert.run(lambda: scan_python(source, primary=primary), target, options)
 
 
 @app.command()

@@ -31,6 +31,11 @@ def bytes_text(nbytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def count_text(count: int, noun: str) -> str:
+    """A number of things: 1 shard, 1,200 shards."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def seconds_text(seconds: float) -> str:
     """A duration for people: 0.8 s, 12 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 60:

@@ -14,7 +14,7 @@ from stagein.formats.errors import UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.sources import Source
 
-from .console import bytes_text, complain, progress_bytes, say, seconds_text
+from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
 
 _LISTED_SKIPPED = 20
 
@@ -37,7 +37,7 @@ def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> No
     start = time.monotonic()
     source = scan()
     if not options.as_json:
-        say(f"{source.name}: {len(source.nbytes):,} records, {bytes_text(source.nbytes.sum())}")
+        say(f"{source.name}: {count_text(len(source.nbytes), 'record')}, {bytes_text(source.nbytes.sum())}")
     with progress_bytes("converting", quiet=options.as_json) as update:
 
         def on_progress(progress: Progress) -> None:
@@ -103,6 +103,6 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
             complain(f"  {refused.name}: {refused.reason}")
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
     say(
-        f"{target}: {manifest.num_records:,} records in {len(manifest.shards)} shards{reused}, {bytes_text(manifest.nbytes)}, "
+        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shards), 'shard')}{reused}, {bytes_text(manifest.nbytes)}, "
         f"in {seconds_text(seconds)} ({bytes_text(manifest.nbytes / seconds)}/s), id {manifest.id[:12]}"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from stagein.formats.manifest import Manifest
 from stagein.formats.schema import Field
 
-from .console import bytes_text, print_table, say
+from .console import bytes_text, count_text, print_table, say
 
 
 def run(path: Path, *, as_json: bool) -> None:
@@ -21,7 +21,9 @@ def run(path: Path, *, as_json: bool) -> None:
 
     payload = sum(shard.nbytes for shard in manifest.shards)
     mean = payload / manifest.num_records if manifest.num_records else 0
-    say(f"{path}: {manifest.num_records:,} records in {len(manifest.shards)} shards, {bytes_text(manifest.nbytes)}")
+    say(
+        f"{path}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shards), 'shard')}, {bytes_text(manifest.nbytes)}"
+    )
     say(f"  id         {manifest.id}")
     say(f"  container  {manifest.container}, made from {manifest.source.kind}")
     primary = manifest.record_schema.primary_field
