@@ -44,6 +44,8 @@ _CACHE_BYTES = 256 << 20
 """The most memory for the chunks that a row of a data set lies in."""
 _CACHE_SLOTS = 521
 """The library's own number of places for chunks, enough for few."""
+_CACHE_POLICY = 0.75
+"""The library's own; with 1 it keeps more than it may."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _dataset_of_rows(content: h5py.File, path: Path, wanted: str) -> h5py.Datase
     )
     row_bytes = row_chunks * math.prod(dataset.chunks) * dataset.dtype.itemsize
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-    access.set_chunk_cache(max(_CACHE_SLOTS, 2 * row_chunks), min(row_bytes, _CACHE_BYTES), 1.0)
+    access.set_chunk_cache(max(_CACHE_SLOTS, 2 * row_chunks), min(row_bytes, _CACHE_BYTES), _CACHE_POLICY)
     name = dataset.name.encode()
     del dataset  # while it is open, opening it again changes nothing
     return h5py.Dataset(h5py.h5d.open(content.id, name, access))
@@ -242,12 +244,11 @@ def _field(path: Path, dataset: h5py.Dataset, shape: tuple[int, ...]) -> Field:
 
 def _stored_array(path: Path, dataset: h5py.Dataset) -> StoredArray | None:
     """Where the elements lie in the file, None unless they lie there in one piece and exactly as numpy would have them."""
-    plist = dataset.id.get_create_plist()
-    if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
+    if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
         return None
     offset = dataset.id.get_offset()
     as_numpy_has_it = dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype, logical=True))
-    if offset is None or not as_numpy_has_it:  # never written: the fill value; or a type that the library converts
+    if offset is None or not as_numpy_has_it:  # never written, or in another file; or a type that the library converts
         return None
     return StoredArray(path, dataset.dtype, dataset.shape, offset)
 

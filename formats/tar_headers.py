@@ -1,6 +1,6 @@
 """The members of a tar archive and where their bytes lie, from its headers alone.
 
-Python's tarfile takes a damaged header after the first for the end of the archive, and costs ten times more a member.
+Python's tarfile is no help here: it takes a damaged header after the first for the end of the archive.
 Sources: POSIX.1-2017 pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar manual, "Basic Tar Format".
 """
 

@@ -176,6 +176,24 @@ def test_a_damaged_chunk_refuses_its_rows_alone(tmp_path: Path) -> None:
     assert "its data set data cannot be read" in records[2].reason
 
 
+def test_a_chunk_of_several_rows_is_decompressed_once(tmp_path: Path) -> None:
+    values = np.arange(4.0)[:, None, None] * np.ones((600, 1000))  # chunks larger than any cache of the library's own
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("data", data=values, chunks=(2, 600, 1000), compression="gzip")
+        chunks = [data.id.get_chunk_info(number) for number in range(2)]
+    source = scan_hdf5(tmp_path / "x.h5")
+    room = bytearray(values[0].nbytes)
+    records = source.part(0, 4).read(lambda nbytes: memoryview(room))
+    next(records)
+    with open(tmp_path / "x.h5", "r+b") as file:  # from now on, only what is in memory already is good
+        for chunk in chunks:
+            file.seek(chunk.byte_offset)
+            file.write(bytes(chunk.size))
+    next(records)
+    assert bytes(room) == values[1].tobytes()
+    assert isinstance(next(records), RefusedRecord)
+
+
 def test_a_file_of_rows_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     write_deepcam_single(path)
@@ -187,6 +205,9 @@ def test_a_file_of_rows_that_is_none_is_a_sentence(tmp_path: Path) -> None:
         scan_hdf5(path)
     replace(path, data=3.0)
     with pytest.raises(SourceError, match="single value where there should be rows"):
+        scan_hdf5(path)
+    replace(path, data=h5py.Empty("f4"))
+    with pytest.raises(SourceError, match="its data set data is empty: it has no shape"):
         scan_hdf5(path)
     replace(path, data=["text", "more"])
     with pytest.raises(SourceError, match="the data set data holds Python objects or text"):

@@ -113,6 +113,14 @@ def test_plain_files_and_fields_by_pattern(tmp_path: Path) -> None:
     assert_all_same(scan_npy(tmp_path), [{"data": sample["data"]} for sample in samples])
 
 
+def test_a_pattern_fits_whole_names_alone(tmp_path: Path) -> None:
+    for name in ("x-1-x.npy", "x-x.npy", "x-2-x.npy.npy", ".x-3-x.npy"):
+        np.save(tmp_path / name, np.zeros(3))
+    (sample,) = scan_npy(tmp_path, fields={"data": "x-*-x.npy"}).samples
+    assert sample[0].path.name == "x-1-x.npy"
+    assert len(scan_npy(tmp_path).samples) == 3
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("names", [("data", "label"), ("data", "labels"), ("x", "y")])
 def test_archives(tmp_path: Path, save: object, names: tuple[str, str]) -> None:
@@ -135,6 +143,15 @@ def test_rows_of_files(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.arange(6))
     with pytest.raises(SourceError, match=r"datas\.npy has 7 rows, labels\.npy has 6 rows"):
         scan_npy(tmp_path, fields={"data": "datas.npy", "label": "labels.npy"})
+
+
+def test_rows_that_are_cut_off_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.arange(15.0).reshape(3, 5))
+    room = bytearray(40)
+    records = scan_npy(tmp_path / "rows.npy").part(0, 3).read(lambda nbytes: memoryview(room))
+    next(records)
+    os.truncate(tmp_path / "rows.npy", 128 + 60)
+    assert next(records) == RefusedRecord("rows.npy row 1", "it ends after 20 of the 40 bytes of its array")
 
 
 def awkward_arrays() -> dict[str, np.ndarray]:
@@ -206,7 +223,7 @@ def test_files_that_are_no_records_are_refused_by_name(folder: Path) -> None:
 
 def test_archives_that_are_no_records_are_refused_by_name(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((8, 9))
-    for number in range(6):
+    for number in range(7):
         np.savez_compressed(tmp_path / f"{number}.npz", data=values, label=np.float32(number))
     content = (tmp_path / "1.npz").read_bytes()
     (tmp_path / "1.npz").write_bytes(content[: len(content) // 2])
@@ -218,13 +235,17 @@ def test_archives_that_are_no_records_are_refused_by_name(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "5.npz", "w") as archive:
         archive.writestr("data.npy", b"no header")
         archive.writestr("label.npy", b"none here")
+    with zipfile.ZipFile(tmp_path / "0.npz") as whole, zipfile.ZipFile(tmp_path / "6.npz", "w") as archive:
+        archive.writestr("data.npy", whole.read("data.npy")[:-8])
+        archive.writestr("label.npy", whole.read("label.npy"))
     reasons = refusals(scan_npy(tmp_path))
-    assert list(reasons) == [f"{number}.npz" for number in range(1, 6)]
+    assert list(reasons) == [f"{number}.npz" for number in range(1, 7)]
     assert "cannot be opened as .npz" in reasons["1.npz"]
     assert reasons["2.npz"] == "it has no array label: it has data"
     assert "holds Python objects" in reasons["3.npz"]
     assert "its array data cannot be read" in reasons["4.npz"]
     assert "it has no .npy header" in reasons["5.npz"]
+    assert "it has 696 bytes, its header promises 704" in reasons["6.npz"]
 
 
 def test_a_flipped_byte_of_a_stored_archive_is_noticed(tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ def test_a_record_that_fails_later_is_named(define: Define) -> None:
         read_source(source)
 
 
+def test_a_new_scan_asks_the_function_anew(define: Define, tmp_path: Path) -> None:
+    target = define("import pathlib\nreturn [{'x': np.zeros(3)}] * int(pathlib.Path('count.txt').read_text())")
+    for count in (3, 5):
+        (tmp_path / "count.txt").write_text(str(count))
+        assert len(scan_python(target).nbytes) == count
+
+
 def test_marks_follow_the_code_of_the_module(define: Define) -> None:
     one, two, three = (scan_python(define(f"return [{{'x': np.zeros(3)}}] * 5  # {text}")) for text in ("a", "a", "b"))
     assert one.module_sha256 == two.module_sha256 != three.module_sha256
