@@ -1,27 +1,18 @@
-"""Reading records: (shard, offset, nbytes) from the index, `preadv` into one buffer, crc32c of every record.
+"""A data set on disk: its manifest, its small fields as whole arrays, and its records by number.
 
 No HDF5 or Zarr library is involved: those write, verify and inspect; training reads bytes.
 """
 
-import os
-import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import crc32c, pread_exactly
-from .errors import ChecksumError, SourceError
 from .index import RecordIndex, load_column
 from .manifest import Manifest
+from .record_reader import RecordReader
 from .schema import Schema
-
-_RESERVED_DESCRIPTORS = 256
-"""Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
 
 
 class Dataset:
@@ -40,13 +31,21 @@ class Dataset:
         self.staged_shards = None if staged_shards is None else frozenset(staged_shards)
         root = staged_path or self.path
         self.manifest = Manifest.load(root)
-        self.index = RecordIndex.load(root, self.manifest)
+        self.reader = RecordReader(
+            self.schema.primary_field,
+            RecordIndex.load(root, self.manifest),
+            [self._shard_path(shard.file) for shard in self.manifest.shards],
+        )
         self.columns: dict[str, NDArray[np.generic]] = {
             name: load_column(root, name, field, self.manifest.num_records)
             for name, field in self.schema.columns.items()
         }
         """The small fields, whole: [num_records, *shape] each."""
-        self._files = _ShardFiles([self._shard_path(shard.file) for shard in self.manifest.shards])
+
+    @property
+    def index(self) -> RecordIndex:
+        """Where the records of the primary field lie."""
+        return self.reader.index
 
     @property
     def schema(self) -> Schema:
@@ -73,72 +72,20 @@ class Dataset:
         return (self[record] for record in range(len(self)))
 
     def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
-        """Read the stored bytes of these records of the primary field, in this order.
-
-        records  record numbers, 0 … len - 1.
-        buffer   where to put the bytes, one record after the other; by default fresh memory of the right size.
-
-        Returns one uint8 array a record, each a view into that one buffer. Every record's crc32c is checked.
-        Raises ChecksumError or SourceError, naming shard and record.
-        """
-        numbers = np.asarray(records, dtype=np.int64)
-        shards, offsets = self.index.shard[numbers].tolist(), self.index.offset[numbers].tolist()
-        sizes, sums = self.index.nbytes[numbers].tolist(), self.index.crc32c[numbers].tolist()
-        target = memoryview(np.empty(sum(sizes), np.uint8)) if buffer is None else buffer.cast("B")
-        whole = np.frombuffer(target, np.uint8) if len(target) else np.empty(0, np.uint8)
-        views: list[NDArray[np.uint8]] = []
-        position = 0
-        for record, shard, offset, nbytes, expected in zip(numbers.tolist(), shards, offsets, sizes, sums, strict=True):
-            end = position + nbytes
-            with self._files.descriptor(shard) as descriptor:
-                try:
-                    got = pread_exactly(descriptor, target[position:end], offset)
-                except OSError as error:
-                    raise SourceError(f"{self._place(record, shard)} cannot be read: {error.strerror}") from error
-            view = whole[position:end]
-            if got != nbytes:
-                raise SourceError(
-                    f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says"
-                )
-            if (found := crc32c(view)) != expected:
-                raise ChecksumError(
-                    f"{self._place(record, shard)} is damaged: its crc32c is {found:08x}, the index says {expected:08x}; "
-                    f"run `stagein verify` on it and restore the shard"
-                )
-            views.append(view)
-            position = end
-        return views
+        """The stored bytes of these records of the primary field: see `RecordReader.read_records`."""
+        return self.reader.read_records(records, buffer)
 
     def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
-        """Read and decode these records of a `tensor` primary field, in this order: [len(records), *shape].
-
-        out  where to put them, C-contiguous with that shape and the field's dtype; by default a fresh array.
-
-        Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record.
-        """
-        field = self.schema.primary_field
-        if out is None:
-            out = np.empty((len(records), *field.fixed_shape), field.stored_dtype)
-        rows = out.reshape(len(records), -1).view(np.uint8)
-        if field.codec is None:
-            self.read_records(records, memoryview(rows.reshape(-1)))
-            return out
-        for row, stored in zip(rows, self.read_records(records), strict=True):
-            field.codec.decode_into(stored, row)
-        return out
+        """These records of a `tensor` primary field, decoded: see `RecordReader.read_tensors`."""
+        return self.reader.read_tensors(records, out)
 
     def decode(self, stored: NDArray[np.uint8]) -> NDArray[np.generic]:
         """One record of a `tensor` primary field from its stored bytes; a view of them when they are not compressed."""
-        field = self.schema.primary_field
-        content = stored
-        if field.codec is not None:
-            content = np.empty(field.record_bytes, np.uint8)
-            field.codec.decode_into(stored, content)
-        return content.view(field.stored_dtype).reshape(field.fixed_shape)
+        return self.reader.decode(stored)
 
     def close(self) -> None:
         """Close the shards; the data set cannot be read afterwards."""
-        self._files.close()
+        self.reader.close()
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "staged_path": self.staged_path, "staged_shards": self.staged_shards}
@@ -149,68 +96,3 @@ class Dataset:
     def _shard_path(self, name: str) -> Path:
         near = self.staged_path is not None and (self.staged_shards is None or name in self.staged_shards)
         return (self.staged_path if near and self.staged_path is not None else self.path) / name
-
-    def _place(self, record: int, shard: int) -> str:
-        return f"record {record} in {self._shard_path(self.manifest.shards[shard].file)}"
-
-
-class _ShardFiles:
-    """Open shards, at most as many as the process may have; the one unused for longest is closed first."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
-        self._limit = _allowed_descriptors()
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._users: dict[int, int] = {}
-
-    @contextmanager
-    def descriptor(self, shard: int) -> Iterator[int]:
-        """A file descriptor of shard number `shard`, not closed while in use. Raises SourceError when it cannot be opened."""
-        with self._lock:
-            descriptor = self._open.get(shard)
-            if descriptor is None:
-                self._make_room()
-                descriptor = self._open[shard] = self._open_shard(shard)
-            self._open.move_to_end(shard)
-            self._users[shard] = self._users.get(shard, 0) + 1
-        try:
-            yield descriptor
-        finally:
-            with self._lock:
-                self._users[shard] -= 1
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _open_shard(self, shard: int) -> int:
-        path = self._paths[shard]
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
-            raise SourceError(
-                f"shard {path} cannot be opened ({reason}): restore it, or convert or stage the data set again"
-            ) from None
-
-    def _make_room(self) -> None:
-        if len(self._open) < self._limit:
-            return
-        for shard in self._open:
-            if not self._users.get(shard):
-                os.close(self._open.pop(shard))
-                return
-
-
-def _allowed_descriptors() -> int:
-    """Raise the soft limit of open files to the hard one (1,024 is common, a data set can have 10,000 shards)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
-    return max(1, limit - _RESERVED_DESCRIPTORS)
