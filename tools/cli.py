@@ -10,7 +10,9 @@ import typer
 from stagein import __version__
 from stagein.formats.errors import ExitCode, StageinError
 
+from . import convert_commands
 from .console import complain, say
+from .options import Json, Workers, parse_size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,43 +22,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From millions of small files on a parallel file system to GPUs that never wait.",
 )
-convert_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards."
-)
-app.add_typer(convert_app, name="convert")
+app.add_typer(convert_commands.app, name="convert")
 bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure ours beside its peers, interleaved; prints ratios."
 )
 app.add_typer(bench_app, name="bench")
-
-
-class ContainerChoice(StrEnum):
-    """Values of --format."""
-
-    HDF5_ZARR = "hdf5+zarr"
-    HDF5 = "hdf5"
-    ZARR = "zarr"
-
-
-_UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """Sizes on the command line: 268435456, 256MiB, 1GB. A default comes as a number already."""
-    if isinstance(text, int):
-        return text
-    number = text.rstrip("bBkKmMgGiI ")
-    try:
-        size = int(float(number) * _UNIT_BYTES[text[len(number) :].strip().lower()])
-    except (KeyError, ValueError):
-        size = 0
-    if size < 1:
-        raise typer.BadParameter(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB")
-    return size
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads to use.  [default: all cores]")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,146 +42,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-Target = Annotated[Path, typer.Argument(help="The data set to make.")]
-Format = Annotated[ContainerChoice, typer.Option("--format", help="Containers a shard is valid as.")]
-CodecText = Annotated[
-    str, typer.Option("--codec", help="For tensors: auto, none, blosc-lz4, blosc-lz4:bit, zstd, lz4.")
-]
-ShardBytes = Annotated[
-    int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be a record, and list it.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
-]
-Fields = Annotated[
-    list[str] | None,
-    typer.Option("--field", metavar="NAME=PLACE", help="A field and its place in the source; repeat it."),
-]
-Primary = Annotated[str | None, typer.Option(help="The field that fills the shards.")]
-_SHARD_BYTES = 256 << 20
-
-
-def parse_fields(texts: list[str] | None) -> dict[str, str] | None:
-    """NAME=PLACE options as a mapping; None when there are none."""
-    for text in texts or []:
-        if not all(text.partition("=")):
-            raise typer.BadParameter(f"{text!r} is not of the form NAME=PLACE", param_hint="--field")
-    return dict(text.split("=", 1) for text in texts) if texts else None
-
-
-@convert_app.command("imagefolder")
-def convert_imagefolder(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
-    target: Target,
-    container: Format = ContainerChoice.HDF5_ZARR,
-    shard_bytes: ShardBytes = _SHARD_BYTES,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
-    from stagein.formats.source_imagefolder import scan_imagefolder
-
-    from . import convert
-
-    options = convert.ConvertOptions(container.value, "none", shard_bytes, workers, skip_bad, overwrite, json)
-    convert.run(lambda: scan_imagefolder(source), target, options)
-
-
-@convert_app.command("webdataset")
-def convert_webdataset(
-    source: Annotated[Path, typer.Argument(help="A .tar archive, or a folder of them.")],
-    target: Target,
-    fields: Fields = None,
-    container: Format = ContainerChoice.HDF5_ZARR,
-    shard_bytes: ShardBytes = _SHARD_BYTES,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Pack the samples of tar archives: an image each, its class from .cls, more columns by --field."""
-    from stagein.formats.source_webdataset import scan_webdataset
-
-    from . import convert
-
-    options = convert.ConvertOptions(container.value, "none", shard_bytes, workers, skip_bad, overwrite, json)
-    convert.run(lambda: scan_webdataset(source, parse_fields(fields)), target, options)
-
-
-@convert_app.command("hdf5")
-def convert_hdf5(
-    source: Annotated[Path, typer.Argument(help="A folder of HDF5 files, or one file.")],
-    target: Target,
-    fields: Fields = None,
-    primary: Primary = None,
-    pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
-    container: Format = ContainerChoice.HDF5_ZARR,
-    codec: CodecText = "auto",
-    shard_bytes: ShardBytes = _SHARD_BYTES,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Pack HDF5 files: of a folder one record a file (DeepCAM), of one file one record a row."""
-    from stagein.formats.source_hdf5 import scan_hdf5
-
-    from . import convert
-
-    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
-    convert.run(
-        lambda: scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern), target, options
-    )
-
-
-@convert_app.command("npy")
-def convert_npy(
-    source: Annotated[Path, typer.Argument(help="A folder of .npy or .npz files, or one .npy file.")],
-    target: Target,
-    fields: Fields = None,
-    primary: Primary = None,
-    container: Format = ContainerChoice.HDF5_ZARR,
-    codec: CodecText = "auto",
-    shard_bytes: ShardBytes = _SHARD_BYTES,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Pack .npy or .npz files: of a folder one record a file (CosmoFlow), of one file one record a row."""
-    from stagein.formats.source_npy import scan_npy
-
-    from . import convert
-
-    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
-    convert.run(lambda: scan_npy(source, fields=parse_fields(fields), primary=primary), target, options)
-
-
-@convert_app.command("python")
-def convert_python(
-    source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, called without arguments.")],
-    target: Target,
-    primary: Primary = None,
-    container: Format = ContainerChoice.HDF5_ZARR,
-    codec: CodecText = "auto",
-    shard_bytes: ShardBytes = _SHARD_BYTES,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Pack what a function of yours returns: a torch Dataset, or any sequence of records."""
-    from stagein.formats.source_python import scan_python
-
-    from . import convert
-
-    options = convert.ConvertOptions(container.value, codec, shard_bytes, workers, skip_bad, overwrite, json)
-    convert.run(lambda: scan_python(source, primary=primary), target, options)
 
 
 @app.command()

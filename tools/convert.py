@@ -4,41 +4,28 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from stagein.formats.codecs import Codec
 from stagein.formats.conversion import Converted, Progress, convert
 from stagein.formats.errors import UsageError
-from stagein.formats.manifest import Container
 from stagein.formats.sources import Source
 
 from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
+from .convert_commands import ConvertOptions
 
 _LISTED_SKIPPED = 20
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What every kind of source has in common on the command line."""
-
-    container: Container
-    codec: str
-    shard_bytes: int
-    workers: int | None
-    skip_bad: bool
-    overwrite: bool
-    as_json: bool
 
 
 def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> None:
     """Convert the source that `scan` finds into the data set `target`. Raises StageinError."""
     start = time.monotonic()
     source = scan()
-    if not options.as_json:
+    if not options.json:
         say(f"{source.name}: {count_text(len(source.nbytes), 'record')}, {bytes_text(source.nbytes.sum())}")
-    with progress_bytes("converting", quiet=options.as_json) as update:
+    with progress_bytes("converting", quiet=options.json) as update:
 
         def on_progress(progress: Progress) -> None:
             update(progress.nbytes, progress.total_bytes)
@@ -46,7 +33,7 @@ def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> No
         converted = convert(
             source,
             target,
-            container=options.container,
+            container=options.container.value,
             codec=parse_codec(options.codec),
             shard_bytes=options.shard_bytes,
             workers=options.workers or usable_cores(),
@@ -54,7 +41,7 @@ def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> No
             overwrite=options.overwrite,
             on_progress=on_progress,
         )
-    _report(target, converted, time.monotonic() - start, options.as_json)
+    _report(target, converted, time.monotonic() - start, options.json)
 
 
 def parse_codec(text: str) -> Codec | Literal["auto"] | None:

@@ -1,0 +1,170 @@
+"""`stagein convert KIND SOURCE TARGET`: the kinds of source, each with options of its own beside those that all share."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Json, Workers, parse_size
+
+if TYPE_CHECKING:
+    from stagein.formats.sources import Source
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards.")
+
+
+class ContainerChoice(StrEnum):
+    """Values of --format."""
+
+    HDF5_ZARR = "hdf5+zarr"
+    HDF5 = "hdf5"
+    ZARR = "zarr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What every kind of source has in common on the command line."""
+
+    container: Annotated[ContainerChoice, typer.Option("--format", help="Containers a shard is valid as.")] = (
+        ContainerChoice.HDF5_ZARR
+    )
+    codec: Annotated[
+        str, typer.Option(help="For tensors: auto, none, blosc-lz4, blosc-lz4:bit, zstd, lz4. Images stay as they are.")
+    ] = "auto"
+    shard_bytes: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
+    ] = 256 << 20
+    workers: Workers = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be a record, and list it.")] = (
+        False
+    )
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
+    ] = False
+    json: Json = False
+
+
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--field", metavar="NAME=PLACE", help="A field and its place in the source; repeat it."),
+]
+Primary = Annotated[str | None, typer.Option(help="The field that fills the shards.")]
+
+
+def parse_fields(texts: list[str] | None) -> dict[str, str] | None:
+    """NAME=PLACE options as a mapping; None when there are none."""
+    for text in texts or []:
+        if not all(text.partition("=")):
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=PLACE", param_hint="--field")
+    return dict(text.split("=", 1) for text in texts) if texts else None
+
+
+def _kind(name: str) -> Callable[[Callable[..., "Source"]], Callable[..., "Source"]]:
+    """Make `stagein convert NAME` of a function that finds a source.
+
+    The command takes the function's arguments, the first of which is SOURCE, then TARGET and the shared options; its help
+    is the function's docstring. The function is called when the conversion begins, on one rank.
+    """
+
+    def register(scan: Callable[..., "Source"]) -> Callable[..., "Source"]:
+        source, *own = _parameters(scan)
+        target = inspect.Parameter(
+            "target",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=Annotated[Path, typer.Argument(help="The data set to make.")],
+        )
+        shared = _parameters(ConvertOptions)
+
+        def command(target: Path, **values: Any) -> None:
+            from . import convert
+
+            options = ConvertOptions(**{field.name: values.pop(field.name) for field in fields(ConvertOptions)})
+            convert.run(lambda: scan(**values), target, options)
+
+        parameters = [source, target, *own, *shared]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # as inspect documents it
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(name, help=inspect.getdoc(scan))(command)
+        return scan
+
+    return register
+
+
+def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    """The parameters of a function, or of a dataclass's constructor."""
+    return [
+        parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+
+
+@_kind("imagefolder")
+def _imagefolder(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
+) -> "Source":
+    """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
+    from stagein.formats.source_imagefolder import scan_imagefolder
+
+    return scan_imagefolder(source)
+
+
+@_kind("webdataset")
+def _webdataset(
+    source: Annotated[Path, typer.Argument(help="A .tar archive, or a folder of them.")],
+    fields: Fields = None,
+) -> "Source":
+    """Pack the samples of tar archives: an image each, its class from .cls, more columns by --field."""
+    from stagein.formats.source_webdataset import scan_webdataset
+
+    return scan_webdataset(source, parse_fields(fields))
+
+
+@_kind("tfrecord")
+def _tfrecord(
+    source: Annotated[Path, typer.Argument(help="A TFRecord file, plain or gzip, or a folder of them.")],
+    first_label: Annotated[int, typer.Option(help="The number that the classes of images are counted from.")] = 1,
+) -> "Source":
+    """Pack TFRecord files as CosmoFlow (`x`, `y`) or ResNet-50 (`image/encoded`, `image/class/label`) has them."""
+    from stagein.formats.source_tfrecord import scan_tfrecord
+
+    return scan_tfrecord(source, first_label=first_label)
+
+
+@_kind("hdf5")
+def _hdf5(
+    source: Annotated[Path, typer.Argument(help="A folder of HDF5 files, or one file.")],
+    fields: Fields = None,
+    primary: Primary = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
+) -> "Source":
+    """Pack HDF5 files: of a folder one record a file (DeepCAM), of one file one record a row."""
+    from stagein.formats.source_hdf5 import scan_hdf5
+
+    return scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern)
+
+
+@_kind("npy")
+def _npy(
+    source: Annotated[Path, typer.Argument(help="A folder of .npy or .npz files, or one .npy file.")],
+    fields: Fields = None,
+    primary: Primary = None,
+) -> "Source":
+    """Pack .npy or .npz files: of a folder one record a file (CosmoFlow), of one file one record a row."""
+    from stagein.formats.source_npy import scan_npy
+
+    return scan_npy(source, fields=parse_fields(fields), primary=primary)
+
+
+@_kind("python")
+def _python(
+    source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, called without arguments.")],
+    primary: Primary = None,
+) -> "Source":
+    """Pack what a function of yours returns: a torch Dataset, or any sequence of records."""
+    from stagein.formats.source_python import scan_python
+
+    return scan_python(source, primary=primary)
