@@ -1,20 +1,16 @@
 """Stage-in: bring a data set from the parallel file system to the local disks of the nodes of a job, once, and verified.
 
-The story of `stage`: read the manifest, look at the destinations, make the plan, take the lease, reuse what is there, move the
-rest (`ring.py`), make it durable, publish. Every step either succeeds on all ranks or fails on all of them.
+The story of `stage`: read the manifest, look at the destinations, make the plan (`stage_plan.py`), take the lease and reuse what
+is there (`node_copy.py`), move the rest (`ring.py`), publish. Every step either succeeds on all ranks or fails on all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
 import signal
 import sys
 import threading
 import time
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,18 +20,16 @@ import numpy as np
 
 from stagein import __version__
 from stagein.formats.errors import (
-    ChecksumError,
-    InterruptedRunError,
     NoSpaceError,
     SourceError,
     StageinError,
-    UsageError,
     WatchdogError,
 )
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 
 from .cache import Store, check_destination, expand_node, note_destination
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
+from .node_copy import NodeCopy
 from .receipt import NodeReceipt, Receipt
 from .ring import Engine, Neighbours, Progress, Pulse, Transfer
 from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work
@@ -44,14 +38,8 @@ from .world import Communicator, connect
 DEFAULT_MEMORY_BYTES = 256 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
-_SLICE_SECONDS = 2.0
-"""Long local work is done in slices of this length, after each of which the ranks hear from each other."""
-
 _LISTED = 5
-"""Of a long list of files or nodes, an error names this many."""
-
-_LEASE_PAUSE_SECONDS = (0.1, 0.4)
-"""Jobs that want the same leases look again after a random time between these, so that one of them gets all."""
+"""Of a long list of files, an error names this many."""
 
 
 def stage(
@@ -133,24 +121,26 @@ class _Job:
         space = self._look_at_destination()
         with self._all.together(timeout_seconds):
             self.plan = make_plan(self.manifest, space, policy)
-        self._files = self.plan.files_of(self._world.node)
-        self._published = False
+        files = self.plan.files_of(self._world.node)
+        self._copy = NodeCopy(
+            communicator, self._store, self._table, self.plan.policy, files, timeout_seconds, stop_requested
+        )
 
     def run(self, memory_bytes: int, progress: Progress | None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
         phases = Phases()
         nothing = np.zeros(len(self._table), dtype=np.bool_)
-        if self._complete():
+        if self._copy.complete():
             return self._make_receipt(Transfer(), nothing, phases)
-        with self._lease():
-            if self._complete():  # another job had the lease before us and did the work
+        with self._copy.lease():
+            if self._copy.complete():  # another job had the lease before us and did the work
                 return self._make_receipt(Transfer(), nothing, phases)
             here = self._all.on_this_node()
-            missing = self._find_missing(here)
+            missing = self._copy.find_missing(here)
             phases.prepare_seconds = time.monotonic() - self._start
             transfer = self._move(here, missing, memory_bytes, progress)
             phases.transfer_seconds = time.monotonic() - self._start - phases.prepare_seconds
-            self._publish()
+            self._copy.publish()
             here.free()
             phases.publish_seconds = time.monotonic() - self._start - phases.prepare_seconds - phases.transfer_seconds
             return self._make_receipt(transfer, missing, phases)
@@ -189,106 +179,6 @@ class _Job:
                 free_bytes, held_bytes = self._store.free_bytes(), self._store.held_bytes()
                 space = NodeSpace(self._world.node_name, self._world.local_size, free_bytes, held_bytes)
         return [space for space in self._all.gather_all(space) if space is not None]
-
-    def _complete(self) -> bool:
-        """Whether every node has a published copy of its files. Sets `_published` for this node."""
-        by_node = dict(self._all.gather_all((self._world.node, self._store.holds(self._files)))[::-1])
-        self._published = by_node[self._world.node]
-        return all(by_node.values())
-
-    @contextlib.contextmanager
-    def _lease(self) -> Iterator[None]:
-        """Hold this data set's lease on every node."""
-        with self._all.together(self._timeout_seconds):
-            if self._leads:
-                self._store.make_folder()
-        self._refuse_shared_folder()
-        lease = self._wait_for_lease()
-        try:
-            yield
-        finally:
-            if lease is not None:
-                os.close(lease)
-
-    def _refuse_shared_folder(self) -> None:
-        """Two nodes that write to one folder would spoil each other's files. Raises UsageError."""
-        if self._world.nodes == 1:
-            return
-        job = self._all.broadcast(uuid.uuid4().hex)
-        with contextlib.ExitStack() as marks:
-            with self._all.together(self._timeout_seconds):
-                if self._leads:
-                    marks.enter_context(self._store.mark(job))
-            with self._all.together(self._timeout_seconds):
-                sharing = self._store.marks(job) if self._leads else []
-                if len(sharing) > 1:
-                    raise UsageError(
-                        f"the nodes {', '.join(sharing[:_LISTED])} share the destination {self._store.to}: name a node-local "
-                        "folder, or put {node} into its name"
-                    )
-            self._all.barrier(self._timeout_seconds)
-
-    def _wait_for_lease(self) -> int | None:
-        """Take the lease on all nodes or on none, so that two jobs never wait for each other.
-
-        Waits as long as the job that has it makes progress. Returns the descriptor on the node's first rank.
-        """
-        seen_bytes, seen_at = -1, time.monotonic()
-        while True:
-            lease = None
-            with self._all.together(self._timeout_seconds):
-                self._raise_if_stopped()
-                lease = self._store.try_lease() if self._leads else None
-            lacks = self._leads and lease is None
-            lacking = [report for report in self._all.gather_all(self._describe_lease() if lacks else None) if report]
-            if not lacking:
-                return lease
-            if lease is not None:
-                os.close(lease)
-            journal_bytes = sum(nbytes for _, nbytes in lacking)
-            if journal_bytes != seen_bytes:
-                seen_bytes, seen_at = journal_bytes, time.monotonic()
-            if self._all.broadcast(time.monotonic() - seen_at > self._timeout_seconds):
-                error = WatchdogError(
-                    f"{lacking[0][0]} is staging the same data set, without progress for {self._timeout_seconds:g} s: end it, "
-                    "then run the same command again"
-                )
-                error.reported_by_peer = self._world.rank != 0
-                raise error
-            time.sleep(random.uniform(*_LEASE_PAUSE_SECONDS))
-
-    def _describe_lease(self) -> tuple[str, int]:
-        """Who holds the lease of this node, and a number that grows while that job makes progress."""
-        return f"{self._store.lease_holder()} (node {self._world.node_name})", self._store.journal_bytes()
-
-    def _find_missing(self, here: Communicator) -> Flags:
-        """Flags of the chunks that this node is to get. What an earlier run left is verified and kept."""
-        claimed = np.zeros(len(self._table), dtype=np.bool_)
-        with self._all.together(self._timeout_seconds):
-            if self._leads and not self._published:
-                claimed = self._prepare()
-        claimed = here.broadcast(claimed)
-        verified = np.zeros(len(self._table), dtype=np.bool_)
-        reader = ChunkReader(self._store.work, self._table)
-        buffer = memoryview(bytearray(self._table.longest_bytes))
-
-        def verify(chunk: int) -> None:
-            with contextlib.suppress(ChecksumError, SourceError):
-                reader.read(chunk, buffer[: self._table.nbytes[chunk]])
-                verified[chunk] = True
-
-        share = np.flatnonzero(claimed)[self._world.local_rank :: self._world.local_size]
-        self._in_slices(share.tolist(), verify)
-        reader.close()
-        wanted = self._table.of_files(() if self._published else self._files)
-        return wanted & ~here.any_rank(verified)
-
-    def _prepare(self) -> Flags:
-        try:
-            return self._store.prepare(self._files)
-        except NoSpaceError:
-            self._store.discard_work()
-            raise
 
     def _move(self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None) -> Transfer:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
@@ -333,37 +223,15 @@ class _Job:
             mpi.Free()
         return transfer
 
-    def _publish(self) -> None:
-        """Make this node's files durable, each rank its share of them, and give them their final names."""
-        new_files = () if self._published else self._files
-        self._in_slices(new_files[self._world.local_rank :: self._world.local_size], self._store.sync)
-        with self._all.together(self._timeout_seconds):
-            if self._leads and not self._published:
-                self._store.publish(self.plan.policy, self._files)
-
-    def _in_slices(self, items: Sequence[int], action: Callable[[int], None]) -> None:
-        """Run `action` on each of this rank's items, and hear from the other ranks every few seconds."""
-        left = deque(items)
-        while any(self._all.gather_all(bool(left))):
-            with self._all.together(self._timeout_seconds):
-                end = time.monotonic() + _SLICE_SECONDS
-                while left and time.monotonic() < end:
-                    self._raise_if_stopped()
-                    action(left.popleft())
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop_requested():
-            raise InterruptedRunError("stage-in was stopped by a signal: run the same command again to resume it")
-
     def _make_receipt(self, transfer: Transfer, missing: Flags, phases: Phases) -> Receipt:
         """Add up what the ranks did, and leave the receipt beside READY on every node that got something."""
         transfers = self._all.gather_all((self._world.node, transfer))
-        nbytes = sum(self._table.files[file].nbytes for file in self._files)
+        nbytes = sum(self._table.files[file].nbytes for file in self._copy.files)
         on_this_node = NodeReceipt(
             node=self._world.node_name,
             path=str(self._store.final),
             ranks=self._world.local_size,
-            files=len(self._files),
+            files=len(self._copy.files),
             nbytes=nbytes,
             reused_bytes=nbytes - self._table.total_bytes(missing),
             **_add_up([moved for node, moved in transfers if node == self._world.node]),
@@ -383,7 +251,7 @@ class _Job:
         with self._all.together(self._timeout_seconds):
             if self._leads:
                 note_destination(self._store.to, self._world.node_name)
-                if not self._published:
+                if not self._copy.published:
                     self._store.write_receipt(receipt.to_bytes())
         receipt = self._all.broadcast(receipt)
         assert isinstance(receipt, Receipt)

@@ -1,0 +1,183 @@
+"""This node's copy of a data set, as all ranks of a job bring it about: who may write it, what is there, and when it counts.
+
+Every method is called by all ranks together, and succeeds or fails on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from stagein.formats.errors import (
+    ChecksumError,
+    InterruptedRunError,
+    NoSpaceError,
+    SourceError,
+    UsageError,
+    WatchdogError,
+)
+
+from .cache import Store
+from .chunk_io import ChunkReader
+from .stage_plan import ChosenPolicy, ChunkTable, Flags
+from .world import Communicator
+
+_SLICE_SECONDS = 2.0
+"""Long local work is done in slices of this length, after each of which the ranks hear from each other."""
+
+_LEASE_PAUSE_SECONDS = (0.1, 0.4)
+"""Jobs that want the same leases look again after a random time between these, so that one of them gets all."""
+
+_LISTED_NODES = 5
+"""Of a long list of nodes, an error names this many."""
+
+
+class NodeCopy:
+    """The files of a plan that this node is to have, in its store."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        store: Store,
+        table: ChunkTable,
+        policy: ChosenPolicy,
+        files: Sequence[int],
+        timeout_seconds: float,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self._all, self._world = communicator, communicator.world
+        self._leads = self._world.local_rank == 0
+        self.store, self._table = store, table
+        self._policy, self.files = policy, files
+        self._timeout_seconds, self._stop_requested = timeout_seconds, stop_requested
+        self.published = False
+        """Whether this node's store had all its files already; `complete` finds out."""
+
+    def complete(self) -> bool:
+        """Whether every node has a published copy of its files. Sets `published` for this node."""
+        by_node = dict(self._all.gather_all((self._world.node, self.store.holds(self.files)))[::-1])
+        self.published = by_node[self._world.node]
+        return all(by_node.values())
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold this data set's lease on every node."""
+        with self._all.together(self._timeout_seconds):
+            if self._leads:
+                self.store.make_folder()
+        self._refuse_shared_folder()
+        lease = self._wait_for_lease()
+        try:
+            yield
+        finally:
+            if lease is not None:
+                os.close(lease)
+
+    def _refuse_shared_folder(self) -> None:
+        """Two nodes that write to one folder would spoil each other's files. Raises UsageError."""
+        if self._world.nodes == 1:
+            return
+        job = self._all.broadcast(uuid.uuid4().hex)
+        with contextlib.ExitStack() as marks:
+            with self._all.together(self._timeout_seconds):
+                if self._leads:
+                    marks.enter_context(self.store.mark(job))
+            with self._all.together(self._timeout_seconds):
+                sharing = self.store.marks(job) if self._leads else []
+                if len(sharing) > 1:
+                    raise UsageError(
+                        f"the nodes {', '.join(sharing[:_LISTED_NODES])} share the destination {self.store.to}: name a node-local "
+                        "folder, or put {node} into its name"
+                    )
+            self._all.barrier(self._timeout_seconds)
+
+    def _wait_for_lease(self) -> int | None:
+        """Take the lease on all nodes or on none, so that two jobs never wait for each other.
+
+        Waits as long as the job that has it makes progress. Returns the descriptor on the node's first rank.
+        """
+        seen_bytes, seen_at = -1, time.monotonic()
+        while True:
+            lease = None
+            with self._all.together(self._timeout_seconds):
+                self._raise_if_stopped()
+                lease = self.store.try_lease() if self._leads else None
+            lacks = self._leads and lease is None
+            lacking = [report for report in self._all.gather_all(self._describe_lease() if lacks else None) if report]
+            if not lacking:
+                return lease
+            if lease is not None:
+                os.close(lease)
+            journal_bytes = sum(nbytes for _, nbytes in lacking)
+            if journal_bytes != seen_bytes:
+                seen_bytes, seen_at = journal_bytes, time.monotonic()
+            if self._all.broadcast(time.monotonic() - seen_at > self._timeout_seconds):
+                error = WatchdogError(
+                    f"{lacking[0][0]} is staging the same data set, without progress for {self._timeout_seconds:g} s: end it, "
+                    "then run the same command again"
+                )
+                error.reported_by_peer = self._world.rank != 0
+                raise error
+            time.sleep(random.uniform(*_LEASE_PAUSE_SECONDS))
+
+    def _describe_lease(self) -> tuple[str, int]:
+        """Who holds the lease of this node, and a number that grows while that job makes progress."""
+        return f"{self.store.lease_holder()} (node {self._world.node_name})", self.store.journal_bytes()
+
+    def find_missing(self, here: Communicator) -> Flags:
+        """Flags of the chunks that this node is to get. What an earlier run left is verified and kept."""
+        claimed = np.zeros(len(self._table), dtype=np.bool_)
+        with self._all.together(self._timeout_seconds):
+            if self._leads and not self.published:
+                claimed = self._prepare()
+        claimed = here.broadcast(claimed)
+        verified = np.zeros(len(self._table), dtype=np.bool_)
+        reader = ChunkReader(self.store.work, self._table)
+        buffer = memoryview(bytearray(self._table.longest_bytes))
+
+        def verify(chunk: int) -> None:
+            with contextlib.suppress(ChecksumError, SourceError):
+                reader.read(chunk, buffer[: self._table.nbytes[chunk]])
+                verified[chunk] = True
+
+        share = np.flatnonzero(claimed)[self._world.local_rank :: self._world.local_size]
+        self._in_slices(share.tolist(), verify)
+        reader.close()
+        wanted = self._table.of_files(() if self.published else self.files)
+        return wanted & ~here.any_rank(verified)
+
+    def _prepare(self) -> Flags:
+        try:
+            return self.store.prepare(self.files)
+        except NoSpaceError:
+            self.store.discard_work()
+            raise
+
+    def publish(self) -> None:
+        """Make this node's files durable, each rank its share of them, and give them their final names."""
+        new_files = () if self.published else self.files
+        self._in_slices(new_files[self._world.local_rank :: self._world.local_size], self.store.sync)
+        with self._all.together(self._timeout_seconds):
+            if self._leads and not self.published:
+                self.store.publish(self._policy, self.files)
+
+    def _in_slices(self, items: Sequence[int], action: Callable[[int], None]) -> None:
+        """Run `action` on each of this rank's items, and hear from the other ranks every few seconds."""
+        left = deque(items)
+        while any(self._all.gather_all(bool(left))):
+            with self._all.together(self._timeout_seconds):
+                end = time.monotonic() + _SLICE_SECONDS
+                while left and time.monotonic() < end:
+                    self._raise_if_stopped()
+                    action(left.popleft())
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop_requested():
+            raise InterruptedRunError("stage-in was stopped by a signal: run the same command again to resume it")
