@@ -1,15 +1,18 @@
-# Two commands do everything: `make demo` runs the whole chain on made-up images, `make test` all tests.
+# Two commands do everything: `make demo` runs the whole chain on made-up images, `make test` all tests that need no root and no GPU.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint format wheel clean
+.PHONY: demo test test-cluster test-gpu lint format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/stagein demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not cluster"
+
+test-cluster: $(VENV)/.installed
+	$(BIN)/pytest -m cluster
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu
