@@ -120,7 +120,13 @@ def convert(
     try:
         with _os_errors_as_sentences(target), _signals_as_errors(target):
             tasks = [
-                _ShardTask(plan, source.part(plan.first, plan.records), layout, growing.folder, skip_bad)
+                _ShardTask(
+                    plan,
+                    source.part(np.arange(plan.first, plan.first + plan.records)),
+                    layout,
+                    growing.folder,
+                    skip_bad,
+                )
                 for plan in shard_plans
             ]
             results = _run_tasks(tasks, source.nbytes, min(workers, max(1, len(tasks))), on_progress)
@@ -155,7 +161,7 @@ def choose_codec(source: Source) -> Codec | None:
     record = memoryview(bytearray(field.record_bytes))
     tried_bytes = 0
     for number in np.unique(np.linspace(0, count - 1, _TRIED_RECORDS).astype(int)).tolist():
-        for read in source.part(number, 1).read(lambda nbytes: record):
+        for read in source.part(np.array([number])).read(lambda nbytes: record):
             if isinstance(read, SourceRecord):
                 tried_bytes += read.nbytes
                 for place, codec in enumerate(candidates):

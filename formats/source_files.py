@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import SourceError, source_error
+
+AnyFile = TypeVar("AnyFile")
 
 SCAN_THREADS = 16
 """Files looked at at a time: on a parallel file system each look is a round trip, on a local one it costs nothing more."""
@@ -63,6 +69,14 @@ def find_files(source: Path | Sequence[Path], is_wanted: Callable[[str], bool], 
         raise SourceError(f"{source_name(source)} holds no {wanted}: name the folder that holds them, or the files")
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         return tuple(pool.map(_look_at, paths))
+
+
+def used_files(
+    files: Sequence[AnyFile], file_numbers: NDArray[np.int64]
+) -> tuple[tuple[AnyFile, ...], NDArray[np.int64]]:
+    """Those of `files` that the records with these file numbers lie in, and the number of each record's among them."""
+    used, renumbered = np.unique(file_numbers, return_inverse=True)
+    return tuple(files[number] for number in used.tolist()), renumbered.astype(np.int64)
 
 
 def source_name(source: Path | Sequence[Path]) -> str:

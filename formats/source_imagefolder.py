@@ -39,10 +39,10 @@ class ImageFolder:
     def identity(self) -> object:
         return self.paths, self.nbytes.tolist(), self.labels.tolist()
 
-    def part(self, first: int, count: int) -> "ImageFiles":
-        mine = slice(first, first + count)
-        columns = self.nbytes[mine], self.mtime_ns[mine], self.labels[mine]
-        return ImageFiles(self.root, self.paths[mine], *(tuple(column.tolist()) for column in columns))
+    def part(self, numbers: NDArray[np.int64]) -> "ImageFiles":
+        columns = self.nbytes[numbers], self.mtime_ns[numbers], self.labels[numbers]
+        paths = tuple(self.paths[number] for number in numbers.tolist())
+        return ImageFiles(self.root, paths, *(tuple(column.tolist()) for column in columns))
 
 
 @dataclass(frozen=True)

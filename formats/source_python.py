@@ -67,28 +67,28 @@ class PythonRecords:
     def identity(self) -> object:
         return str(self.origin), self.nbytes.tolist()
 
-    def part(self, first: int, count: int) -> "PythonRecordsPart":
-        nbytes = tuple(self.nbytes[first : first + count].tolist())
-        return PythonRecordsPart(self.origin, self.module_sha256, self.schema, first, nbytes)
+    def part(self, numbers: NDArray[np.int64]) -> "PythonRecordsPart":
+        columns = tuple(numbers.tolist()), tuple(self.nbytes[numbers].tolist())
+        return PythonRecordsPart(self.origin, self.module_sha256, self.schema, *columns)
 
 
 @dataclass(frozen=True)
 class PythonRecordsPart:
-    """Some of the records that a function gives: from number `first` on, with the bytes of their primary fields."""
+    """Some of the records that a function gives: their numbers, and the bytes of their primary fields."""
 
     origin: PythonFunction
     module_sha256: str
     schema: Schema
-    first: int
+    numbers: tuple[int, ...]
     nbytes: tuple[int, ...]
 
     def mark(self) -> object:
         """The code of the module and the sizes; whether the data that it reads are the same, only their owner knows."""
-        return str(self.origin), self.module_sha256, self.first, self.nbytes
+        return str(self.origin), self.module_sha256, self.numbers, self.nbytes
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
         records = load_records(self.origin)
-        for number, nbytes in enumerate(self.nbytes, self.first):
+        for number, nbytes in zip(self.numbers, self.nbytes, strict=True):
             values = _record_values(self.origin, records, number)
             try:
                 record: SourceRecord | RefusedRecord = self._read_record(number, values, nbytes, room)

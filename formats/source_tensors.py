@@ -179,8 +179,9 @@ class TensorFiles:
         files = [[(name_below(self.root, file.path), file.nbytes) for file in sample] for sample in self.samples]
         return self.reader.mark(), files
 
-    def part(self, first: int, count: int) -> "TensorFilesPart":
-        return TensorFilesPart(self.root, self.schema, self.samples[first : first + count], self.reader)
+    def part(self, numbers: NDArray[np.int64]) -> "TensorFilesPart":
+        samples = tuple(self.samples[number] for number in numbers.tolist())
+        return TensorFilesPart(self.root, self.schema, samples, self.reader)
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,8 @@ class TensorRows:
     def identity(self) -> object:
         return self.reader.mark(), [(file.path.name, file.nbytes) for file in self.reader.files], self.count
 
-    def part(self, first: int, count: int) -> "TensorRowsPart":
-        return TensorRowsPart(self.schema, first, min(count, self.count - first), self.reader)
+    def part(self, numbers: NDArray[np.int64]) -> "TensorRowsPart":
+        return TensorRowsPart(self.schema, tuple(numbers.tolist()), self.reader)
 
 
 @dataclass(frozen=True)
@@ -267,16 +268,15 @@ class TensorRowsPart:
     """Some of the records of TensorRows."""
 
     schema: Schema
-    first: int
-    count: int
+    numbers: tuple[int, ...]
     reader: RowReader
 
     def mark(self) -> object:
-        return self.reader.mark(), [file.mark() for file in self.reader.files], self.first, self.count
+        return self.reader.mark(), [file.mark() for file in self.reader.files], self.numbers
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
         with self.reader.open() as read_cell:
-            for number in range(self.first, self.first + self.count):
+            for number in self.numbers:
                 try:
                     record: SourceRecord | RefusedRecord = read_record(self.schema, room, partial(read_cell, number))
                 except BadTensorError as error:

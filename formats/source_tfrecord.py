@@ -28,7 +28,7 @@ from .errors import SourceError, UsageError
 from .images import BadImageError
 from .schema import Field, Schema
 from .source_fields import LABEL_FIELD, SIZE_FIELD, BadValueError, column_value, image_field, image_size, make_schema
-from .source_files import SCAN_THREADS, SourceFile, find_files, source_name
+from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .sources import RefusedRecord, Room, SourceRecord
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes
 
@@ -149,17 +149,10 @@ class TFRecords:
         records = [array.tolist() for array in (self.file_numbers, self.numbers, self.lengths, self.nbytes)]
         return names, records, self.mapping.mark()
 
-    def part(self, first: int, count: int) -> "ExampleRecords":
-        mine = slice(first, first + count)
-        file_numbers = self.file_numbers[mine]
-        first_file = int(file_numbers[0]) if count else 0
-        files = self.files[first_file : int(file_numbers[-1]) + 1] if count else ()
-        return ExampleRecords(
-            self.mapping,
-            files,
-            file_numbers - first_file,
-            *(array[mine] for array in (self.numbers, self.offsets, self.lengths, self.nbytes)),
-        )
+    def part(self, numbers: NDArray[np.int64]) -> "ExampleRecords":
+        files, file_numbers = used_files(self.files, self.file_numbers[numbers])
+        columns = (self.numbers, self.offsets, self.lengths, self.nbytes)
+        return ExampleRecords(self.mapping, files, file_numbers, *(column[numbers] for column in columns))
 
 
 @dataclass(frozen=True)

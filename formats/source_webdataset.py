@@ -31,7 +31,7 @@ from .source_fields import (
     make_schema,
     number_array,
 )
-from .source_files import SCAN_THREADS, SourceFile, find_files, source_name
+from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .sources import RefusedRecord, Room, SourceRecord
 from .tar_headers import BadTarError, TarMember, read_members
 
@@ -75,14 +75,10 @@ class WebDataset:
         columns = [(column.name, column.extension) for column in self.columns]
         return names, self.file_numbers.tolist(), self.keys, self.sizes.tolist(), columns
 
-    def part(self, first: int, count: int) -> "TarRecords":
-        mine = slice(first, first + count)
-        numbers = self.file_numbers[mine]
-        first_file = int(numbers[0]) if count else 0
-        files = self.files[first_file : int(numbers[-1]) + 1] if count else ()
-        return TarRecords(
-            self.columns, files, numbers - first_file, self.keys[mine], self.offsets[mine], self.sizes[mine]
-        )
+    def part(self, numbers: NDArray[np.int64]) -> "TarRecords":
+        files, file_numbers = used_files(self.files, self.file_numbers[numbers])
+        keys = tuple(self.keys[number] for number in numbers.tolist())
+        return TarRecords(self.columns, files, file_numbers, keys, self.offsets[numbers], self.sizes[numbers])
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ class RefusedRecord:
 
 
 class SourcePart(Protocol):
-    """A run of consecutive records of a source: all that a process needs to make one shard of them. Picklable."""
+    """Some records of a source: all that a process needs to make one shard of them. Picklable."""
 
     def mark(self) -> object:
         """What the records are made from, as JSON: equal marks mean equal records."""
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
-        """The records in order, each read into `room`. Raises SourceError for what is missing or has changed."""
+        """The records in the order asked for, each read into `room`. Raises SourceError for what is missing or has changed."""
 
 
 class Source(Protocol):
@@ -68,5 +68,5 @@ class Source(Protocol):
     def identity(self) -> object:
         """What tells this source from another with the same schema, as JSON, wherever and whenever it is read."""
 
-    def part(self, first: int, count: int) -> SourcePart:
-        """The records from number `first` on."""
+    def part(self, numbers: NDArray[np.int64]) -> SourcePart:
+        """The records of these numbers, in this order; no number twice."""

@@ -108,7 +108,8 @@ def read_source(
     source: Source, first: int = 0, count: int | None = None
 ) -> list[dict[str, NDArray[np.generic]] | RefusedRecord]:
     """Records as another process would read them, in the fields' own types."""
-    part = pickle.loads(pickle.dumps(source.part(first, len(source.nbytes) - first if count is None else count)))
+    numbers = np.arange(first, len(source.nbytes) if count is None else first + count)
+    part = pickle.loads(pickle.dumps(source.part(numbers)))
     primary, rooms, records = source.schema.primary_field, [bytearray()], []
 
     def room(nbytes: int) -> memoryview:

@@ -18,13 +18,13 @@ from stagein.formats.sources import RefusedRecord, Room, SourceRecord
 @dataclass(frozen=True)
 class ArrayPart:
     values: NDArray[np.generic]
-    first: int
+    numbers: NDArray[np.int64]
 
     def mark(self) -> object:
-        return self.first, self.values.tobytes().hex()
+        return self.numbers.tolist(), self.values.tobytes().hex()
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
-        for number, value in enumerate(self.values, start=self.first):
+        for number, value in zip(self.numbers, self.values, strict=True):
             room(value.nbytes)[:] = value.tobytes()
             yield SourceRecord(value.nbytes, {"y": number})
 
@@ -50,8 +50,8 @@ class ArraySource:
     def identity(self) -> object:
         return len(self.values)
 
-    def part(self, first: int, count: int) -> ArrayPart:
-        return ArrayPart(self.values[first : first + count], first)
+    def part(self, numbers: NDArray[np.int64]) -> ArrayPart:
+        return ArrayPart(self.values[numbers], numbers)
 
 
 @pytest.fixture

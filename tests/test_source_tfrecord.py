@@ -106,7 +106,7 @@ def write(path: Path, payloads: list[bytes]) -> Path:
 def read_part(source: TFRecords, first: int, count: int) -> list[tuple[bytes, SourceRecord | RefusedRecord]]:
     """The records of a part that went through a pickle, each with the bytes of its primary field."""
     content = bytearray(1 << 20)
-    part = pickle.loads(pickle.dumps(source.part(first, count)))
+    part = pickle.loads(pickle.dumps(source.part(np.arange(first, first + count))))
     records = part.read(lambda nbytes: memoryview(content)[:nbytes])
     return [(bytes(content[: getattr(record, "nbytes", 0)]), record) for record in records]
 

@@ -46,7 +46,7 @@ def samples(first: int, count: int) -> dict[str, bytes]:
 def read_directly(source) -> list:
     """The records of a source as its part yields them, after a pickle."""
     content = bytearray(1 << 20)
-    part = pickle.loads(pickle.dumps(source.part(0, len(source.nbytes))))
+    part = pickle.loads(pickle.dumps(source.part(np.arange(len(source.nbytes)))))
     return list(part.read(lambda nbytes: memoryview(content)[:nbytes]))
 
 
