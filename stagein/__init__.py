@@ -11,10 +11,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "StageinError": "stagein.formats.errors",
     "World": "stagein.world",
+    "connect": "stagein.world",
     "stage": "stagein.staging",
 }
 
-__all__ = ["StageinError", "World", "__version__", "stage"]
+__all__ = ["StageinError", "World", "__version__", "connect", "stage"]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,14 +49,13 @@ class NodeCopy:
         table: ChunkTable,
         policy: ChosenPolicy,
         files: Sequence[int],
-        timeout_seconds: float,
         stop_requested: Callable[[], bool],
     ) -> None:
         self._all, self._world = communicator, communicator.world
         self._leads = self._world.local_rank == 0
         self.store, self._table = store, table
         self._policy, self.files = policy, files
-        self._timeout_seconds, self._stop_requested = timeout_seconds, stop_requested
+        self._stop_requested = stop_requested
         self.published = False
         """Whether this node's store had all its files already; `complete` finds out."""
 
@@ -69,7 +68,7 @@ class NodeCopy:
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
         """Hold this data set's lease on every node."""
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._leads:
                 self.store.make_folder()
         self._refuse_shared_folder()
@@ -86,17 +85,17 @@ class NodeCopy:
             return
         job = self._all.broadcast(uuid.uuid4().hex)
         with contextlib.ExitStack() as marks:
-            with self._all.together(self._timeout_seconds):
+            with self._all.together():
                 if self._leads:
                     marks.enter_context(self.store.mark(job))
-            with self._all.together(self._timeout_seconds):
+            with self._all.together():
                 sharing = self.store.marks(job) if self._leads else []
                 if len(sharing) > 1:
                     raise UsageError(
                         f"the nodes {', '.join(sharing[:_LISTED_NODES])} share the destination {self.store.to}: name a node-local "
                         "folder, or put {node} into its name"
                     )
-            self._all.barrier(self._timeout_seconds)
+            self._all.barrier()
 
     def _wait_for_lease(self) -> int | None:
         """Take the lease on all nodes or on none, so that two jobs never wait for each other.
@@ -106,7 +105,7 @@ class NodeCopy:
         seen_bytes, seen_at = -1, time.monotonic()
         while True:
             lease = None
-            with self._all.together(self._timeout_seconds):
+            with self._all.together():
                 self._raise_if_stopped()
                 lease = self.store.try_lease() if self._leads else None
             lacks = self._leads and lease is None
@@ -118,9 +117,9 @@ class NodeCopy:
             journal_bytes = sum(nbytes for _, nbytes in lacking)
             if journal_bytes != seen_bytes:
                 seen_bytes, seen_at = journal_bytes, time.monotonic()
-            if self._all.broadcast(time.monotonic() - seen_at > self._timeout_seconds):
+            if self._all.broadcast(time.monotonic() - seen_at > self._all.timeout_seconds):
                 error = WatchdogError(
-                    f"{lacking[0][0]} is staging the same data set, without progress for {self._timeout_seconds:g} s: end it, "
+                    f"{lacking[0][0]} is staging the same data set, without progress for {self._all.timeout_seconds:g} s: end it, "
                     "then run the same command again"
                 )
                 error.reported_by_peer = self._world.rank != 0
@@ -134,7 +133,7 @@ class NodeCopy:
     def find_missing(self, here: Communicator) -> Flags:
         """Flags of the chunks that this node is to get. What an earlier run left is verified and kept."""
         claimed = np.zeros(len(self._table), dtype=np.bool_)
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._leads and not self.published:
                 claimed = self._prepare()
         claimed = here.broadcast(claimed)
@@ -164,7 +163,7 @@ class NodeCopy:
         """Make this node's files durable, each rank its share of them, and give them their final names."""
         new_files = () if self.published else self.files
         self._in_slices(new_files[self._world.local_rank :: self._world.local_size], self.store.sync)
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._leads and not self.published:
                 self.store.publish(self._policy, self.files)
 
@@ -172,7 +171,7 @@ class NodeCopy:
         """Run `action` on each of this rank's items, and hear from the other ranks every few seconds."""
         left = deque(items)
         while any(self._all.gather_all(bool(left))):
-            with self._all.together(self._timeout_seconds):
+            with self._all.together():
                 end = time.monotonic() + _SLICE_SECONDS
                 while left and time.monotonic() < end:
                     self._raise_if_stopped()

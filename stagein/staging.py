@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from .ring import Engine, Neighbours, Progress, Pulse, Transfer
 from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work
 from .world import Communicator, connect
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 DEFAULT_MEMORY_BYTES = 256 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -47,7 +50,7 @@ def stage(
     to: str,
     *,
     policy: Policy = "auto",
-    communicator: Communicator | None = None,
+    world: Communicator | MPI.Comm | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Progress | None = None,
@@ -58,6 +61,7 @@ def stage(
     manifest where it is read and where it arrives, and published only when all of it is right and durable. What is already
     there is reused, so that the same call after an interruption resumes, and after a success returns at once.
 
+    world            the ranks that stage together; None: all that the launcher started, or this process alone.
     memory_bytes     upper bound of the buffers of each rank; at least four chunks are taken.
     timeout_seconds  how long nothing may move before the job is given up, with a sentence that names what was waited for.
     progress         called on each rank with the bytes it has finished and has to finish.
@@ -65,10 +69,10 @@ def stage(
     Raises a StageinError on every rank: UsageError, SourceError, NoSpaceError, ChecksumError, InterruptedRunError (after
     SIGTERM or SIGINT; resumable). A WatchdogError ends all ranks of an MPI job with exit code 75.
     """
-    communicator = communicator or connect()
+    communicator = _join(world, timeout_seconds)
     try:
         with _stop_on_signals() as stop_requested:
-            job = _Job(Path(source), to, policy, communicator, timeout_seconds, stop_requested)
+            job = _Job(Path(source), to, policy, communicator, stop_requested)
             return job.run(memory_bytes, progress)
     except WatchdogError as error:
         if (
@@ -80,11 +84,17 @@ def stage(
 
 
 def plan_stage(
-    source: Path | str, to: str, *, policy: Policy = "auto", communicator: Communicator | None = None
+    source: Path | str, to: str, *, policy: Policy = "auto", world: Communicator | MPI.Comm | None = None
 ) -> tuple[Manifest, StagePlan]:
     """What `stage` would do, without writing anything. Raises as `stage` does before it moves the first byte."""
-    job = _Job(Path(source), to, policy, communicator or connect(), DEFAULT_TIMEOUT_SECONDS, lambda: False)
+    job = _Job(Path(source), to, policy, _join(world, DEFAULT_TIMEOUT_SECONDS), lambda: False)
     return job.manifest, job.plan
+
+
+def _join(world: Communicator | MPI.Comm | None, timeout_seconds: float) -> Communicator:
+    if world is None:
+        return connect(timeout_seconds)
+    return world.within(timeout_seconds) if isinstance(world, Communicator) else Communicator(world, timeout_seconds)
 
 
 @dataclass
@@ -105,26 +115,23 @@ class _Job:
         to: str,
         policy: Policy,
         communicator: Communicator,
-        timeout_seconds: float,
         stop_requested: Callable[[], bool],
     ) -> None:
         self._start = time.monotonic()
         self._source = source
         self._all, self._world = communicator, communicator.world
         self._leads = self._world.local_rank == 0
-        self._timeout_seconds, self._stop_requested = timeout_seconds, stop_requested
+        self._stop_requested = stop_requested
         self.manifest = self._load_manifest()
         self._table = ChunkTable(self.manifest)
         self._store = Store(expand_node(to, self._world.node_name), self.manifest)
-        with self._all.together(timeout_seconds):
+        with self._all.together():
             self._check_source()
         space = self._look_at_destination()
-        with self._all.together(timeout_seconds):
+        with self._all.together():
             self.plan = make_plan(self.manifest, space, policy)
         files = self.plan.files_of(self._world.node)
-        self._copy = NodeCopy(
-            communicator, self._store, self._table, self.plan.policy, files, timeout_seconds, stop_requested
-        )
+        self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
 
     def run(self, memory_bytes: int, progress: Progress | None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
@@ -147,7 +154,7 @@ class _Job:
 
     def _load_manifest(self) -> Manifest:
         content = None
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._world.rank == 0:
                 manifest = Manifest.load(self._source)
                 content = manifest.to_bytes()
@@ -173,7 +180,7 @@ class _Job:
     def _look_at_destination(self) -> list[NodeSpace]:
         """The room on every node, as its first rank sees it."""
         space = None
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._leads:
                 check_destination(self._store.to, self._source, self._world.node_name)
                 free_bytes, held_bytes = self._store.free_bytes(), self._store.held_bytes()
@@ -184,7 +191,8 @@ class _Job:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
         work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing), missing)
         ranks = self._all.gather_all(self._world)
-        mpi = self._all.mpi.Dup() if self._all.mpi is not None else None
+        everyone = self._all.duplicate()
+        mpi = everyone.mpi
         neighbours = None
         if mpi is not None and work.by_origin:
             ring = [w.rank for w in sorted(ranks, key=lambda w: w.node) if w.local_rank == self._world.local_rank]
@@ -192,7 +200,7 @@ class _Job:
         transfer, disk_is_full = Transfer(), False
         try:
             with contextlib.ExitStack() as stack:
-                with self._all.together(self._timeout_seconds):
+                with self._all.together():
                     note = stack.enter_context(self._store.journal(self._world.local_rank)) if missing.any() else None
                     engine = Engine(
                         work,
@@ -201,13 +209,13 @@ class _Job:
                         ChunkReader(self._source, self._table),
                         ChunkWriter(self._store.work, self._table, note),
                         memory_bytes=memory_bytes,
-                        timeout_seconds=self._timeout_seconds,
+                        timeout_seconds=self._all.timeout_seconds,
                         stop_requested=self._stop_requested,
                         progress=progress,
                         neighbours=neighbours,
                         pulse=Pulse(mpi) if mpi is not None else None,
                     )
-                with self._all.together(self._timeout_seconds):
+                with self._all.together():
                     try:
                         transfer = engine.run()
                     except NoSpaceError:
@@ -219,8 +227,7 @@ class _Job:
             if any(here.gather_all(disk_is_full)) and self._leads:
                 self._store.discard_work()
             raise
-        if mpi is not None:
-            mpi.Free()
+        everyone.free()
         return transfer
 
     def _make_receipt(self, transfer: Transfer, missing: Flags, phases: Phases) -> Receipt:
@@ -248,7 +255,7 @@ class _Job:
             seconds=time.monotonic() - self._start,
             nodes=tuple(node for node in nodes if node is not None),
         )
-        with self._all.together(self._timeout_seconds):
+        with self._all.together():
             if self._leads:
                 note_destination(self._store.to, self._world.node_name)
                 if not self._copy.published:

@@ -6,11 +6,15 @@ not even imported then. Bulk data never passes here: see `ring.py` (stage-in) an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import math
+import copy
 import os
+import pickle
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,13 +24,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.errors import StageinError, UsageError, WatchdogError
+from stagein.formats.errors import ExitCode, StageinError, UsageError, WatchdogError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 NODE_VARIABLE = "STAGEIN_NODE"
 """Overrides the host name, so that one machine can play several nodes."""
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+"""How long ranks wait for each other where nothing else is said; torch.distributed has the same."""
+
+_ABORT_SECONDS = 20.0
+_FINALIZE_SECONDS = 300
+"""MPI ends together with all other ranks, or this process without it."""
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 2e-3
 """A waiting rank sleeps this long between two looks: it leaves its core to the ranks that work."""
@@ -80,45 +91,56 @@ def machine_name() -> str:
 
 
 class Communicator:
-    """The ranks of a job and the small things they tell each other. All methods but `abort` are collective."""
+    """The ranks of a job and the small things they tell each other. All methods but `abort` and `within` are collective.
 
-    def __init__(self, mpi: MPI.Comm | None = None) -> None:
+    No wait is for ever: after `timeout_seconds` a method raises WatchdogError. Some rank is lost then, and only `abort` is
+    left to do. A waiting rank sleeps between its looks at MPI and leaves its core to the ranks that work.
+    """
+
+    def __init__(self, mpi: MPI.Comm | None = None, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         self.mpi = mpi
         """The MPI communicator, None when alone; for the modules that move bulk data."""
-        name = node_name()
-        if mpi is None:
-            self.world = World(node_name=name)
-        else:
-            self.world = World.of_rank(mpi.Get_rank(), mpi.allgather(name))
+        self.timeout_seconds = timeout_seconds
+        self.world = World(node_name=node_name())
+        if mpi is not None:
+            self.world = World(rank=mpi.Get_rank(), size=mpi.Get_size(), node_name=node_name())
+            self.world = World.of_rank(self.world.rank, self.gather_all(self.world.node_name))
+
+    def within(self, timeout_seconds: float) -> Communicator:
+        """The same ranks, with another limit for waits."""
+        other = copy.copy(self)
+        other.timeout_seconds = timeout_seconds
+        return other
 
     def on_this_node(self) -> Communicator:
         """The ranks of this node only. Call `free` on it when it is no longer needed."""
         if self.mpi is None:
             return self
-        return Communicator(self.mpi.Split(color=self.world.node, key=self.world.rank))
+        self.barrier()
+        with _ended_when_stuck(self.timeout_seconds, self._lost_rank()):
+            mpi = self.mpi.Split(color=self.world.node, key=self.world.rank)
+        return Communicator(mpi, self.timeout_seconds)
+
+    def duplicate(self) -> Communicator:
+        """The same ranks with a space for messages of their own. Call `free` on it when it is no longer needed."""
+        if self.mpi is None:
+            return self
+        mpi, request = self.mpi.Idup()
+        self._wait(request)
+        other = self.within(self.timeout_seconds)
+        other.mpi = mpi
+        return other
 
     def free(self) -> None:
-        """Give back what MPI holds for a communicator made by `on_this_node`."""
+        """Give back what MPI holds for a communicator made by `on_this_node` or `duplicate`."""
         if self.mpi is not None:
-            self.mpi.Free()
+            with _ended_when_stuck(self.timeout_seconds, self._lost_rank()):
+                self.mpi.Free()
 
-    def barrier(self, timeout_seconds: float = math.inf) -> None:
-        """Wait until every rank is here, without keeping a core busy.
-
-        Raises WatchdogError after `timeout_seconds`; some rank is lost then, and only `abort` is left to do.
-        """
-        if self.mpi is None:
-            return
-        request = self.mpi.Ibarrier()
-        start, pause_seconds = time.monotonic(), _SHORTEST_PAUSE_SECONDS
-        while not request.Test():
-            if time.monotonic() - start > timeout_seconds:
-                raise WatchdogError(
-                    f"rank {self.world.rank} on {self.world.node_name} waited {timeout_seconds:g} s for the other ranks: one of "
-                    "them hangs; look at its node, then run the same command again"
-                )
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.mpi is not None:
+            self._wait(self.mpi.Ibarrier())
 
     def any_rank(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Flags that are set on any rank, element by element."""
@@ -126,24 +148,38 @@ class Communicator:
         if self.mpi is not None:
             from mpi4py import MPI
 
-            self.mpi.Allreduce(MPI.IN_PLACE, result, op=MPI.LOR)
+            self._wait(self.mpi.Iallreduce(MPI.IN_PLACE, result, op=MPI.LOR))
         return result
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """`root`'s value, on every rank."""
-        return value if self.mpi is None else self.mpi.bcast(value, root=root)
+        if self.mpi is None:
+            return value
+        content = np.frombuffer(pickle.dumps(value), dtype=np.uint8) if self.world.rank == root else None
+        nbytes = np.array([0 if content is None else len(content)], dtype=np.int64)
+        self._wait(self.mpi.Ibcast(nbytes, root=root))
+        buffer = np.empty(nbytes[0], dtype=np.uint8) if content is None else content
+        self._wait(self.mpi.Ibcast(buffer, root=root))
+        return value if content is not None else pickle.loads(buffer)
 
     def gather_all(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
-        return [value] if self.mpi is None else self.mpi.allgather(value)
+        if self.mpi is None:
+            return [value]
+        content = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        sizes = np.empty(self.world.size, dtype=np.int64)
+        self._wait(self.mpi.Iallgather(np.array([len(content)], dtype=np.int64), sizes))
+        ends = np.cumsum(sizes)
+        gathered = np.empty(ends[-1], dtype=np.uint8)
+        self._wait(self.mpi.Iallgatherv(content, [gathered, (sizes, ends - sizes)]))
+        return [pickle.loads(gathered[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     @contextlib.contextmanager
-    def together(self, timeout_seconds: float = math.inf) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Run a block that every rank runs alone; when it failed on any rank, it fails on all of them.
 
         The block must not communicate. Each failing rank raises its own error; the others raise the same kind of error,
-        naming the first rank that failed and its node. A rank that is done waits `timeout_seconds` for the others, and
-        then raises WatchdogError as `barrier` does.
+        naming the first rank that failed and its node. A rank that is done waits for the others.
         """
         failure: StageinError | None = None
         try:
@@ -155,7 +191,6 @@ class Communicator:
         except Exception as error:  # a bug must end the other ranks too
             failure = StageinError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-        self.barrier(timeout_seconds)
         reports = self.gather_all(None if failure is None else (type(failure), str(failure), self.world.node_name))
         failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
         if failed:
@@ -169,8 +204,40 @@ class Communicator:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.mpi is not None:
-            self.mpi.Abort(exit_code)
+            with _ended_when_stuck(_ABORT_SECONDS, "the launcher does not answer", exit_code):
+                self.mpi.Abort(exit_code)
         os._exit(exit_code)
+
+    def _wait(self, request: MPI.Request) -> None:
+        start, pause_seconds = time.monotonic(), _SHORTEST_PAUSE_SECONDS
+        while not request.Test():
+            if time.monotonic() - start > self.timeout_seconds:
+                raise WatchdogError(self._lost_rank())
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def _lost_rank(self) -> str:
+        return (
+            f"rank {self.world.rank} on {self.world.node_name} waited {self.timeout_seconds:g} s for the other ranks: one of "
+            "them hangs; look at its node, then run the same command again"
+        )
+
+
+@contextlib.contextmanager
+def _ended_when_stuck(timeout_seconds: float, sentence: str, exit_code: int = ExitCode.WATCHDOG) -> Iterator[None]:
+    """End this process when the block, a call of MPI that can only block, does not return: its launcher then ends the others."""
+
+    def end() -> None:
+        print(f"stagein: {sentence}", file=sys.stderr, flush=True)
+        os._exit(exit_code)
+
+    timer = threading.Timer(min(timeout_seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def find_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -198,12 +265,12 @@ def started_by_mpi(environment: Mapping[str, str] = os.environ) -> bool:
     return "mpi4py.MPI" in sys.modules or any(name in environment for name in _MPI_LAUNCHER_VARIABLES)
 
 
-def connect() -> Communicator:
-    """Join the job: over MPI when a launcher started us, alone otherwise.
+def connect(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Communicator:
+    """Join the job: over MPI when a launcher started us, alone otherwise. No wait for other ranks takes longer than that.
 
     Raises UsageError when Slurm started several tasks but MPI sees only one: each would silently do all the work.
     """
-    return Communicator(_world_communicator())
+    return Communicator(_world_communicator(), timeout_seconds)
 
 
 def _world_communicator() -> MPI.Comm | None:
@@ -215,6 +282,7 @@ def _world_communicator() -> MPI.Comm | None:
 
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.thread_level = "funneled"
+        atexit.register(signal.alarm, _FINALIZE_SECONDS)
     from mpi4py import MPI
 
     _refuse_unconnected_slurm_tasks(MPI.COMM_WORLD.Get_size())

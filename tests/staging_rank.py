@@ -86,7 +86,7 @@ def main() -> None:
             arguments.source,
             arguments.to,
             policy=arguments.policy,
-            communicator=communicator,
+            world=communicator,
             memory_bytes=arguments.memory_bytes,
             timeout_seconds=arguments.timeout_seconds,
             progress=(lambda done, total: send_signal_in_the_middle(arguments.signal, done, total))

@@ -81,7 +81,7 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
 
 
 def stage_alone(source: Path, to: Path, **options: object) -> Receipt:
-    return stage(source, str(to), communicator=Communicator(), **options)
+    return stage(source, str(to), world=Communicator(), **options)
 
 
 def stage_over_ranks(
@@ -286,7 +286,7 @@ def test_a_destination_that_gets_full_is_cleaned_up(
 
 
 def test_a_dry_run_writes_nothing(source: Path, to: Path) -> None:
-    manifest, plan = plan_stage(source, str(to), communicator=Communicator())
+    manifest, plan = plan_stage(source, str(to), world=Communicator())
     assert plan.policy == "replicate" and manifest == Manifest.load(source)
     assert list(to.iterdir()) == []
 

@@ -42,17 +42,42 @@ for report in reports if world.rank == 0 else []:
 """
 
 MISSING_RANK = """
-import sys, time
+import time, numpy as np
 from stagein.formats.errors import WatchdogError
 from stagein.world import connect
 ranks = connect()
 if ranks.world.rank == 1:
     time.sleep(100)
-try:
-    ranks.barrier(timeout_seconds=1)
-except WatchdogError as error:
-    print(error, flush=True)
-    ranks.abort(error.exit_code)
+ranks = ranks.within(0.5)
+
+def nothing_together():
+    with ranks.together():
+        pass
+
+waits = {
+    "barrier": ranks.barrier,
+    "broadcast": lambda: ranks.broadcast(None, root=1),
+    "gather_all": lambda: ranks.gather_all(0),
+    "any_rank": lambda: ranks.any_rank(np.zeros(1000, dtype=np.bool_)),
+    "together": nothing_together,
+    "duplicate": ranks.duplicate,
+    "on_this_node": ranks.on_this_node,
+}
+for name, wait in waits.items():
+    try:
+        wait()
+    except WatchdogError as error:
+        print(name, error, flush=True)
+ranks.barrier = lambda: None
+ranks.on_this_node()
+"""
+
+LAST_ONE_HANGS = """
+import atexit, time, mpi4py
+from stagein import world
+world._FINALIZE_SECONDS = 1
+if world.connect().world.rank == 1:
+    atexit.register(time.sleep, 100)
 """
 
 
@@ -110,7 +135,16 @@ def test_ranks_talk_and_fail_together() -> None:
 
 
 @pytest.mark.mpi
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+def test_no_wait_for_a_rank_that_does_not_come_is_for_ever() -> None:
+    """Each call that waits says so in time; the last one can only block, and ends the process."""
     result = run_ranks(2, sys.executable, "-c", MISSING_RANK, nodes=["a", "b"], timeout_seconds=30)
+    named = [line.split()[0] for line in result.stdout.splitlines() if "rank 0 on a waited 0.5 s" in line]
+    assert named == ["barrier", "broadcast", "gather_all", "any_rank", "together", "duplicate", "on_this_node"]
     assert result.returncode == ExitCode.WATCHDOG
-    assert "rank 0 on a waited 1 s for the other ranks" in result.stdout
+    assert "stagein: rank 0 on a waited 0.5 s for the other ranks" in result.stderr
+
+
+@pytest.mark.mpi
+def test_the_end_of_mpi_is_not_waited_for_for_ever() -> None:
+    result = run_ranks(2, sys.executable, "-c", LAST_ONE_HANGS, nodes=["a", "b"], timeout_seconds=30)
+    assert result.returncode != 0

@@ -31,7 +31,7 @@ def run(
     communicator = connect()
     prints = communicator.world.rank == 0
     if dry_run:
-        manifest, plan = plan_stage(source, to, policy=policy, communicator=communicator)
+        manifest, plan = plan_stage(source, to, policy=policy, world=communicator)
         if prints:
             _print_plan(manifest, plan, to, as_json)
         return
@@ -40,7 +40,7 @@ def run(
             source,
             to,
             policy=policy,
-            communicator=communicator,
+            world=communicator,
             memory_bytes=memory_bytes,
             timeout_seconds=timeout_seconds,
             progress=update,
