@@ -8,8 +8,10 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
-from stagein.formats import Dataset
+from stagein.finding import find_staged
+from stagein.formats import Dataset, Manifest
 from stagein.formats.errors import SourceError, UsageError
+from stagein.leases import ReaderLease
 
 _JPEG_START = b"\xff\xd8"
 Sample = dict[str, NDArray[Any]]
@@ -34,7 +36,7 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
         fields: Collection[str] | None = None,
         staged: Literal["auto"] | Path | str | None = "auto",
     ) -> None:
-        self.records = _open(Path(path), staged)
+        self.records, self._lease = _open(Path(path), staged)
         self.fields = tuple(self.records.schema.fields if fields is None else fields)
         unknown = [name for name in self.fields if name not in self.records.schema.fields]
         if unknown:
@@ -83,16 +85,16 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
         return image
 
 
-def _open(path: Path, staged: Literal["auto"] | Path | str | None) -> Dataset:
+def _open(path: Path, staged: Literal["auto"] | Path | str | None) -> tuple[Dataset, ReaderLease | None]:
+    """The data set, and what keeps its staged copy from being evicted meanwhile."""
     if staged is None:
-        return Dataset(path)
+        return Dataset(path), None
     if staged != "auto":
-        return Dataset(path, staged_path=Path(staged))
-    from stagein.cache import find_staged
-    from stagein.formats import Manifest
-
+        return Dataset(path, staged_path=Path(staged)), ReaderLease(Path(staged))
     copy = find_staged(Manifest.load(path).id)
-    return Dataset(path) if copy is None else Dataset(path, staged_path=copy.path, staged_shards=copy.files)
+    if copy is None:
+        return Dataset(path), None
+    return Dataset(path, staged_path=copy.path, staged_shards=copy.files), copy.lease
 
 
 def _decode_image(stored: NDArray[np.uint8]) -> NDArray[np.uint8] | None:

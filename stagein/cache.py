@@ -1,8 +1,9 @@
-"""The node-local store of staged data sets, and how a loader finds one in it.
+"""The node cache: one place on the local disk for staged data sets, shared by all jobs of the node.
 
-    TO/stagein/ID.lock      locked by the one job that writes this data set on this node
-    TO/stagein/ID.part/     work in progress: files under their own names, and a journal of finished chunks a rank
     TO/stagein/ID/          a staged data set; to be trusted only with READY, which is written last and says what is here
+    TO/stagein/ID.part/     work in progress: files under their own names, and a journal of finished chunks a rank
+    TO/stagein/ID.lock      the writer's lease: one job at a time changes this data set on this node
+    TO/stagein/ID.evicted/  on its way out
 
 ID is the data set's id, which its content determines: two versions never mix, and the next job finds the data warm.
 """
@@ -11,41 +12,42 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
-import socket
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stagein.formats.errors import NoSpaceError, StageinError, UsageError, destination_error
+from stagein.formats.errors import UsageError, destination_error
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.publish import PART_SUFFIX, fsync_folder, publish_bytes
 from stagein.formats.zarr_view import link_paths
 
+from .leases import Owner, WriterLease, writer_of
 from .stage_plan import ChosenPolicy, ChunkTable, Flags
 from .world import node_name
 
 STORE_NAME = "stagein"
 READY_NAME = "READY"
 RECEIPT_NAME = "receipt.json"
-TO_VARIABLE = "STAGEIN_TO"
-"""Destinations to look for staged copies in, separated as in PATH; `{node}` stands for the node's name."""
+LOCK_SUFFIX = ".lock"
+EVICTED_SUFFIX = ".evicted"
 
+_MARK_PREFIX = ".mark."
 _JOURNAL_PREFIX = "journal-"
 _PUBLISHED_MODE = 0o444
 _WORK_MODE = 0o644
 
 
 class Ready(BaseModel):
-    """READY: what is in a staged copy. `files` are the files of the manifest that are here, whole and verified."""
+    """READY: what is in a staged copy. `files` are the files of the manifest that are here, whole and verified when written.
+
+    `source` is the data set that they were copied from. The time of the file is that of the copy's last use.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,17 +55,8 @@ class Ready(BaseModel):
     version: int = 1
     id: str
     policy: ChosenPolicy
+    source: str
     files: tuple[str, ...]
-
-
-class StagedCopy(BaseModel):
-    """A staged copy on this node: its folder, and the shards and other files that are in it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: Path
-    policy: ChosenPolicy
-    files: frozenset[str]
 
 
 def expand_node(destination: str, node: str) -> Path:
@@ -76,17 +69,17 @@ class Store:
 
     def __init__(self, to: Path, manifest: Manifest) -> None:
         self.to = to
+        self.id = manifest.id
         self._manifest = manifest
         self._table = ChunkTable(manifest)
         self._folder = to / STORE_NAME
         self.final = self._folder / manifest.id
         self.work = self._folder / f"{manifest.id}{PART_SUFFIX}"
-        self._lock_path = self._folder / f"{manifest.id}.lock"
+        self._lock_path = self._folder / f"{manifest.id}{LOCK_SUFFIX}"
 
     def free_bytes(self) -> int:
         """Bytes that may be written below the destination."""
-        status = os.statvfs(self.to)
-        return status.f_bavail * status.f_frsize
+        return free_bytes(self.to)
 
     def held_bytes(self) -> int:
         """Bytes on disk of what an earlier run left or finished of this data set."""
@@ -97,20 +90,32 @@ class Store:
             if (folder / entry.file).exists()
         )
 
+    def finished_bytes(self) -> int:
+        """Bytes of published files, and of chunks that an unfinished run has noted in its journals."""
+        return self._table.total_bytes(self._table.of_files(sorted(self.published() or ())) | self._journaled())
+
     def make_folder(self) -> None:
-        """Make the store's own folder, which also shows that the destination can be written."""
+        """Make the store's own folder, which also shows that the destination can be written, and clear what the dead left."""
         try:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise destination_error(error, "making", self._folder) from None
+        remove_leftovers(self._folder)
 
-    def holds(self, files: Sequence[int]) -> bool:
-        """Whether a published copy has all these files (by number), with READY and in their right sizes."""
-        ready = read_ready(self.final, self._manifest.id)
+    def published(self) -> frozenset[int] | None:
+        """The files, by number, of the published copy: READY lists them, and they are there in their right sizes.
+
+        None when there is no published copy.
+        """
+        ready = read_ready(self.final, self.id)
         if ready is None:
-            return False
+            return None
         here = set(ready.files)
-        return all(self._table.files[file].file in here and self._has_size(self.final, file) for file in files)
+        return frozenset(
+            number
+            for number, entry in enumerate(self._table.files)
+            if entry.file in here and self._has_size(self.final, number)
+        )
 
     def _has_size(self, folder: Path, file: int) -> bool:
         entry = self._table.files[file]
@@ -123,8 +128,8 @@ class Store:
     @contextlib.contextmanager
     def mark(self, job: str) -> Iterator[None]:
         """Leave a mark that shows on which node this folder is seen, for `marks` of the same job."""
-        path = self._folder / f".mark.{job}.{node_name()}"
-        path.touch()
+        path = self._folder / f"{_MARK_PREFIX}{job}.{node_name()}"
+        path.write_bytes(Owner.this_process().to_bytes())
         try:
             yield
         finally:
@@ -132,29 +137,16 @@ class Store:
 
     def marks(self, job: str) -> list[str]:
         """Names of the nodes of this job that write to the same folder as this one."""
-        prefix = f".mark.{job}."
+        prefix = f"{_MARK_PREFIX}{job}."
         return sorted(path.name.removeprefix(prefix) for path in self._folder.glob(f"{prefix}*"))
 
-    def try_lease(self) -> int | None:
-        """The lease of this data set on this node, as a locked descriptor; None while another job has it.
-
-        The kernel takes it back when the holder dies.
-        """
-        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".ljust(64).encode(), 0)
-        return descriptor
+    def try_lease(self) -> WriterLease | None:
+        """The writer's lease of this data set on this node; None while another job has it."""
+        return WriterLease.take(self._lock_path)
 
     def lease_holder(self) -> str:
         """Process and host that hold the lease."""
-        try:
-            return f"process {self._lock_path.read_text().strip()}"
-        except OSError:
-            return "another process"
+        return str(writer_of(self._lock_path) or "a process that has just ended")
 
     def journal_bytes(self) -> int:
         """Size of all journals: it grows while somebody makes progress."""
@@ -165,13 +157,20 @@ class Store:
     def prepare(self, files: Sequence[int]) -> Flags:
         """Make the work folder ready for these files, at their full size, and return the chunks claimed to be there.
 
-        A claim comes from the journal of an earlier run, or from a published copy that lacks something and is therefore
-        withdrawn; its bytes are still to be verified. Raises NoSpaceError when the files do not fit.
+        A claim comes from the journal of an earlier run, or from a file that a crash left under its final name while READY does
+        not vouch for it; its bytes are still to be verified. A published copy stays as it is, for those who read it.
+        Raises NoSpaceError when the files do not fit.
         """
         try:
-            claimed = self._withdraw() if self.final.exists() else self._journaled()
+            if read_ready(self.final, self.id) is None and self.final.exists():
+                self._take_back()
             self.work.mkdir(exist_ok=True)
+            claimed = self._journaled()
+            for file in files:
+                if self._take_back_file(file):
+                    claimed[self._table.first[file] : self._table.first[file + 1]] = True
             self._remove_others({self._table.files[file].file for file in files})
+            publish_bytes(self.work / MANIFEST_NAME, self._manifest.to_bytes())
             for file in files:
                 if not self._allocate(file):
                     claimed[self._table.first[file] : self._table.first[file + 1]] = False
@@ -179,17 +178,24 @@ class Store:
             raise destination_error(error, "making room in", self.work) from None
         return claimed & self._table.of_files(files)
 
-    def _withdraw(self) -> Flags:
-        """Turn a published copy back into work in progress, all files of the right size being claimed."""
+    def _take_back(self) -> None:
+        """Turn a copy without READY, which a crash left, back into work in progress."""
         (self.final / READY_NAME).unlink(missing_ok=True)
-        fsync_folder(self.final)
         if self.work.exists():
             shutil.rmtree(self.work)
         self.final.rename(self.work)
-        claimed = self._table.of_files([f for f in range(len(self._table.files)) if self._has_size(self.work, f)])
-        with open(self.work / f"{_JOURNAL_PREFIX}withdrawn", "w") as journal:
-            journal.writelines(f"{chunk}\n" for chunk in np.flatnonzero(claimed))
-        return claimed
+        whole = self._table.of_files([f for f in range(len(self._table.files)) if self._has_size(self.work, f)])
+        with open(self.work / f"{_JOURNAL_PREFIX}taken-back", "w") as journal:
+            journal.writelines(f"{chunk}\n" for chunk in np.flatnonzero(whole))
+
+    def _take_back_file(self, file: int) -> bool:
+        """The same for one file that was on its way into a published copy; whether there was one."""
+        source, target = (folder / self._table.files[file].file for folder in (self.final, self.work))
+        if target.exists() or not self._has_size(self.final, file):
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return True
 
     def _journaled(self) -> Flags:
         """Chunks that the journals list. A line cut short by a crash may name a wrong one: claims are verified anyway."""
@@ -252,30 +258,50 @@ class Store:
         except OSError as error:
             raise destination_error(error, "writing", path) from None
 
-    def publish(self, policy: ChosenPolicy, files: Sequence[int]) -> None:
-        """Give the finished work its final name: manifest, links, folders made durable, rename, and READY last."""
+    def publish(self, policy: ChosenPolicy, files: Sequence[int], source: str) -> None:
+        """Give these finished files their final names, and then READY, the last, which vouches for them.
+
+        Nothing is named that is not on the disk: files and folders are made durable before READY is.
+        """
         try:
-            publish_bytes(self.work / MANIFEST_NAME, self._manifest.to_bytes())
-            self._make_links()
-            for folder, _, _ in os.walk(self.work):
-                fsync_folder(Path(folder))
-            self.work.rename(self.final)
+            ready = read_ready(self.final, self.id)
+            names = {self._table.files[file].file for file in files} | set(ready.files if ready else ())
+            if ready is None:
+                self._make_links(self.work)
+                _fsync_folders(self.work)
+                self.work.rename(self.final)
+            else:
+                for file in files:
+                    self._move_in(self._table.files[file].file)
+                self._make_links(self.final)
+                _fsync_folders(self.final)
             fsync_folder(self._folder)
-            names = tuple(self._table.files[file].file for file in files)
-            ready = Ready(id=self._manifest.id, policy=policy, files=names)
+            here = tuple(entry.file for entry in self._table.files if entry.file in names)
+            ready = Ready(
+                id=self.id,
+                policy="replicate" if len(here) == len(self._table.files) else policy,
+                source=source,
+                files=here,
+            )
             publish_bytes(self.final / READY_NAME, ready.model_dump_json(indent=1).encode() + b"\n")
-            for journal in self.final.glob(f"{_JOURNAL_PREFIX}*"):
-                journal.unlink()
+            for left in [*self.final.glob(f"{_JOURNAL_PREFIX}*"), *self.final.glob(f".*{PART_SUFFIX}")]:
+                left.unlink()
         except OSError as error:
             raise destination_error(error, "publishing", self.final) from None
+        self.discard_work()
 
-    def _make_links(self) -> None:
-        """The Zarr view's links to the shards that are here."""
+    def _move_in(self, name: str) -> None:
+        """Move one finished file into the published copy; who reads an older file of that name keeps it."""
+        target = self.final / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self.work / name).rename(target)
+
+    def _make_links(self, root: Path) -> None:
+        """The Zarr view's links to the shards that are there."""
         for name, target in link_paths(self._manifest):
-            path = self.work / name
+            path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if (path.parent / target).exists():
+            if not path.is_symlink() and (path.parent / target).exists():
                 path.symlink_to(target)
 
     def discard_work(self) -> None:
@@ -292,6 +318,28 @@ class Store:
             return (self.final / RECEIPT_NAME).read_bytes()
         except OSError:
             return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what dead processes left in a store's folder and nobody can use: their marks, and copies half evicted."""
+    for mark in folder.glob(f"{_MARK_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            owner = Owner.parse(mark.read_bytes())
+            if owner is not None and owner.is_dead():
+                mark.unlink()
+    for evicted in folder.glob(f"*{EVICTED_SUFFIX}"):
+        shutil.rmtree(evicted, ignore_errors=True)
+
+
+def free_bytes(to: Path) -> int:
+    """Bytes that may be written below a destination."""
+    status = os.statvfs(to)
+    return status.f_bavail * status.f_frsize
+
+
+def _fsync_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
+        fsync_folder(Path(folder))
 
 
 def allocate(descriptor: int, nbytes: int) -> None:
@@ -324,62 +372,3 @@ def read_ready(folder: Path, dataset_id: str) -> Ready | None:
     except (OSError, ValidationError):
         return None
     return ready if ready.id == dataset_id else None
-
-
-def find_staged(dataset_id: str, environment: Mapping[str, str] = os.environ) -> StagedCopy | None:
-    """The staged copy of a data set on this node, None when there is none.
-
-    Looks below the destinations in STAGEIN_TO, else below those that `stage` has noted on this node. With the policy
-    partition only some shards are in it: `files` says which.
-    """
-    node = node_name(environment)
-    if environment.get(TO_VARIABLE):
-        roots = [expand_node(to, node) for to in environment[TO_VARIABLE].split(os.pathsep) if to]
-    else:
-        roots = noted_destinations(node, environment)
-    for root in roots:
-        folder = root / STORE_NAME / dataset_id
-        ready = read_ready(folder, dataset_id)
-        if ready is not None:
-            return StagedCopy(path=folder, policy=ready.policy, files=frozenset(ready.files))
-    return None
-
-
-def note_destination(to: Path, node: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Remember that this node has staged data below `to`. Never fails: without the note a loader reads the source."""
-    for folder in _note_folders(node, environment):
-        with contextlib.suppress(OSError, StageinError, NoSpaceError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _is_ours(folder):
-                name = hashlib.sha256(os.fsencode(to)).hexdigest()[:16]
-                publish_bytes(folder / name, os.fsencode(to))
-                return
-
-
-def noted_destinations(node: str, environment: Mapping[str, str] = os.environ) -> list[Path]:
-    """Destinations that `note_destination` remembered on this node, the latest first."""
-    notes = [
-        note
-        for folder in _note_folders(node, environment)
-        if _is_ours(folder)
-        for note in folder.iterdir()
-        if not note.name.startswith(".")
-    ]
-    notes.sort(key=lambda note: note.stat().st_mtime, reverse=True)
-    return [Path(os.fsdecode(note.read_bytes())) for note in notes]
-
-
-def _note_folders(node: str, environment: Mapping[str, str]) -> list[Path]:
-    """Node-local folders for notes, the best first: the system's runtime folder of this user, else a temporary one."""
-    temporary = Path(environment.get("TMPDIR") or tempfile.gettempdir()) / f"stagein-{os.getuid()}" / node
-    runtime = environment.get("XDG_RUNTIME_DIR")
-    return [Path(runtime) / "stagein" / node, temporary] if runtime else [temporary]
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can have put a note there: temporary folders are open to all users."""
-    try:
-        status = [folder.parent.lstat(), folder.lstat()]
-    except OSError:
-        return False
-    return all(s.st_uid == os.getuid() and stat.S_ISDIR(s.st_mode) and not s.st_mode & 0o022 for s in status)

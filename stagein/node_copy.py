@@ -6,7 +6,6 @@ Every method is called by all ranks together, and succeeds or fails on all of th
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 import uuid
@@ -26,6 +25,7 @@ from stagein.formats.errors import (
 
 from .cache import Store
 from .chunk_io import ChunkReader
+from .leases import WriterLease
 from .stage_plan import ChosenPolicy, ChunkTable, Flags
 from .world import Communicator
 
@@ -56,14 +56,17 @@ class NodeCopy:
         self.store, self._table = store, table
         self._policy, self.files = policy, files
         self._stop_requested = stop_requested
-        self.published = False
-        """Whether this node's store had all its files already; `complete` finds out."""
+        self.new_files: tuple[int, ...] = tuple(files)
+        """Those of `files` that this node's published copy does not have yet; `complete` finds out."""
+        self.lacks_something = True
+        """Whether this node has new files to publish, or no published copy at all, as when a data set has no files."""
 
-    def complete(self) -> bool:
-        """Whether every node has a published copy of its files. Sets `published` for this node."""
-        by_node = dict(self._all.gather_all((self._world.node, self.store.holds(self.files)))[::-1])
-        self.published = by_node[self._world.node]
-        return all(by_node.values())
+    def complete(self, here: Communicator) -> bool:
+        """Whether every node has a published copy of its files. Sets `new_files` and `lacks_something` for this node."""
+        published = here.broadcast(self.store.published() if self._leads else None)
+        self.new_files = tuple(file for file in self.files if file not in (published or ()))
+        self.lacks_something = published is None or bool(self.new_files)
+        return not any(self._all.gather_all(self.lacks_something))
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
@@ -77,7 +80,7 @@ class NodeCopy:
             yield
         finally:
             if lease is not None:
-                os.close(lease)
+                lease.close()
 
     def _refuse_shared_folder(self) -> None:
         """Two nodes that write to one folder would spoil each other's files. Raises UsageError."""
@@ -97,10 +100,10 @@ class NodeCopy:
                     )
             self._all.barrier()
 
-    def _wait_for_lease(self) -> int | None:
+    def _wait_for_lease(self) -> WriterLease | None:
         """Take the lease on all nodes or on none, so that two jobs never wait for each other.
 
-        Waits as long as the job that has it makes progress. Returns the descriptor on the node's first rank.
+        Waits as long as the job that has it makes progress. Returns the lease on the node's first rank.
         """
         seen_bytes, seen_at = -1, time.monotonic()
         while True:
@@ -113,7 +116,7 @@ class NodeCopy:
             if not lacking:
                 return lease
             if lease is not None:
-                os.close(lease)
+                lease.close()
             journal_bytes = sum(nbytes for _, nbytes in lacking)
             if journal_bytes != seen_bytes:
                 seen_bytes, seen_at = journal_bytes, time.monotonic()
@@ -134,7 +137,7 @@ class NodeCopy:
         """Flags of the chunks that this node is to get. What an earlier run left is verified and kept."""
         claimed = np.zeros(len(self._table), dtype=np.bool_)
         with self._all.together():
-            if self._leads and not self.published:
+            if self._leads and self.lacks_something:
                 claimed = self._prepare()
         claimed = here.broadcast(claimed)
         verified = np.zeros(len(self._table), dtype=np.bool_)
@@ -149,23 +152,22 @@ class NodeCopy:
         share = np.flatnonzero(claimed)[self._world.local_rank :: self._world.local_size]
         self._in_slices(share.tolist(), verify)
         reader.close()
-        wanted = self._table.of_files(() if self.published else self.files)
+        wanted = self._table.of_files(self.new_files)
         return wanted & ~here.any_rank(verified)
 
     def _prepare(self) -> Flags:
         try:
-            return self.store.prepare(self.files)
+            return self.store.prepare(self.new_files)
         except NoSpaceError:
             self.store.discard_work()
             raise
 
-    def publish(self) -> None:
+    def publish(self, source: str) -> None:
         """Make this node's files durable, each rank its share of them, and give them their final names."""
-        new_files = () if self.published else self.files
-        self._in_slices(new_files[self._world.local_rank :: self._world.local_size], self.store.sync)
+        self._in_slices(self.new_files[self._world.local_rank :: self._world.local_size], self.store.sync)
         with self._all.together():
-            if self._leads and not self.published:
-                self.store.publish(self._policy, self.files)
+            if self._leads and self.lacks_something:
+                self.store.publish(self._policy, self.new_files, source)
 
     def _in_slices(self, items: Sequence[int], action: Callable[[int], None]) -> None:
         """Run `action` on each of this rank's items, and hear from the other ranks every few seconds."""

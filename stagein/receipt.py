@@ -11,7 +11,8 @@ class NodeReceipt(BaseModel):
     """One node's part.
 
     Phases are in wall-clock seconds; `read_seconds` and `write_seconds` are what the helper threads of all ranks spent, together.
-    `verified_chunks` counts checks at the source and on arrival; `reused_bytes` were on the node already.
+    `verified_chunks` counts checks at the source and on arrival; `reused_bytes` were on the node already,
+    `evicted_bytes` of other data sets made room.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +27,7 @@ class NodeReceipt(BaseModel):
     received_bytes: int
     written_bytes: int
     reused_bytes: int
+    evicted_bytes: int
     verified_chunks: int
     read_seconds: float
     write_seconds: float

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,14 @@ from stagein.formats.errors import (
 )
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 
-from .cache import Store, check_destination, expand_node, note_destination
+from . import inventory
+from .cache import Store, check_destination, expand_node
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
+from .finding import note_destination, note_use
 from .node_copy import NodeCopy
 from .receipt import NodeReceipt, Receipt
 from .ring import Engine, Neighbours, Progress, Pulse, Transfer
-from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work
+from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work, stored_bytes
 from .world import Communicator, connect
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_MEMORY_BYTES = 256 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
+_ENOUGH_BYTES = 1 << 62
 _LISTED = 5
 """Of a long list of files, an error names this many."""
 
@@ -51,6 +54,7 @@ def stage(
     *,
     policy: Policy = "auto",
     world: Communicator | MPI.Comm | None = None,
+    make_room: bool = False,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Progress | None = None,
@@ -62,6 +66,7 @@ def stage(
     there is reused, so that the same call after an interruption resumes, and after a success returns at once.
 
     world            the ranks that stage together; None: all that the launcher started, or this process alone.
+    make_room        evict other data sets, those unused for longest first, where this one would not fit otherwise.
     memory_bytes     upper bound of the buffers of each rank; at least four chunks are taken.
     timeout_seconds  how long nothing may move before the job is given up, with a sentence that names what was waited for.
     progress         called on each rank with the bytes it has finished and has to finish.
@@ -72,7 +77,7 @@ def stage(
     communicator = _join(world, timeout_seconds)
     try:
         with _stop_on_signals() as stop_requested:
-            job = _Job(Path(source), to, policy, communicator, stop_requested)
+            job = _Job(Path(source), to, policy, communicator, stop_requested, make_room)
             return job.run(memory_bytes, progress)
     except WatchdogError as error:
         if (
@@ -116,6 +121,7 @@ class _Job:
         policy: Policy,
         communicator: Communicator,
         stop_requested: Callable[[], bool],
+        make_room: bool = False,
     ) -> None:
         self._start = time.monotonic()
         self._source = source
@@ -128,6 +134,10 @@ class _Job:
         with self._all.together():
             self._check_source()
         space = self._look_at_destination()
+        self._evicted_bytes = 0
+        if make_room:
+            self._make_room(space, policy)
+            space = self._look_at_destination()
         with self._all.together():
             self.plan = make_plan(self.manifest, space, policy)
         files = self.plan.files_of(self._world.node)
@@ -135,20 +145,24 @@ class _Job:
 
     def run(self, memory_bytes: int, progress: Progress | None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
+        here = self._all.on_this_node()
+        receipt = self._bring_files(here, memory_bytes, progress)
+        here.free()
+        return receipt
+
+    def _bring_files(self, here: Communicator, memory_bytes: int, progress: Progress | None) -> Receipt:
         phases = Phases()
         nothing = np.zeros(len(self._table), dtype=np.bool_)
-        if self._copy.complete():
+        if self._copy.complete(here):
             return self._make_receipt(Transfer(), nothing, phases)
         with self._copy.lease():
-            if self._copy.complete():  # another job had the lease before us and did the work
+            if self._copy.complete(here):  # another job had the lease before us and did the work
                 return self._make_receipt(Transfer(), nothing, phases)
-            here = self._all.on_this_node()
             missing = self._copy.find_missing(here)
             phases.prepare_seconds = time.monotonic() - self._start
             transfer = self._move(here, missing, memory_bytes, progress)
             phases.transfer_seconds = time.monotonic() - self._start - phases.prepare_seconds
-            self._copy.publish()
-            here.free()
+            self._copy.publish(str(self._source.absolute()))
             phases.publish_seconds = time.monotonic() - self._start - phases.prepare_seconds - phases.transfer_seconds
             return self._make_receipt(transfer, missing, phases)
 
@@ -186,6 +200,16 @@ class _Job:
                 free_bytes, held_bytes = self._store.free_bytes(), self._store.held_bytes()
                 space = NodeSpace(self._world.node_name, self._world.local_size, free_bytes, held_bytes)
         return [space for space in self._all.gather_all(space) if space is not None]
+
+    def _make_room(self, space: Sequence[NodeSpace], policy: Policy) -> None:
+        """Evict other data sets where this one would not fit, planned as if every node had all the room it could need."""
+        with self._all.together():
+            wish = make_plan(self.manifest, [replace(node, free_bytes=_ENOUGH_BYTES) for node in space], policy)
+            if self._leads:
+                files = (self._table.files[file] for file in wish.files_of(self._world.node))
+                wanted_bytes = sum(map(stored_bytes, files)) - space[self._world.node].held_bytes
+                evicted = inventory.make_room(self._store.to, self._world.node_name, wanted_bytes, self.manifest.id)
+                self._evicted_bytes = sum(entry.disk_bytes for entry in evicted)
 
     def _move(self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None) -> Transfer:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
@@ -240,6 +264,7 @@ class _Job:
             ranks=self._world.local_size,
             files=len(self._copy.files),
             nbytes=nbytes,
+            evicted_bytes=self._evicted_bytes,
             reused_bytes=nbytes - self._table.total_bytes(missing),
             **_add_up([moved for node, moved in transfers if node == self._world.node]),
             **asdict(phases),
@@ -258,7 +283,8 @@ class _Job:
         with self._all.together():
             if self._leads:
                 note_destination(self._store.to, self._world.node_name)
-                if not self._copy.published:
+                note_use(self._store.final)
+                if self._copy.lacks_something:
                     self._store.write_receipt(receipt.to_bytes())
         receipt = self._all.broadcast(receipt)
         assert isinstance(receipt, Receipt)

@@ -1,6 +1,5 @@
 """Stage-in with real files, real ranks and real faults: what is published is right, or nothing is."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -13,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from mpi import run_ranks, start_ranks
 from staged import assert_staged, final_folder, flip_byte, journaled_chunks, work_folder
 from synthetic import CHUNK_BYTES, write_dataset
 
-from stagein.cache import READY_NAME, Store, expand_node, find_staged, note_destination
+from stagein.cache import READY_NAME, Store, expand_node
+from stagein.finding import find_staged, note_destination
 from stagein.formats.errors import (
     ChecksumError,
     ExitCode,
@@ -64,20 +65,6 @@ def node_disks(tmp_path: Path) -> Iterator[str]:
     for node in "abc":
         (tmp_path / f"nvme-{node}").mkdir()
     yield str(tmp_path / "nvme-{node}")
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
-    """A disk of its own, that small, mounted on `folder`."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
-    options = ["-t", "tmpfs", "-o", f"size={nbytes}", "none", str(folder)]
-    if subprocess.run(["mount", *options], capture_output=True).returncode:
-        pytest.skip("this machine does not let us mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def stage_alone(source: Path, to: Path, **options: object) -> Receipt:
@@ -136,7 +123,7 @@ def test_a_converted_data_set_reads_the_same_from_its_copy(jpeg_dataset_path: Pa
 
     stage_alone(jpeg_dataset_path, to)
     copy = final_folder(jpeg_dataset_path, to)
-    verify(copy)
+    assert verify(copy).problems == []
     ids = list(range(len(Dataset(copy))))
     pairs = zip(Dataset(copy).read_records(ids), Dataset(jpeg_dataset_path).read_records(ids), strict=True)
     assert all(bytes(ours) == bytes(theirs) for ours, theirs in pairs)
@@ -146,11 +133,14 @@ def test_a_converted_data_set_reads_the_same_from_its_copy(jpeg_dataset_path: Pa
 
 def test_again_moves_nothing(source: Path, to: Path) -> None:
     first = stage_alone(source, to)
-    before = {path: path.stat().st_mtime_ns for path in final_folder(source, to).rglob("*")}
+    ready = final_folder(source, to) / READY_NAME
+    before = {path: path.stat().st_mtime_ns for path in ready.parent.rglob("*")}
     again = stage_alone(source, to)
     assert not first.moved_nothing and again.moved_nothing
     assert (again.read_bytes, again.written_bytes, again.nodes[0].reused_bytes) == (0, 0, first.dataset_bytes)
-    assert before == {path: path.stat().st_mtime_ns for path in final_folder(source, to).rglob("*")}
+    after = {path: path.stat().st_mtime_ns for path in ready.parent.rglob("*")}
+    assert after.pop(ready) > before.pop(ready), "the time of its last use"
+    assert after == before
 
 
 def test_two_versions_of_a_data_set_do_not_mix(tmp_path: Path, source: Path, to: Path) -> None:
@@ -357,7 +347,7 @@ def test_waiting_for_another_job_is_bounded_and_names_it(source: Path, to: Path)
     (to / "stagein").mkdir()
     with open(final_folder(source, to).with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("123 on somewhere")
+        lock.write('{"pid": 123, "host": "somewhere", "boot": "", "since": 0}')
         lock.flush()
         with pytest.raises(WatchdogError, match=r"process 123 on somewhere .* is staging the same data set"):
             stage_alone(source, to, timeout_seconds=0.5)

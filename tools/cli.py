@@ -12,7 +12,7 @@ from stagein.formats.errors import ExitCode, StageinError
 
 from . import convert_commands
 from .console import complain, say
-from .options import Json, Workers, parse_size
+from .options import Json, Workers, parse_age, parse_size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,6 +96,9 @@ def stage(
         PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
     ] = PolicyChoice.AUTO,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and move nothing.")] = False,
+    make_room: Annotated[
+        bool, typer.Option("--make-room", help="Where it does not fit, evict what was unused for longest.")
+    ] = False,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Buffers of each rank.")
     ] = 256 << 20,
@@ -111,7 +114,52 @@ def stage(
     """
     from . import stage
 
-    stage.run(source, to, policy.value, dry_run=dry_run, memory_bytes=memory, timeout_seconds=timeout, as_json=json)
+    stage.run(
+        source,
+        to,
+        policy.value,
+        dry_run=dry_run,
+        make_room=make_room,
+        memory_bytes=memory,
+        timeout_seconds=timeout,
+        as_json=json,
+    )
+
+
+To = Annotated[
+    str | None,
+    typer.Option(help="Folder that data sets were staged to.  [default: STAGEIN_TO, or wherever this user staged to]"),
+]
+
+
+@app.command()
+def status(to: To = None, json: Json = False) -> None:
+    """Show what is staged on this node, or under mpirun on all nodes, who uses it, and how much room is left."""
+    from . import status
+
+    status.run(to, as_json=json)
+
+
+@app.command()
+def evict(
+    datasets: Annotated[list[str] | None, typer.Argument(help="Data sets to evict, by path or id.")] = None,
+    to: To = None,
+    free: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Evict until this much room is free.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(parser=parse_age, metavar="AGE", help="Evict only what was unused for so long.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be evicted, and keep it.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove staged data sets from this node, or under mpirun from all nodes: those unused for longest first.
+
+    What a job is staging or a loader reads stays.
+    """
+    from . import evict
+
+    evict.run(datasets or [], to, free_bytes=free, unused_seconds=older_than, dry_run=dry_run, as_json=json)
 
 
 @app.command()

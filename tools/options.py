@@ -4,21 +4,37 @@ from typing import Annotated
 
 import typer
 
-_UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNIT_BYTES = {"": 1, "b": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for unit, base in (("b", 1000), ("ib", 1024))
+}
+_UNIT_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str | int) -> int:
     """Sizes on the command line: 268435456, 256MiB, 1GB. A default comes as a number already."""
     if isinstance(text, int):
         return text
-    number = text.rstrip("bBkKmMgGiI ")
+    number = text.rstrip("bBkKmMgGtTiI ")
     try:
         size = int(float(number) * _UNIT_BYTES[text[len(number) :].strip().lower()])
     except (KeyError, ValueError):
         size = 0
     if size < 1:
-        raise typer.BadParameter(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, KiB, MiB or GiB")
+        raise typer.BadParameter(
+            f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        )
     return size
+
+
+def parse_age(text: str) -> float:
+    """Durations on the command line, in seconds: 30min, 12h, 7d."""
+    number = text.rstrip("smindh ")
+    try:
+        return float(number) * _UNIT_SECONDS[text[len(number) :].strip()]
+    except (KeyError, ValueError):
+        raise typer.BadParameter(f"{text!r} is no duration: write a number with s, min, h or d, such as 7d") from None
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

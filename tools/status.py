@@ -1,0 +1,97 @@
+"""`stagein status`: which data sets are on this node, or on all nodes of the job, and who uses them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from stagein.cache import expand_node
+from stagein.finding import destinations
+from stagein.inventory import CacheEntry, CacheStatus, read_cache
+from stagein.world import Communicator, connect
+
+from .console import bytes_text, count_text, print_table, say, seconds_text
+
+_LISTED_NAMES = 4
+
+
+def run(to: str | None, *, as_json: bool) -> None:
+    """Print what is in the cache below `to`, or where `stage` has put data sets before; the first rank alone prints.
+
+    Raises StageinError on every rank.
+    """
+    communicator = connect()
+    caches = gather_caches(communicator, to)
+    if communicator.world.rank:
+        return
+    if as_json:
+        say(json.dumps({"caches": [cache.model_dump(mode="json") for cache in caches]}))
+        return
+    if any(cache.entries for cache in caches):
+        print_table(_table(caches))
+    else:
+        say(
+            "nothing is staged"
+            if caches
+            else "nothing is staged that this user knows of: --to DIR looks below that folder"
+        )
+    for cache in caches[:_LISTED_NAMES]:
+        say(f"{cache.node} {cache.to}: {bytes_text(cache.free_bytes)} free of {bytes_text(cache.total_bytes)}")
+    if len(caches) > _LISTED_NAMES:
+        least = min(caches, key=lambda cache: cache.free_bytes)
+        say(f"and {len(caches) - _LISTED_NAMES} more; the least free has {least.node}: {bytes_text(least.free_bytes)}")
+
+
+def gather_caches(communicator: Communicator, to: str | None) -> list[CacheStatus]:
+    """The caches of all nodes, on every rank; below `to`, or below every destination that the node knows."""
+    caches: list[CacheStatus] = []
+    with communicator.together():
+        if communicator.world.local_rank == 0:
+            node = communicator.world.node_name
+            folders = [expand_node(to, node)] if to else [folder for folder in destinations() if folder.is_dir()]
+            caches = [read_cache(folder, node) for folder in folders]
+    return [cache for of_rank in communicator.gather_all(caches) for cache in of_rank]
+
+
+def _table(caches: Sequence[CacheStatus]) -> Table:
+    """One row for each data set and state, however many nodes there are."""
+    rows: dict[tuple[str, str], list[tuple[str, CacheEntry]]] = {}
+    for cache in caches:
+        for entry in cache.entries:
+            rows.setdefault((entry.id, entry.state), []).append((cache.node, entry))
+    table = Table()
+    for column in ("data set", "source", "state", "bytes", "nodes", "in use by", "last used"):
+        table.add_column(column, overflow="fold")
+    for (dataset_id, state), places in rows.items():
+        entries = [entry for _, entry in places]
+        sources = sorted({entry.source for entry in entries if entry.source})
+        table.add_row(
+            dataset_id[:12],
+            sources[0] if sources else "",
+            state,
+            _bytes_text(entries),
+            _names_text([node for node, _ in places]),
+            _users_text(entries),
+            f"{seconds_text(max(0.0, time.time() - max(entry.last_used for entry in entries)))} ago",
+        )
+    return table
+
+
+def _bytes_text(entries: Sequence[CacheEntry]) -> str:
+    held_bytes = sum(entry.held_bytes for entry in entries)
+    whole_bytes = sum(entry.dataset_bytes or entry.held_bytes for entry in entries)
+    return bytes_text(held_bytes) + ("" if held_bytes == whole_bytes else f" of {bytes_text(whole_bytes)}")
+
+
+def _names_text(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+    return ", ".join(names[:_LISTED_NAMES]) + more
+
+
+def _users_text(entries: Sequence[CacheEntry]) -> str:
+    writers = _names_text([f"stage ({entry.writer})" for entry in entries if entry.writer])
+    readers = sum(len(entry.readers) for entry in entries)
+    return ", ".join(filter(None, [writers, count_text(readers, "reader") if readers else ""]))
