@@ -1,50 +1,59 @@
 """`DataLoader`: torch's, with batches that DALI makes, an order that does not depend on ranks, and state that resumes."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.utils.data
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import IterableDataset, Sampler, default_collate, default_convert
+from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from stagein.formats.errors import UsageError
-from stagein.world import find_rank, ranks_on_this_node
+from stagein.world import ranks_on_this_node
 
-from .batches import tasks_of
 from .dali import import_dali
 from .dataset import RecordDataset
-from .fastpath import Batch, FastPath, FastPathOptions, LoaderStats
+from .fastpath import FastPath, FastPathOptions, LoaderStats
+from .fetching import FedSteps, FetchSamples
 from .graphs import Graph, Nodes, as_graph
-from .sampler import GlobalBatchSampler, GlobalOrder, Progress
+from .iterable_order import IterableOrder
+from .iteration import LoaderIterator
+from .paths import Path, RecordPath, SamplePath, TorchPath
+from .sampler import GlobalOrder, Order, OwnOrder, OwnSampler, framework_sampler
+from .sampler_order import SamplerOrder
+from .share import Distributed, Share, divides_already, find_share, refuse_undivided
 
-Distributed = bool | tuple[int, int] | None
 _DEFAULT_PREFETCH_FACTOR = 2
+_MAX_SEED = 2**63 - 1
 
 
 class DataLoader(torch.utils.data.DataLoader[Any]):
-    """torch's DataLoader, with the same arguments; over a `RecordDataset` with a `transform` it takes the fast path.
+    """torch's DataLoader, with the same arguments; over a `RecordDataset` it takes the fast path.
 
     The fast path: `num_workers` reader threads (0: the caller) read records ahead, `prefetch_factor` batches each; DALI
     decodes and transforms whole batches in `decode_threads` threads or on the GPU; batches are dicts of tensors.
-    Without `transform`, and over any other data set, torch's own iterator does the work.
+    Any other map-style data set is loaded by `num_workers` threads, or by worker processes where
+    `multiprocessing_context` is given; an IterableDataset by torch's own iterator.
 
     batch_size    samples a rank and step. A global batch is `batch_size` x ranks.
     transform     a graph (`image_train()`, `image_eval()`), or a function from a dict of DALI nodes to such a dict.
     device        where batches are delivered; by default the current CUDA device where there is one, else the CPU.
     seed          of the order and of the graph's random numbers.
-    distributed   True: this rank's share, rank and world from torch.distributed or MPI; (rank, world): these; False:
-                  everything. None is an error where there is more than one rank and no sampler: each would load all.
+    distributed   True: this rank's share, rank and world from torch.distributed or MPI; (rank, world): these; one dimension
+                  of a device mesh: ranks along it divide the samples, the others get the same; False: everything. None is
+                  an error where there is more than one rank and no sampler: each would load all.
     tail          "share": the last samples are shared out, so a rank's last batch can be smaller, even empty; "pad":
                   batches are filled up, and `valid` (bool [batch]) says which rows count. `drop_last` drops them.
     decode_threads  DALI's threads; by default the cores of this process, divided by the ranks of this node.
 
-    Over a RecordDataset, and over any map-style data set when distributed, the order is that of `order.py`: the same
-    global batches whatever the number of ranks, each sample once an epoch, equally many steps on every rank.
-    `iter()` is a new epoch. Batches come in order whatever `in_order` says; `persistent_workers` keeps the DALI pipeline
-    between epochs; `timeout` limits the wait for reading. Raises UsageError for what cannot be honoured, and ValueError
-    where torch does.
+    Over a RecordDataset without `generator`, and over any map-style data set when distributed, the order is that of
+    `order.py`: the same global batches whatever the number of ranks, each sample once an epoch, equally many steps on
+    every rank. Else it is torch's, index by index. `iter()` is a new epoch. With `collate_fn`, a RecordDataset's batches
+    are taken apart into samples again, after the transform. `persistent_workers` keeps threads, or the DALI pipeline,
+    between epochs. Raises UsageError for what cannot be honoured, and ValueError where torch does.
     """
 
     def __init__(
@@ -74,37 +83,26 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         tail: Literal["share", "pad"] = "share",
         decode_threads: int | None = None,
     ) -> None:
-        users_order = sampler is not None or batch_sampler is not None or batch_size is None
-        rank, world_size = _find_share(distributed, dataset, users_order)
+        # As they were given, under the names of the arguments: frameworks make loaders anew from such attributes.
+        self.transform, self.device, self.seed, self.distributed = transform, device, seed, distributed
+        self.tail, self.decode_threads = tail, decode_threads
         graph = None if transform is None else as_graph(transform)
-        self._order: GlobalOrder | None = None
-        if not users_order and (isinstance(dataset, RecordDataset) or world_size > 1):
-            self._order = GlobalOrder(
-                samples=len(dataset),  # type: ignore[arg-type]
-                batch_size=_positive(batch_size),
-                rank=rank,
-                world_size=world_size,
-                seed=seed,
-                shuffle=bool(shuffle),
-                tail="drop" if drop_last else tail,
-            )
-        _refuse_misplaced(dataset, graph, self._order, drop_last, tail, seed, device, decode_threads)
-        batching: dict[str, Any] = {
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "sampler": sampler,
-            "batch_sampler": batch_sampler,
-            "drop_last": drop_last,
-        }
-        if self._order is not None:
-            self._batches = GlobalBatchSampler(self._order)
-            batching = {"batch_sampler": self._batches}
+        _refuse_misplaced(self, dataset, graph, drop_last)
+        own = _own_order(
+            dataset, batch_size, shuffle, sampler, batch_sampler, drop_last, generator, seed, distributed, tail
+        )
+        if own is not None:
+            sampler, shuffle = framework_sampler(own, dataset), None
         super().__init__(
             dataset,
-            **batching,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            sampler=sampler,
+            batch_sampler=batch_sampler,
             num_workers=num_workers,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
+            drop_last=drop_last,
             timeout=timeout,
             worker_init_fn=worker_init_fn,
             multiprocessing_context=multiprocessing_context,
@@ -114,197 +112,231 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
-        if self._order is not None:  # as the caller gave them: torch forgets them beside a batch_sampler
-            object.__setattr__(self, "batch_size", batch_size)
-            object.__setattr__(self, "drop_last", drop_last)
-        self.seed = seed
-        self._progress = Progress()
-        self._at_start = True
-        """Whether the next iterator takes up `_progress`; otherwise it begins the epoch after it."""
-        self._fast_path: FastPath | None = None
-        if graph is not None:
-            assert isinstance(dataset, RecordDataset)
-            _refuse_not_yet_honoured(
-                {
-                    "batch_size=None": batch_size is None,
-                    "collate_fn=": collate_fn is not None,
-                    "worker_init_fn=": worker_init_fn is not None,
-                    "multiprocessing_context=": multiprocessing_context is not None,
-                    "generator=": generator is not None,
-                    "pin_memory_device=": bool(pin_memory_device),
-                    "timeout= without num_workers": timeout > 0 and num_workers == 0,
-                }
-            )
-            import_dali()
-            device = _delivery_device(device)
-            options = FastPathOptions(
-                num_readers=num_workers,
-                batches_per_reader=_DEFAULT_PREFETCH_FACTOR if prefetch_factor is None else prefetch_factor,
-                read_timeout_s=timeout,
-                decode_threads=_decode_threads(decode_threads),
-                device=device,
-                pin_memory=pin_memory and device.type == "cpu" and torch.cuda.is_available(),
-                keep_pipeline=persistent_workers,
-            )
-            self._fast_path = FastPath(dataset, graph, seed, options)
-
-    def check_worker_number_rationality(self) -> None:
-        """torch's warning about more workers than cores; here workers are threads that wait for files."""
-        if not isinstance(self.dataset, RecordDataset):
-            super().check_worker_number_rationality()
+        self._own = own
+        self._may_be_undivided = distributed is None and (own is not None or _is_torchs_default(sampler, batch_sampler))
+        self._order = own or self._others_order()
+        self._is_accelerate_prepared = own is not None
+        """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
+        default_collates = (None, default_collate, default_convert)
+        self._path = self._choose_path(graph, None if collate_fn in default_collates else collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        progress = self._begin_epoch()
-        if self._fast_path is not None:
-            return self._run_fast_path(self._fast_path, progress)
-        if self._order is not None:
-            self._batches.progress = replace(progress)
-            return self._count(super().__iter__(), self._order, progress)
-        return super().__iter__()
+        if self._may_be_undivided:
+            refuse_undivided()
+        epoch = self._order.begin()
+        return LoaderIterator(self._path.start(epoch, self._draw_base_seed), epoch, self._finisher(), len_of=self)
+
+    def __len__(self) -> int:
+        if self._own is not None:
+            return len(self._own.order)
+        if isinstance(self._path, TorchPath) and self._path.fed is None:
+            return len(
+                self._path.loader
+            )  # there torch notes that it was asked, and warns of an IterableDataset that lied
+        return super().__len__()
+
+    def check_worker_number_rationality(self) -> None:
+        """torch's warning about more workers than cores; threads that wait for files may be more."""
+        if self.multiprocessing_context is not None or isinstance(self.dataset, IterableDataset):
+            super().check_worker_number_rationality()
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the next one, from its start; without effect where a loaded state is about to go on with it."""
-        if not (self._at_start and self._progress.epoch == epoch):
-            self._progress, self._at_start = Progress(epoch), True
-        for sampler in (self.sampler, self.batch_sampler):
-            tell_epoch = getattr(sampler, "set_epoch", None)  # DistributedSampler has it
-            if tell_epoch is not None:
-                tell_epoch(epoch)
+        self._order.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many samples all ranks together were given in which epoch: the same on every rank after the same step.
+        """What was delivered to the caller so far, whatever was read ahead; the same on every rank after the same step.
 
-        Raises UsageError where the order is not the loader's own.
+        Where the order is the loader's own, it counts samples, and any number of ranks can go on from it. Else it counts
+        batches, and knows where the sampler's generators began; what cannot be gone on from says so under `refused`.
         """
-        return {**self._identity(), "epoch": self._progress.epoch, "samples_delivered": self._progress.samples}
+        return self._order.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iterator go on where `state_dict` was called, with any number of ranks and any batch size.
-
-        Raises UsageError for the state of another data set, seed or order.
-        """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise UsageError(
-                    f"the loader cannot go on from this state: its {name} is {state.get(name)!r}, the loader's is {value!r}; "
-                    "use the data set and the settings of the run that wrote it"
-                )
-        self._progress = Progress(int(state["epoch"]), int(state["samples_delivered"]))
-        self._at_start = True
+        """Let the next iterator go on where `state_dict` was called; in the loader's own order with any number of ranks and
+        any batch size. Raises UsageError for the state of another data set, seed or order, or one that is `refused`."""
+        self._order.load_state_dict(state)
 
     def stats(self) -> LoaderStats:
-        """Seconds, batches, samples and bytes so far, on this rank. Raises UsageError where torch's own iterator does the work."""
-        if self._fast_path is None:
-            raise UsageError("stats() needs a RecordDataset with a transform: torch's own iterator does not count")
-        return replace(self._fast_path.stats)
+        """Seconds, batches, samples and bytes so far, on this rank."""
+        return replace(self._path.stats)
 
     def explain(self) -> str:
         """What this loader does, in a few lines: who decides the order, who does the work."""
-        if self._order is None:
-            order = "order: by torch's samplers"
-        else:
-            order = (
-                f"order: the loader's own, seed {self._order.seed}, {'shuffled' if self._order.shuffle else 'not shuffled'}, "
-                f"rank {self._order.rank} of {self._order.world_size}, global batch {self._order.global_batch}, tail: {self._order.tail}"
-            )
-        if self._fast_path is None:
-            return f"{order}\nwork: by torch's own iterator, {self.num_workers} worker processes"
-        options = self._fast_path.options
-        return (
-            f"{order}\nwork: {options.num_readers} reader threads, DALI with {options.decode_threads} threads, "
-            f"batches on {options.device}"
+        return f"{self._order.description}\nwork: {self._path.description}"
+
+    def _others_order(self) -> Order:
+        if isinstance(self.dataset, IterableDataset):
+            return IterableOrder(self.dataset, self.num_workers)
+        samples = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        return SamplerOrder(self._index_sampler, self._auto_collation, samples, self.in_order)
+
+    def _choose_path(self, graph: Graph | None, collate_fn: Callable[[Any], Any] | None) -> Path:
+        dataset = self.dataset
+        if graph is not None:
+            return self._record_path(graph, collate_fn)
+        collate = self.collate_fn
+        if isinstance(dataset, IterableDataset):
+            batching: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": self.drop_last}
+            return TorchPath(self._torchs_loader(collate, **batching), fed=None)
+        if self.multiprocessing_context is not None:
+            fed = FedSteps()
+            batching = {"batch_sampler": fed} if self._auto_collation else {"batch_size": None, "sampler": fed}
+            return TorchPath(self._torchs_loader(collate, **batching), fed)
+        if self.timeout > 0 and not self.num_workers:
+            raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
+        return SamplePath(
+            FetchSamples(dataset, collate, self._auto_collation, makes_empty_batches=collate_fn is None),
+            self.num_workers,
+            self.prefetch_factor or 1,
+            self.timeout,
+            self.in_order,
+            self.persistent_workers,
+            self.worker_init_fn,
         )
 
-    def _begin_epoch(self) -> Progress:
-        if not self._at_start:
-            self._progress = Progress(self._progress.epoch + 1)
-        self._at_start = False
-        return self._progress
-
-    def _end_epoch(self, progress: Progress) -> None:
-        """After the last batch; an iterator that was given up in favour of a newer one has no say any more."""
-        if progress is self._progress:
-            self._progress, self._at_start = Progress(progress.epoch + 1), True
-
-    def _run_fast_path(self, fast_path: FastPath, progress: Progress) -> Iterator[Batch]:
-        epoch = progress.epoch
-        if self._order is None:
-            tasks = tasks_of(epoch, 0, self.batch_sampler)  # type: ignore[arg-type]
-        else:
-            first = progress.samples // self._order.global_batch
-            tasks = tasks_of(epoch, first, self._order.batches(progress))
-        for task, batch in fast_path.run(tasks):
-            if self._order is not None:
-                if self._order.tail == "pad":
-                    rows = torch.arange(len(task.rows.ids), device=fast_path.options.device)
-                    batch["valid"] = rows < task.rows.num_valid
-                self._order.advance(progress)
-            yield batch
-        self._end_epoch(progress)
-
-    def _count(self, iterator: Iterator[Any], order: GlobalOrder, progress: Progress) -> Iterator[Any]:
-        for batch in iterator:
-            order.advance(progress)
-            yield batch
-        self._end_epoch(progress)
-
-    def _identity(self) -> dict[str, Any]:
-        """What two runs must share for the state of one to make sense to the other."""
-        if self._order is None:
-            raise UsageError(
-                "state_dict and load_state_dict need the loader's own order: a RecordDataset and no sampler"
-            )
-        return {
-            "dataset": self.dataset.records.manifest.id if isinstance(self.dataset, RecordDataset) else None,
-            "samples": self._order.samples,
-            "seed": self._order.seed,
-            "shuffle": self._order.shuffle,
+    def _record_path(self, graph: Graph, collate_fn: Callable[[Any], Any] | None) -> RecordPath:
+        """The fast path. Raises UsageError for arguments that it cannot honour."""
+        assert isinstance(self.dataset, RecordDataset)
+        refused = {
+            "worker_init_fn=": self.worker_init_fn is not None,
+            "multiprocessing_context=": self.multiprocessing_context is not None,
+            "timeout= without num_workers": self.timeout > 0 and self.num_workers == 0,
         }
+        for name, given in refused.items():
+            if given:
+                raise UsageError(f"{name} is not honoured beside transform=: leave one of the two out")
+        import_dali()
+        device = _delivery_device(self.device)
+        options = FastPathOptions(
+            num_readers=self.num_workers,
+            batches_per_reader=self.prefetch_factor or _DEFAULT_PREFETCH_FACTOR,
+            read_timeout_s=self.timeout,
+            decode_threads=_decode_threads(self.decode_threads),
+            device=device,
+            pin_memory=self.pin_memory and device.type == "cpu" and torch.cuda.is_available(),
+            keep_pipeline=self.persistent_workers,
+        )
+        fast_path = FastPath(self.dataset, graph, self.seed, options)
+        return RecordPath(fast_path, collate_fn, self._auto_collation, self.tail == "pad")
 
+    def _torchs_loader(self, collate: Callable[[Any], Any], **batching: Any) -> torch.utils.data.DataLoader[Any]:
+        """A loader of torch's that does the work of this one."""
+        # An order of our own draws nothing from torch's global generator, and neither do its workers' seeds.
+        generator = self.generator if self._own is None else torch.Generator().manual_seed(self.seed & _MAX_SEED)
+        return torch.utils.data.DataLoader(
+            self.dataset,
+            **batching,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            timeout=self.timeout,
+            worker_init_fn=self.worker_init_fn,
+            multiprocessing_context=self.multiprocessing_context,
+            generator=generator,
+            prefetch_factor=self.prefetch_factor,
+            persistent_workers=self.persistent_workers,
+            in_order=self.in_order,
+        )
 
-def _find_share(distributed: Distributed, dataset: object, users_order: bool) -> tuple[int, int]:
-    """Rank and world size that the samples are divided by; (0, 1): they are not divided."""
-    if isinstance(distributed, tuple):
-        rank, world_size = distributed
-        if not 0 <= rank < world_size:
-            raise UsageError(f"distributed={distributed!r} is not (rank, world size) with 0 <= rank < world size")
-    elif distributed is False or (distributed is None and (users_order or isinstance(dataset, IterableDataset))):
-        return 0, 1
-    else:
-        rank, world_size = find_rank()
-        if distributed is None and world_size > 1:
-            raise UsageError(
-                f"this is rank {rank} of {world_size}, and every rank would load all samples: say distributed=True for a share each, "
-                "distributed=False for all, or give a sampler"
+    def _draw_base_seed(self) -> int:
+        """What the workers' seeds start from: drawn as torch draws it, or following from the seed of an order of our own."""
+        if self._own is not None:
+            return self.seed & _MAX_SEED
+        return int(torch.empty((), dtype=torch.int64).random_(generator=self.generator).item())
+
+    def _finisher(self) -> Callable[[Any], Any]:
+        """What is done to each batch at last: page-locked memory where that was asked for, with torch's warnings."""
+        if not self.pin_memory or isinstance(self._path, RecordPath):
+            return _as_it_is
+        if self.pin_memory_device:
+            warnings.warn(
+                f"pin_memory_device is deprecated: {self.pin_memory_device!r} is ignored for the current accelerator",
+                stacklevel=3,
             )
-    if users_order and distributed:
-        raise UsageError(
-            "distributed= divides the loader's own batches: leave it out beside sampler, batch_sampler and batch_size=None"
-        )
-    if world_size > 1 and isinstance(dataset, IterableDataset):
-        raise UsageError(
-            "distributed= cannot divide an IterableDataset: let it yield this rank's samples, and leave distributed out"
-        )
-    return rank, world_size
+        if not torch.accelerator.is_available():
+            warnings.warn("pin_memory=True has no effect: there is no accelerator", stacklevel=3)
+            return _as_it_is
+        return pin_structure
 
 
-def _positive(batch_size: int | None) -> int:
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _is_torchs_default(sampler: object, batch_sampler: object) -> bool:
+    return sampler is None and batch_sampler is None
+
+
+def _own_order(
+    dataset: Any,
+    batch_size: int | None,
+    shuffle: bool | None,
+    sampler: Iterable[Any] | None,
+    batch_sampler: Iterable[Any] | None,
+    drop_last: bool,
+    generator: torch.Generator | None,
+    seed: int,
+    distributed: Distributed,
+    tail: Literal["share", "pad"],
+) -> OwnOrder | None:
+    """The loader's own order; None where it is torch's, or the data set's. Raises UsageError for what fits neither."""
+    if isinstance(dataset, IterableDataset):
+        if find_share(distributed).world_size > 1:
+            raise UsageError(
+                "distributed= cannot divide an IterableDataset: let it yield this rank's samples, and leave distributed out"
+            )
+        _refuse_pad_without_own_order(tail)
+        return None
+    if isinstance(sampler, OwnSampler) and batch_sampler is None:
+        # Some framework makes this loader anew, with the sampler that it found in another.
+        order = sampler.own.order
+        share, seed, shuffle = Share(order.rank, order.world_size), order.seed, order.shuffle
+    elif sampler is not None or batch_sampler is not None:
+        if distributed and not divides_already(sampler, batch_sampler):
+            raise UsageError(
+                "distributed= divides the loader's own batches: leave it out beside sampler and batch_sampler"
+            )
+        _refuse_pad_without_own_order(tail)
+        return None
+    else:
+        share = find_share(distributed)
+    if share.world_size == 1 and (not isinstance(dataset, RecordDataset) or generator is not None):
+        _refuse_pad_without_own_order(tail)
+        return None
+    if generator is not None:
+        raise UsageError(
+            "generator= cannot order samples that ranks divide: their order follows from seed=, leave it out"
+        )
+    order = GlobalOrder(
+        samples=len(dataset),
+        batch_size=1 if batch_size is None else _positive(batch_size),
+        rank=share.rank,
+        world_size=share.world_size,
+        seed=seed,
+        shuffle=bool(shuffle),
+        tail="drop" if drop_last else tail,
+    )
+    dataset_id = dataset.records.manifest.id if isinstance(dataset, RecordDataset) else None
+    return OwnOrder(order, dataset_id, batched=batch_size is not None)
+
+
+def _refuse_pad_without_own_order(tail: str) -> None:
+    if tail == "pad":
+        raise UsageError(
+            "tail='pad' fills up batches of the loader's own order, over a RecordDataset or distributed, without sampler, "
+            "batch_sampler and generator: leave it out"
+        )
+
+
+def _positive(batch_size: int) -> int:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size <= 0:
         raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
     return batch_size
 
 
-def _refuse_misplaced(
-    dataset: object,
-    graph: Graph | None,
-    order: GlobalOrder | None,
-    drop_last: bool,
-    tail: str,
-    seed: int,
-    device: object,
-    decode_threads: int | None,
-) -> None:
-    """Raise UsageError for arguments of ours that have no meaning for this data set, transform or sampler."""
+def _refuse_misplaced(loader: DataLoader, dataset: object, graph: Graph | None, drop_last: bool) -> None:
+    """Raise UsageError for arguments of ours that have no meaning for this data set or transform."""
+    seed, tail = loader.seed, loader.tail
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed={seed} is not a seed: it is from 0 to 2**64 - 1")
     if graph is not None and not isinstance(dataset, RecordDataset):
@@ -313,25 +345,16 @@ def _refuse_misplaced(
         )
     if tail not in ("share", "pad"):
         raise UsageError(f"tail={tail!r} is not known: it is 'share' or 'pad'; drop_last=True drops the last samples")
+    if tail == "pad" and drop_last:
+        raise UsageError("tail='pad' keeps the last samples and drop_last=True drops them: leave one of them out")
     if graph is None:
         given = {
-            "device": device is not None,
-            "decode_threads": decode_threads is not None,
+            "device": loader.device is not None,
+            "decode_threads": loader.decode_threads is not None,
             "tail='pad'": tail == "pad",
         }
         for name in (name for name, present in given.items() if present):
             raise UsageError(f"{name} needs a RecordDataset with a transform: torch's own iterator cannot honour it")
-    if tail == "pad" and order is None:
-        raise UsageError("tail='pad' fills up the loader's own batches: leave it out beside sampler and batch_sampler")
-    if tail == "pad" and drop_last:
-        raise UsageError("tail='pad' keeps the last samples and drop_last=True drops them: leave one of them out")
-
-
-def _refuse_not_yet_honoured(arguments: Mapping[str, bool]) -> None:
-    """Raise UsageError for the first argument of torch's that was given: the fast path never ignores one."""
-    for name, given in arguments.items():
-        if given:
-            raise UsageError(f"{name} is not honoured yet beside transform=: leave one of the two out")
 
 
 def _decode_threads(asked: int | None) -> int:

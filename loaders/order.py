@@ -48,6 +48,15 @@ def rank_slice(samples: int, rank: int, world_size: int) -> slice:
     return slice(start, start + share + (rank < extra))
 
 
+def num_rank_samples(samples: int, batch_size: int, rank: int, world_size: int, tail: Tail) -> int:
+    """Samples that `rank` loads in a whole epoch, padding included."""
+    full_steps, rest = divmod(samples, batch_size * world_size)
+    share = rank_slice(rest, rank, world_size)
+    if tail == "share":
+        return full_steps * batch_size + len(range(rest)[share])
+    return full_steps * batch_size + (batch_size if tail == "pad" and rest else 0)
+
+
 def rank_batches(
     order: NDArray[np.int64], position: int, batch_size: int, rank: int, world_size: int, tail: Tail
 ) -> Iterator[RankBatch]:

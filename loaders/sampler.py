@@ -1,11 +1,65 @@
-"""The loader's own sampler: the global order of `order.py` as batches of one rank, and how far delivery has come."""
+"""The loader's own order, rank by rank and epoch by epoch: what comes next, and how far delivery has come.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+`GlobalOrder` is a value; `OwnOrder` keeps the place in it. `sampler_order` does the same for torch's samplers.
+"""
 
-from torch.utils.data import Sampler
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from .order import RankBatch, Tail, epoch_order, num_steps, rank_batches
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler
+
+from stagein.formats.errors import UsageError
+
+from .order import RankBatch, Tail, epoch_order, num_rank_samples, num_steps, rank_batches
+
+
+@dataclass(frozen=True)
+class Step:
+    """Batch number `number` of an epoch, as this rank has to load it.
+
+    indices    what the data set is asked for: a list of keys, or one key where there is no batching.
+    num_valid  how many of them count; the rest is padding.
+    resume     the state of a stateful sampler after it yielded them.
+    """
+
+    epoch: int
+    number: int
+    indices: Any
+    num_valid: int
+    resume: Any = None
+
+
+class Epoch(Protocol):
+    """One pass over the samples; `number` is its number."""
+
+    number: int
+
+    def steps(self) -> Iterator[Step]:
+        """What there is (still) to load."""
+
+    def delivered(self, step: Step) -> None:
+        """Count a step as delivered to the user."""
+
+    def finished(self) -> None:
+        """Every step was delivered."""
+
+
+class Order(Protocol):
+    """Which samples come when, and how far that has come."""
+
+    def begin(self) -> Epoch:
+        """The next epoch, or the rest of one that `load_state_dict` named."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    @property
+    def description(self) -> str:
+        """For `DataLoader.explain`."""
 
 
 @dataclass
@@ -41,20 +95,137 @@ class GlobalOrder:
         order = epoch_order(self.samples, self.seed, start.epoch, self.shuffle)
         return rank_batches(order, start.samples, self.batch_size, self.rank, self.world_size, self.tail)
 
-    def advance(self, progress: Progress) -> None:
-        """Count one more global batch as delivered."""
-        progress.samples = min(progress.samples + self.global_batch, self.samples)
+
+class OwnOrder:
+    """A `GlobalOrder`, epoch after epoch, resumable with any number of ranks and any batch size.
+
+    dataset_id  of the data set, where it has one: a state of another is refused.
+    batched     False: every step is one sample, and its index is no list.
+    """
+
+    def __init__(self, order: GlobalOrder, dataset_id: str | None, batched: bool) -> None:
+        self.order, self.batched = order, batched
+        self._dataset_id = dataset_id
+        self._progress = Progress()
+        self._at_start = True
+        """Whether the next epoch takes up `_progress`; otherwise it is the one after it."""
+
+    @property
+    def description(self) -> str:
+        order = self.order
+        return (
+            f"order: the loader's own, seed {order.seed}, {'shuffled' if order.shuffle else 'not shuffled'}, "
+            f"rank {order.rank} of {order.world_size}, global batch {order.global_batch}, tail: {order.tail}"
+        )
+
+    def begin(self) -> "OwnEpoch":
+        if not self._at_start:
+            self._progress = Progress(self._progress.epoch + 1)
+        self._at_start = False
+        return OwnEpoch(self, self._progress)
+
+    def upcoming(self) -> Progress:
+        """Where the epoch that `begin` begins next starts."""
+        return self._progress if self._at_start else Progress(self._progress.epoch + 1)
+
+    def end(self, progress: Progress) -> None:
+        """After the last batch; an iterator that was given up in favour of a newer one has no say any more."""
+        if progress is self._progress:
+            self._progress, self._at_start = Progress(progress.epoch + 1), True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the next one, from its start; without effect where a loaded state is about to go on with it."""
+        if not (self._at_start and self._progress.epoch == epoch):
+            self._progress, self._at_start = Progress(epoch), True
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples all ranks together were given in which epoch: the same on every rank after the same step."""
+        return {**self._identity(), "epoch": self._progress.epoch, "samples_delivered": self._progress.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next epoch go on there. Raises UsageError for the state of another data set, seed or order."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise UsageError(
+                    f"the loader cannot go on from this state: its {name} is {state.get(name)!r}, the loader's is {value!r}; "
+                    "use the data set and the settings of the run that wrote it"
+                )
+        self._progress = Progress(int(state["epoch"]), int(state["samples_delivered"]))
+        self._at_start = True
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must share for the state of one to make sense to the other."""
+        order = self.order
+        return {"dataset": self._dataset_id, "samples": order.samples, "seed": order.seed, "shuffle": order.shuffle}
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
-    """`GlobalOrder` as torch's loader wants it: an iterable of lists of ids, for the epoch in `progress`."""
+class OwnEpoch:
+    """See `Epoch`."""
 
-    def __init__(self, order: GlobalOrder) -> None:
-        self.order = order
-        self.progress = Progress()
+    def __init__(self, own: OwnOrder, progress: Progress) -> None:
+        self.number = progress.epoch
+        self._own, self._progress = own, progress
+        self._start = replace(progress)
+        self._first_step = progress.samples // own.order.global_batch
+
+    def steps(self) -> Iterator[Step]:
+        for number, batch in enumerate(self._own.order.batches(self._start), start=self._first_step):
+            ids = batch.ids.tolist()
+            yield Step(self.number, number, ids if self._own.batched else ids[0], batch.num_valid)
+
+    def delivered(self, step: Step) -> None:
+        order = self._own.order
+        global_batches = step.number - self._first_step + 1
+        self._progress.samples = min(self._start.samples + global_batches * order.global_batch, order.samples)
+
+    def finished(self) -> None:
+        self._own.end(self._progress)
+
+
+class OwnSampler(Sampler[int]):
+    """The own order as what `DataLoader.sampler` is in torch: this rank's sample ids of the next epoch."""
+
+    own: OwnOrder
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.own.order.batches(self.own.upcoming()):
+            yield from batch.ids.tolist()
 
     def __len__(self) -> int:
-        return len(self.order)
+        order = self.own.order
+        return num_rank_samples(order.samples, order.batch_size, order.rank, order.world_size, order.tail)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (batch.ids.tolist() for batch in self.order.batches(self.progress))
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning and others tell the sampler of the epoch, not the loader."""
+        self.own.set_epoch(epoch)
+
+
+class ShuffledSampler(OwnSampler, RandomSampler):
+    """A `RandomSampler`, by which frameworks see that the order is shuffled."""
+
+    def __init__(self, own: OwnOrder, dataset: Any) -> None:
+        self.own, self.data_source, self.replacement = own, dataset, False
+        self._num_samples, self.generator = None, None
+
+
+class UnshuffledSampler(OwnSampler, SequentialSampler):
+    """A `SequentialSampler`, by which frameworks see that the order is not shuffled."""
+
+    def __init__(self, own: OwnOrder, dataset: Any) -> None:
+        self.own, self.data_source = own, dataset
+
+
+class SharedSampler(OwnSampler, DistributedSampler[int]):
+    """A `DistributedSampler`, by which frameworks see that the samples are divided among the ranks already."""
+
+    def __init__(self, own: OwnOrder, dataset: Any) -> None:
+        order = own.order
+        DistributedSampler.__init__(self, dataset, order.world_size, order.rank, order.shuffle)
+        self.own = own
+
+
+def framework_sampler(own: OwnOrder, dataset: Any) -> Sampler[int]:
+    """The sampler that tells frameworks what the own order is: divided, shuffled, or neither."""
+    if own.order.world_size > 1:
+        return SharedSampler(own, dataset)
+    return (ShuffledSampler if own.order.shuffle else UnshuffledSampler)(own, dataset)

@@ -247,8 +247,11 @@ def test_a_batch_sampler_with_growing_batches_is_honoured(numbered):
     loader = make_loader(numbered, 1, shuffle=None, batch_sampler=batches, num_workers=2)
     assert labels(loader) == batches
     assert len(loader) == 5
-    with pytest.raises(UsageError, match="need the loader's own order"):
-        loader.state_dict()
+    batches_of_rest = iter(loader)
+    next(batches_of_rest), next(batches_of_rest)
+    resumed = make_loader(numbered, 1, shuffle=None, batch_sampler=batches)
+    resumed.load_state_dict(loader.state_dict())
+    assert labels(resumed) == batches[2:]
 
 
 def test_set_epoch_reaches_a_distributed_sampler(numbered):
@@ -385,15 +388,13 @@ def test_torchs_arguments_stand_in_torchs_order():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"collate_fn": list}, "collate_fn= is not honoured yet"),
-        ({"worker_init_fn": print, "num_workers": 1}, "worker_init_fn= is not honoured yet"),
-        ({"multiprocessing_context": "spawn", "num_workers": 1}, "multiprocessing_context= is not honoured yet"),
-        ({"generator": torch.Generator()}, "generator= is not honoured yet"),
-        ({"batch_size": None, "shuffle": None}, "batch_size=None is not honoured yet"),
-        ({"timeout": 3}, "timeout= without num_workers is not honoured yet"),
+        ({"worker_init_fn": print, "num_workers": 1}, "worker_init_fn= is not honoured beside transform="),
+        ({"multiprocessing_context": "spawn", "num_workers": 1}, "multiprocessing_context= is not honoured beside"),
+        ({"generator": torch.Generator(), "distributed": (0, 2)}, "generator= cannot order samples that ranks divide"),
+        ({"timeout": 3}, "timeout= without num_workers is not honoured"),
         ({"tail": "wrap"}, "tail='wrap' is not known"),
         ({"tail": "pad", "drop_last": True}, "leave one of them out"),
-        ({"tail": "pad", "sampler": [1], "shuffle": None}, "leave it out beside sampler"),
+        ({"tail": "pad", "sampler": [1], "shuffle": None}, "tail='pad' fills up batches of the loader's own order"),
         ({"distributed": (2, 2)}, "is not \\(rank, world size\\)"),
         ({"distributed": True, "sampler": [1], "shuffle": None}, "leave it out beside sampler"),
         ({"transform": None}, "device needs a RecordDataset with a transform"),
@@ -435,7 +436,8 @@ def test_explain_says_who_does_what(numbered):
     text = make_loader(numbered, 10, num_workers=3, distributed=(1, 2), decode_threads=2).explain()
     assert "rank 1 of 2, global batch 20, tail: share" in text
     assert "3 reader threads, DALI with 2 threads, batches on cpu" in text
-    assert "torch's own iterator" in DataLoader([1, 2]).explain()
+    assert "order: by SequentialSampler" in DataLoader([1, 2]).explain()
+    assert "sample by sample from list, by the caller" in DataLoader([1, 2]).explain()
 
 
 # --- worlds ---
@@ -447,7 +449,7 @@ def test_several_ranks_without_a_word_about_them_are_refused(numbered, monkeypat
     with pytest.raises(
         UsageError, match=r"^this is rank 1 of 4, and every rank would load all samples: [^\n]*distributed=True"
     ):
-        make_loader(numbered)
+        iter(make_loader(numbered))
     assert len(make_loader(numbered, distributed=False)) == 11
     assert len(make_loader(numbered, distributed=True)) == 3
     assert len(make_loader(numbered, sampler=range(16), shuffle=None)) == 2
@@ -468,7 +470,7 @@ def test_ranks_of_mpi_divide_the_samples(numbered):
     assert sorted(int(label) for line in lines for label in line) == list(range(SAMPLES))
 
 
-# --- torch's own iterator ---
+# --- other data sets: see also test_dataloader_compat.py ---
 
 
 class Squares(torch.utils.data.Dataset):
@@ -479,7 +481,7 @@ class Squares(torch.utils.data.Dataset):
         return index * index
 
 
-def test_any_other_data_set_goes_through_torchs_iterator():
+def test_any_other_data_set_gives_torchs_batches():
     assert [batch.tolist() for batch in DataLoader(Squares(), 4)] == [[0, 1, 4, 9], [16, 25, 36, 49], [64, 81]]
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     ours, theirs = (

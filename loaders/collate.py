@@ -1,0 +1,69 @@
+"""Samples into batches, and batches back into samples: the structures users meet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+Sample = Mapping[str, Any]
+
+
+def collate_records(samples: Sequence[Sample], listed: frozenset[str]) -> dict[str, Any]:
+    """A batch of a RecordDataset's samples: a tensor `[batch, ...]` a field; a list, one entry a sample, for those `listed`.
+
+    Raises RuntimeError, as torch does, where the samples of a field that is not listed differ in shape.
+    """
+    return {
+        name: [_as_tensor(sample[name]) for sample in samples]
+        if name in listed
+        else default_collate([sample[name] for sample in samples])
+        for name in samples[0]
+    }
+
+
+def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:
+    """Each row of a batch as a sample of its own: views, where fields are tensors."""
+    return [{name: rows[row] for name, rows in batch.items()} for row in range(num_rows)]
+
+
+def without_rows(batch: Any) -> Any:
+    """The same structure with no row in any tensor: what a rank gets that has no sample in a step."""
+    return map_tensors(lambda tensor: tensor[:0], batch, of_lists=lambda _: [])
+
+
+def map_tensors(
+    function: Callable[[torch.Tensor], Any], batch: Any, of_lists: Callable[[list[Any]], list[Any]] | None = None
+) -> Any:
+    """`function` of every tensor in a batch: in mappings, lists, tuples and named tuples; whatever else stays as it is.
+
+    of_lists  what becomes of a list that holds no tensors, such as strings; None: it stays.
+    """
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        items = {name: map_tensors(function, value, of_lists) for name, value in batch.items()}
+        return items if type(batch) is dict else _same_type(batch, items)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value, of_lists) for value in batch))
+    if (
+        isinstance(batch, list)
+        and of_lists is not None
+        and not any(isinstance(each, torch.Tensor | Mapping) for each in batch)
+    ):
+        return of_lists(batch)
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value, of_lists) for value in batch)
+    return batch
+
+
+def _same_type(batch: Mapping[str, Any], items: dict[str, Any]) -> Any:
+    """`items` in a mapping like `batch`; a plain dict where its type takes no dict."""
+    try:
+        return type(batch)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def _as_tensor(value: Any) -> Any:
+    return value if isinstance(value, str | bytes) else torch.as_tensor(value)

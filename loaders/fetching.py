@@ -1,0 +1,300 @@
+"""Samples of any map-style data set as batches: in the caller, in threads, or in torch's worker processes."""
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+import torch.utils.data
+
+from stagein.formats.errors import StageinError, UsageError
+from stagein.worker_processes import hidden_from_mpi, mpi_has_started
+
+from .collate import without_rows
+from .sampler import Step
+from .worker_info import ThreadInfo, introduce_thread
+
+
+@dataclass(frozen=True)
+class Failure:
+    """In place of a batch: the error of the user's code that is to be raised to the caller."""
+
+    error: BaseException
+
+
+Delivery = tuple[Step, Any]
+"""A step and its batch, or a `Failure`."""
+_JOIN_SECONDS = 10.0
+"""How long an iterator that ends waits for a thread that is in the user's code."""
+
+
+class Fetch(Protocol):
+    """What is done for a step, wherever it is done."""
+
+    def __call__(self, step: Step) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TransformedCollate:
+    """Samples transformed one by one, then collated. Without batching: the one sample. It can be sent to processes."""
+
+    transform: Callable[[Any], Any]
+    collate: Callable[[Any], Any]
+    batched: bool
+
+    def __call__(self, data: Any) -> Any:
+        return self.collate([self.transform(sample) for sample in data] if self.batched else self.transform(data))
+
+
+@dataclass(frozen=True)
+class FetchSamples:
+    """The samples of a map-style data set, collated.
+
+    makes_empty_batches  a rank that has no sample in a step gets a batch without rows, in the image of the first sample;
+                         else it gets what `collate` makes of an empty list.
+    """
+
+    dataset: Any
+    collate: Callable[[Any], Any]
+    batched: bool
+    makes_empty_batches: bool
+
+    def __call__(self, step: Step) -> Any:
+        if not self.batched:
+            return self.collate(self.dataset[step.indices])
+        if not step.indices and self.makes_empty_batches:
+            return without_rows(self.collate(self._samples([0])))
+        return self.collate(self._samples(step.indices))
+
+    def _samples(self, indices: list[Any]) -> list[Any]:
+        fetch_many = getattr(self.dataset, "__getitems__", None)
+        if fetch_many is not None:
+            return list(fetch_many(indices))
+        return [self.dataset[index] for index in indices]
+
+
+class CallerFetcher:
+    """An iterator over deliveries without threads or processes. After an error it goes on with the next step, as torch does."""
+
+    def __init__(self, fetch: Fetch, steps: Iterator[Step]) -> None:
+        self._fetch, self._steps = fetch, steps
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        step = next(self._steps)
+        return step, self._fetch(step)
+
+    def close(self) -> None:
+        self._steps = iter(())
+
+
+class WorkerThreads:
+    """Threads that stand for torch's worker processes: each is introduced, initialised once, and then fetches batches.
+
+    The body of a thread holds no reference to this object. Threads are daemons: one that hangs in the user's code
+    does not keep the interpreter from exiting.
+    """
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        dataset: Any,
+        num_workers: int,
+        base_seed: int,
+        worker_init_fn: Callable[[int], None] | None,
+    ) -> None:
+        self.num_workers = num_workers
+        self._queue: SimpleQueue[tuple[Future[Any], Step] | None] = SimpleQueue()
+        self._threads = []
+        for number in range(num_workers):
+            info = ThreadInfo(number, num_workers, base_seed + number, dataset)
+            thread = threading.Thread(
+                target=_serve,
+                args=(self._queue, fetch, info, worker_init_fn),
+                name=f"stagein-worker-{number}",
+                daemon=True,
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def submit(self, step: Step) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._queue.put((future, step))
+        return future
+
+    def close(self, join_seconds: float = _JOIN_SECONDS) -> None:
+        """End the threads as soon as their current batch is done; wait for that at most `join_seconds` each."""
+        for _ in self._threads:
+            self._queue.put(None)
+        while self._threads:
+            thread = self._threads.pop()
+            # When the interpreter ends, threads stand still for good; and a collector may run in any of them.
+            if not sys.is_finalizing() and thread is not threading.current_thread():
+                thread.join(join_seconds)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class ThreadFetcher:
+    """An iterator over deliveries that threads work on ahead of the caller. It starts at once.
+
+    workers   closed with the iterator, unless `keep_workers`.
+    timeout_s  seconds to wait for a batch (0: for ever), then StageinError is raised.
+    in_order  False: whichever batch is ready first comes first.
+    """
+
+    def __init__(
+        self, workers: WorkerThreads, steps: Iterator[Step], num_ahead: int, timeout_s: float, in_order: bool, keep_workers: bool
+    ) -> None:  # fmt: skip
+        self._workers, self._steps = workers, steps
+        self._num_ahead = max(1, num_ahead)
+        self._timeout_s = timeout_s or None
+        self._in_order, self._keep_workers = in_order, keep_workers
+        self._pending: deque[tuple[Future[Any], Step]] = deque()
+        self._late_error: Exception | None = None
+        """Raised by the sampler; due once the batches before it are delivered."""
+        self._hand_out()
+
+    @property
+    def num_ready(self) -> int:
+        """Batches that are done and wait for the caller."""
+        return sum(future.done() for future, _ in self._pending)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        if not self._pending:
+            if self._late_error is not None:
+                raise self._late_error
+            raise StopIteration
+        if not self._in_order:
+            self._bring_a_ready_one_first()
+        future, step = self._pending[0]
+        if not wait([future], self._timeout_s).done:
+            self.close(join_seconds=0.0)  # that thread hangs, and may do so for ever
+            raise StageinError(
+                f"epoch {step.epoch}, batch {step.number}: not loaded within {self._timeout_s:g} s; is the file system "
+                "still there? Otherwise give the loader a longer timeout"
+            )
+        self._pending.popleft()
+        self._hand_out()
+        # Not raised here: the traceback would hold this object, and with it the threads, for as long as the error lives.
+        error = future.exception()
+        return step, future.result() if error is None else Failure(error)
+
+    def close(self, join_seconds: float = _JOIN_SECONDS) -> None:
+        for future, _ in self._pending:
+            future.cancel()
+        self._pending.clear()
+        if not self._keep_workers:
+            self._workers.close(join_seconds)
+
+    def _bring_a_ready_one_first(self) -> None:
+        wait([future for future, _ in self._pending], self._timeout_s, return_when=FIRST_COMPLETED)
+        ready = next((number for number, (future, _) in enumerate(self._pending) if future.done()), 0)
+        chosen = self._pending[ready]
+        del self._pending[ready]
+        self._pending.appendleft(chosen)
+
+    def _hand_out(self) -> None:
+        while len(self._pending) < self._num_ahead and self._late_error is None:
+            try:
+                step = next(self._steps)
+            except StopIteration:
+                return
+            except Exception as error:
+                self._late_error = error
+                return
+            self._pending.append((self._workers.submit(step), step))
+
+
+def _serve(
+    queue: "SimpleQueue[tuple[Future[Any], Step] | None]",
+    fetch: Fetch,
+    info: ThreadInfo,
+    worker_init_fn: Callable[[int], None] | None,
+) -> None:
+    """Body of a worker thread."""
+    introduce_thread(info)
+    failure: BaseException | None = None
+    try:
+        if worker_init_fn is not None:
+            worker_init_fn(info.id)
+    except BaseException as error:
+        failure = error
+    while (item := queue.get()) is not None:
+        future, step = item
+        if future.set_running_or_notify_cancel():
+            try:
+                if failure is not None:
+                    raise failure
+                future.set_result(fetch(step))
+            except BaseException as error:  # whatever it is, it belongs to the caller
+                if not isinstance(error, StageinError):
+                    error.add_note(f"in {threading.current_thread().name}, epoch {step.epoch}, batch {step.number}")
+                future.set_exception(error)
+        del item, future, step  # or the last batch would live on until the next one comes
+
+
+class TorchFetcher:
+    """Deliveries of a loader of torch's, in its worker processes where it has some; `steps` tells what each batch is."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], steps: Iterator[Step]) -> None:
+        if loader.num_workers:
+            refuse_fork(loader.multiprocessing_context)
+        self._steps = steps
+        with hidden_from_mpi():
+            self._batches: Iterator[Any] = iter(loader)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        batch = next(self._batches)
+        return next(self._steps), batch
+
+    def close(self) -> None:
+        """Let go of torch's iterator: its processes end with it, unless they are persistent."""
+        self._batches = iter(())
+
+
+class FedSteps:
+    """A (batch) sampler for a loader of torch's, fed with other steps in each epoch."""
+
+    def __init__(self) -> None:
+        self._source: Iterator[Step] = iter(())
+        self._taken: deque[Step] = deque()
+
+    def feed(self, source: Iterator[Step]) -> Iterator[Step]:
+        """Yield `source`'s indices from now on. Returns the same steps in the order they were taken."""
+        self._source, self._taken = source, deque()
+        taken = self._taken
+        return iter(taken.popleft, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        taken = self._taken
+        for step in self._source:
+            taken.append(step)
+            yield step.indices
+
+
+def refuse_fork(context: Any) -> None:
+    """Raise UsageError where worker processes would be forked once MPI has started; if asked for by name, or CUDA."""
+    method = torch.multiprocessing.get_start_method() if context is None else context.get_start_method()
+    if method != "fork":
+        return
+    started = "MPI" if mpi_has_started() else "CUDA" if context is not None and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    if started is not None:
+        raise UsageError(
+            f"worker processes cannot be forked once {started} has started: give multiprocessing_context='forkserver' or "
+            "'spawn', or leave it out where the data set is map-style, which threads then load"
+        )

@@ -1,0 +1,62 @@
+"""What `iter(loader)` returns: the batches of one epoch, each counted before it is handed over."""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+from .fetching import Failure
+from .paths import Deliveries
+from .sampler import Epoch
+
+
+class LoaderIterator:
+    """An iterator over an epoch's batches. What runs for it ends when it is exhausted, closed or dropped.
+
+    finish  what is done to each batch at last, in the caller's thread.
+    len_of  the loader: `len()` of the iterator is that of a whole epoch, as in torch.
+    """
+
+    def __init__(self, deliveries: Deliveries, epoch: Epoch, finish: Callable[[Any], Any], len_of: Sized) -> None:
+        self._deliveries, self._epoch, self._finish = deliveries, epoch, finish
+        self._len_of = len_of
+        self._over = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._len_of)
+
+    def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
+        try:
+            step, batch = next(self._deliveries)
+        except StopIteration:
+            self.close()
+            self._epoch.finished()
+            raise
+        if isinstance(batch, Failure):
+            self._epoch.delivered(step)
+            error = batch.error
+            del self, batch  # or the traceback would keep the iterator and its threads alive
+            try:
+                raise error
+            finally:
+                del error
+        batch = self._finish(batch)
+        self._epoch.delivered(step)
+        return batch
+
+    def close(self) -> None:
+        """End the epoch here: threads, processes and pipelines of it are gone when this returns."""
+        if not self._over:
+            self._over = True
+            self._deliveries.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> None:
+        raise NotImplementedError(
+            "an iterator of a DataLoader cannot be pickled: pickle the loader, and its state_dict()"
+        )

@@ -1,0 +1,191 @@
+"""The ways from a step to its batch. `DataLoader` chooses one when it is made; `explain()` names it.
+
+RecordPath  a RecordDataset through an engine: no Python per sample
+SamplePath  any map-style data set, sample by sample, in the caller or in threads
+TorchPath   torch's own iterator: worker processes where multiprocessing_context asks for them, IterableDatasets
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .batches import BatchTask
+from .collate import rows_as_samples
+from .fastpath import FastPath, LoaderStats
+from .fetching import CallerFetcher, Delivery, FedSteps, FetchSamples, ThreadFetcher, TorchFetcher, WorkerThreads
+from .order import RankBatch
+from .sampler import Epoch, Step
+
+
+class Deliveries(Protocol):
+    """An iterator over steps and their batches. Whatever runs for it ends with `close`."""
+
+    def __iter__(self) -> Iterator[Delivery]: ...
+
+    def __next__(self) -> Delivery: ...
+
+    def close(self) -> None: ...
+
+
+class Path(Protocol):
+    """One way from steps to batches."""
+
+    @property
+    def stats(self) -> LoaderStats: ...
+
+    @property
+    def description(self) -> str:
+        """Who does the work, for `DataLoader.explain`."""
+
+    def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
+        """Begin to load what is left of an epoch. `draw_base_seed`: of the workers, from where torch draws it."""
+
+
+@dataclass
+class SamplePath:
+    """Any map-style data set, sample by sample. Without workers the caller does it."""
+
+    fetch: FetchSamples
+    num_workers: int
+    batches_per_worker: int
+    timeout_s: float
+    in_order: bool
+    persistent: bool
+    worker_init_fn: Callable[[int], None] | None
+    stats: LoaderStats = field(default_factory=LoaderStats)
+    _workers: WorkerThreads | None = None
+
+    @property
+    def description(self) -> str:
+        who = f"{self.num_workers} threads" if self.num_workers else "the caller"
+        return f"sample by sample from {type(self.fetch.dataset).__name__}, by {who}"
+
+    def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
+        workers, self._workers = self._workers, None
+        if workers is None:
+            base_seed = draw_base_seed()
+            if not self.num_workers:
+                return _Counted(CallerFetcher(self.fetch, epoch.steps()), self.stats)
+            workers = WorkerThreads(self.fetch, self.fetch.dataset, self.num_workers, base_seed, self.worker_init_fn)
+        if self.persistent:
+            self._workers = workers
+        threads = ThreadFetcher(
+            workers,
+            epoch.steps(),
+            self.num_workers * self.batches_per_worker,
+            self.timeout_s,
+            self.in_order,
+            keep_workers=self.persistent,
+        )
+        return _Counted(threads, self.stats)
+
+
+@dataclass
+class TorchPath:
+    """A loader of torch's: worker processes over `fed` steps, or an IterableDataset, which says itself what comes next."""
+
+    loader: torch.utils.data.DataLoader[Any]
+    fed: FedSteps | None
+    stats: LoaderStats = field(default_factory=LoaderStats)
+
+    @property
+    def description(self) -> str:
+        if not self.loader.num_workers:
+            return "by torch's own iterator"
+        context = self.loader.multiprocessing_context
+        method = torch.multiprocessing.get_start_method() if context is None else context.get_start_method()
+        return f"by torch's own iterator, in {self.loader.num_workers} worker processes ({method})"
+
+    def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
+        steps = epoch.steps() if self.fed is None else self.fed.feed(epoch.steps())
+        return _Counted(TorchFetcher(self.loader, steps), self.stats)
+
+
+class _Counted:
+    """The same deliveries; batches, samples and the wait for them go into the statistics."""
+
+    def __init__(self, deliveries: Deliveries, stats: LoaderStats) -> None:
+        self._deliveries, self._stats = deliveries, stats
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        started = time.perf_counter()
+        step, batch = next(self._deliveries)
+        self._stats.read_wait_s += time.perf_counter() - started
+        self._stats.batches += 1
+        self._stats.samples += step.num_valid
+        return step, batch
+
+    def close(self) -> None:
+        self._deliveries.close()
+
+
+@dataclass
+class RecordPath:
+    """A RecordDataset through an engine.
+
+    collate_fn  gets the rows of each batch as samples; None: the batch is delivered as it is.
+    batched     False: one sample is delivered at a time, without the batch dimension.
+    with_valid  batches, or the samples that collate_fn gets, say under `valid` whether they count or are padding.
+    """
+
+    fast_path: FastPath
+    collate_fn: Callable[[Any], Any] | None
+    batched: bool
+    with_valid: bool
+
+    @property
+    def stats(self) -> LoaderStats:
+        return self.fast_path.stats
+
+    @property
+    def description(self) -> str:
+        options = self.fast_path.options
+        return f"{options.num_readers} reader threads, DALI with {options.decode_threads} threads, batches on {options.device}"
+
+    def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
+        return _RecordDeliveries(self, epoch.steps())
+
+
+class _RecordDeliveries:
+    def __init__(self, path: RecordPath, steps: Iterator[Step]) -> None:
+        self._path, self._steps = path, steps
+        self._taken: deque[Step] = deque()
+        self._batches = path.fast_path.run(self._tasks())
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        _, batch = next(self._batches)
+        step = self._taken.popleft()
+        return step, self._collated(step, batch)
+
+    def close(self) -> None:
+        self._batches.close()  # type: ignore[attr-defined]  # it is a generator
+
+    def _tasks(self) -> Iterator[BatchTask]:
+        for step in self._steps:
+            ids = np.asarray(step.indices if self._path.batched else [step.indices], dtype=np.int64)
+            self._taken.append(step)
+            yield BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
+
+    def _collated(self, step: Step, batch: dict[str, Any]) -> Any:
+        path = self._path
+        if path.with_valid:
+            rows = torch.arange(len(step.indices), device=path.fast_path.options.device)
+            batch = {**batch, "valid": rows < step.num_valid}
+        if path.batched and path.collate_fn is None:
+            return batch
+        samples = rows_as_samples(batch, len(step.indices) if path.batched else 1)
+        if path.batched:
+            assert path.collate_fn is not None
+            return path.collate_fn(samples)
+        return samples[0] if path.collate_fn is None else path.collate_fn(samples[0])
