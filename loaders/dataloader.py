@@ -11,6 +11,7 @@ import torch.utils.data
 from torch.utils.data import IterableDataset, Sampler, default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
+from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
@@ -19,6 +20,7 @@ from .dataset import RecordDataset
 from .fastpath import FastPath, FastPathOptions, LoaderStats
 from .fetching import FedSteps, FetchSamples
 from .graphs import Graph, Nodes, as_graph
+from .in_step import InStep, next_loader_number
 from .iterable_order import IterableOrder
 from .iteration import LoaderIterator
 from .paths import Path, RecordPath, SamplePath, TorchPath
@@ -117,6 +119,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._order = own or self._others_order()
         self._is_accelerate_prepared = own is not None
         """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
+        self._number = next_loader_number() if own is not None and own.order.world_size > 1 else None
         default_collates = (None, default_collate, default_convert)
         self._path = self._choose_path(graph, None if collate_fn in default_collates else collate_fn)
 
@@ -124,7 +127,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if self._may_be_undivided:
             refuse_undivided()
         epoch = self._order.begin()
-        return LoaderIterator(self._path.start(epoch, self._draw_base_seed), epoch, self._finisher(), len_of=self)
+        deliveries = self._path.start(epoch, self._draw_base_seed)
+        if self._number is not None and (board := join_board()) is not None:
+            deliveries = InStep(deliveries, board, self._number, epoch.number)
+        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self)
 
     def __len__(self) -> int:
         if self._own is not None:

@@ -1,0 +1,143 @@
+"""How a rank tells all others, outside any collective, that it cannot go on: they look between two steps.
+
+Ranks that train together wait for each other in every step. One that fails alone leaves the others waiting for ever in
+an allreduce; a check by a collective of its own would cost every step. A board costs a look, and nothing is collective.
+"""
+
+import json
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+from stagein.formats import errors
+from stagein.formats.errors import ExitCode, StageinError
+
+from .world import find_rank, node_name, started_by_mpi
+
+_TAG = 21_539
+"""Of messages on MPI's COMM_WORLD: a number that nobody else is likely to choose."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Why rank `rank` cannot go on, and with what: it will raise an error of this `kind` when it comes to `place`."""
+
+    rank: int
+    node: str
+    place: list[int]
+    kind: str
+    sentence: str
+
+    @classmethod
+    def of(cls, error: Exception, place: list[int]) -> "Notice":
+        if isinstance(error, StageinError):
+            kind, sentence = type(error).__name__, str(error)
+        else:
+            kind, sentence = StageinError.__name__, f"{type(error).__name__}: {error}"
+        return cls(find_rank()[0], node_name(), place, kind, sentence)
+
+    def as_error(self) -> StageinError:
+        """What the other ranks raise."""
+        error: StageinError = getattr(errors, self.kind, StageinError)(
+            f"rank {self.rank} on {self.node}: {self.sentence}"
+        )
+        error.reported_by_peer = True
+        return error
+
+
+class FailureBoard(Protocol):
+    """Where notices are posted. Neither method waits for another rank."""
+
+    def post(self, notice: Notice) -> None: ...
+
+    def look(self) -> Notice | None:
+        """A notice of another rank that was not seen yet."""
+
+
+def join_board() -> FailureBoard | None:
+    """The board of this job: torch.distributed's store where it is in use, else messages of MPI; None when alone."""
+    rank, world_size = find_rank()
+    if world_size == 1:
+        return None
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return _StoreBoard(rank)
+    return _MpiBoard(rank, world_size) if started_by_mpi() else None
+
+
+class _StoreBoard:
+    """Notices in the key-value store that the ranks of torch.distributed met in."""
+
+    def __init__(self, rank: int) -> None:
+        import torch.distributed as dist
+
+        # There is no public name for it; a store of our own would have to be agreed upon first.
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore("stagein/failures", store)  # type: ignore[attr-defined]
+        self._rank = rank
+        self._seen = self._store.add("posted", 0)
+
+    def post(self, notice: Notice) -> None:
+        number = self._store.add("numbers", 1)
+        self._store.set(f"notice {number}", json.dumps(asdict(notice)))
+        self._store.add("posted", 1)
+
+    def look(self) -> Notice | None:
+        while self._seen < self._store.add("posted", 0):
+            self._seen += 1
+            notice = Notice(**json.loads(self._store.get(f"notice {self._seen}")))
+            if notice.rank != self._rank:
+                return notice
+        return None
+
+
+class _MpiBoard:
+    """Notices as small messages to every rank: MPI takes them without a receiver waiting."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._others = [other for other in range(world_size) if other != rank]
+        self._sent: list[Any] = []
+
+    def post(self, notice: Notice) -> None:
+        if not self._may_call():
+            return
+        _end_job_on_uncaught_error(self._mpi.COMM_WORLD)
+        message = json.dumps(asdict(notice)).encode()
+        self._sent += [self._mpi.COMM_WORLD.Isend(message, dest=other, tag=_TAG) for other in self._others]
+
+    def look(self) -> Notice | None:
+        status = self._mpi.Status()
+        if not self._may_call() or not self._mpi.COMM_WORLD.Iprobe(self._mpi.ANY_SOURCE, _TAG, status):
+            return None
+        message = bytearray(status.Get_count(self._mpi.BYTE))
+        self._mpi.COMM_WORLD.Recv(message, source=status.Get_source(), tag=_TAG)
+        _end_job_on_uncaught_error(self._mpi.COMM_WORLD)
+        return Notice(**json.loads(message))
+
+    def _may_call(self) -> bool:
+        """MPI runs, and this thread may call it."""
+        mpi = self._mpi
+        if not mpi.Is_initialized() or mpi.Is_finalized():
+            return False
+        return mpi.Query_thread() == mpi.THREAD_MULTIPLE or threading.current_thread() is threading.main_thread()
+
+
+def _end_job_on_uncaught_error(communicator: Any) -> None:
+    """An error that ends this process from now on ends all ranks: MPI would let it wait at its exit for the others."""
+    report = sys.excepthook
+    if getattr(report, "_ends_job", False):
+        return
+
+    def report_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        communicator.Abort(error.exit_code if isinstance(error, StageinError) else ExitCode.FAILED)
+
+    report_and_abort._ends_job = True  # type: ignore[attr-defined]
+    sys.excepthook = report_and_abort

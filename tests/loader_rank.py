@@ -1,0 +1,60 @@
+"""One rank of the tests of errors that all ranks must raise: trains in step, with an allreduce over MPI or gloo a step.
+
+    loader_rank.py COLLECTIVE CAUGHT WORKERS BAD_SAMPLE
+
+Sample BAD_SAMPLE of 40 cannot be loaded. With CAUGHT "yes" each rank prints the step and the error it was given.
+"""
+
+import os
+import sys
+
+import torch
+from torch.utils.data import Dataset
+
+from stagein.formats.errors import ChecksumError
+from stagein.loaders import DataLoader
+
+
+class OneIsBad(Dataset[int]):
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> int:
+        if index == self.bad:
+            raise ChecksumError(f"record {index} is damaged")
+        return index
+
+
+def main(collective: str, caught: str, workers: str, bad: str) -> None:
+    if collective == "gloo":
+        import torch.distributed as dist
+
+        rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+        dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING_FILE']}", rank=rank, world_size=2)
+
+        def allreduce() -> None:
+            dist.all_reduce(torch.ones(1))
+    else:
+        from mpi4py import MPI
+
+        def allreduce() -> None:
+            MPI.COMM_WORLD.allreduce(1)
+
+    loader = DataLoader(OneIsBad(int(bad)), 4, num_workers=int(workers), distributed=True)
+    step = 0
+    try:
+        for _ in loader:
+            allreduce()
+            step += 1
+    except ChecksumError as error:
+        if caught == "no":
+            raise
+        print("raised", step, error.reported_by_peer, error, flush=True)
+        return
+    raise SystemExit("no error was raised")
+
+
+main(*sys.argv[1:])
