@@ -39,7 +39,7 @@ EVICTED_SUFFIX = ".evicted"
 
 _MARK_PREFIX = ".mark."
 _JOURNAL_PREFIX = "journal-"
-_PUBLISHED_MODE = 0o444
+PUBLISHED_MODE = 0o444
 _WORK_MODE = 0o644
 
 
@@ -251,7 +251,7 @@ class Store:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                os.fchmod(descriptor, _PUBLISHED_MODE)
+                os.fchmod(descriptor, PUBLISHED_MODE)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -267,13 +267,13 @@ class Store:
             ready = read_ready(self.final, self.id)
             names = {self._table.files[file].file for file in files} | set(ready.files if ready else ())
             if ready is None:
-                self._make_links(self.work)
+                self.make_links(self.work)
                 _fsync_folders(self.work)
                 self.work.rename(self.final)
             else:
                 for file in files:
                     self._move_in(self._table.files[file].file)
-                self._make_links(self.final)
+                self.make_links(self.final)
                 _fsync_folders(self.final)
             fsync_folder(self._folder)
             here = tuple(entry.file for entry in self._table.files if entry.file in names)
@@ -296,13 +296,20 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         (self.work / name).rename(target)
 
-    def _make_links(self, root: Path) -> None:
-        """The Zarr view's links to the shards that are there."""
-        for name, target in link_paths(self._manifest):
+    def make_links(self, root: Path) -> None:
+        """Make those of the Zarr view's links that are missing."""
+        for name, target in self.links(root):
             path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.is_symlink() and (path.parent / target).exists():
+            if not path.is_symlink():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(target)
+
+    def links(self, root: Path) -> list[tuple[str, str]]:
+        """The Zarr view's links, name and target, to the shards that are there."""
+        links = link_paths(self._manifest)
+        return [
+            (name, target) for name, target in links if Path(os.path.normpath(root / name / ".." / target)).exists()
+        ]
 
     def discard_work(self) -> None:
         """Remove work in progress."""

@@ -57,15 +57,20 @@ def verify(
     path: Annotated[Path, typer.Argument(help="A data set, or a staged copy of one.")],
     workers: Workers = None,
     repair: Annotated[bool, typer.Option("--repair", help="First mend what is damaged or missing.")] = False,
-    good: Annotated[Path | None, typer.Option("--from", help="With --repair: another copy of the data set.")] = None,
+    good: Annotated[
+        Path | None, typer.Option("--from", help="With --repair: a good copy; a staged one knows its source.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Read all of a data set and check every sum, count, index and container view."""
+    """Read all of a data set and check every sum, count, index and container view.
+
+    Of a staged copy, under mpirun the copies of all nodes; these are mended from each other and from where they came.
+    """
     from . import verify
 
-    if repair != (good is not None):
-        raise typer.BadParameter("--repair and --from belong together: --repair --from ANOTHER_COPY")
-    verify.run(path, workers=workers, repair_from=good, as_json=json)
+    if good is not None and not repair:
+        raise typer.BadParameter("--from is where --repair takes good bytes from: add --repair")
+    verify.run(path, workers=workers, repairs=repair, good=good, as_json=json)
 
 
 @app.command()
