@@ -1,15 +1,12 @@
-"""Conversion: the shards of a plan, made by several processes, resumable, byte-identical however many there are."""
+"""Conversion: a plan, and its shards made by several processes or ranks, resumable, byte-identical however many there are."""
 
-import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -17,22 +14,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard, journal_shard, resume_shard
+from .assembly import GrowingDataset, fingerprint
 from .codecs import WORTHWHILE_RATIO, Codec
-from .errors import InterruptedRunError, SourceError, StageinError, destination_error
+from .errors import InterruptedRunError, SourceError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Schema
-from .shards import (
-    DEFAULT_SHARD_BYTES,
-    PayloadBuffer,
-    ShardBuilder,
-    ShardLayout,
-    ShardPlan,
-    plan_shards,
-    refuse_codec,
-    refuse_large_record,
-)
-from .sources import RefusedRecord, Source, SourcePart, SourceRecord
+from .shard_tasks import ShardResult, ShardTask
+from .shard_workers import InProcess, ShardExecutor, ShardWorkers, result_of
+from .shards import DEFAULT_SHARD_BYTES, ShardLayout, ShardPlan, plan_shards, refuse_codec, refuse_large_record
+from .sources import RefusedRecord, Source, SourceRecord
 
 _LISTED_REFUSED = 20
 _TRIED_RECORDS = 32
@@ -59,29 +49,39 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class _ShardTask:
-    """Everything a worker process needs to make one shard."""
+class ConversionPlan:
+    """What a conversion of `source` will write: which records go to which shard, and what shards look like."""
 
-    plan: ShardPlan
-    part: SourcePart
+    source: Source
     layout: ShardLayout
-    folder: Path
-    skip_bad: bool
+    shards: tuple[ShardPlan, ...]
 
-    def fingerprint(self) -> str:
-        layout = self.layout
-        schema = layout.schema.model_dump(mode="json")
-        return fingerprint(
-            self.part.mark(), schema, layout.container, layout.capacity, layout.chunk_bytes, self.skip_bad
-        )
+    @property
+    def origin(self) -> Origin:
+        """What the manifest says about the source."""
+        return Origin(kind=self.source.kind, records_sha256=fingerprint(self.source.identity()))
+
+    def is_done_by(self, manifest: Manifest) -> bool:
+        """Whether this manifest is of a data set that the plan has led to."""
+        layout = ShardLayout(manifest.record_schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
+        return layout == self.layout and manifest.source == self.origin
 
 
-@dataclass(frozen=True)
-class _ShardResult:
-    number: int
-    shard: FinishedShard | None
-    reused: bool
-    bad: tuple[RefusedRecord, ...] = ()
+def plan_conversion(
+    source: Source,
+    *,
+    container: Container = "hdf5+zarr",
+    codec: Codec | Literal["auto"] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> ConversionPlan:
+    """The plan for `convert` with the same arguments. Raises UsageError for a record or a codec that cannot be."""
+    for record, nbytes in enumerate(source.nbytes.tolist()):
+        refuse_large_record(nbytes, f"record {record} of {source.name}")
+    schema = with_codec(source.schema, choose_codec(source) if codec == "auto" else codec)
+    refuse_codec(schema, container)
+    shards, capacity = plan_shards(schema, source.nbytes, shard_bytes)
+    return ConversionPlan(source, ShardLayout(schema, container, capacity, chunk_bytes), tuple(shards))
 
 
 def convert(
@@ -107,36 +107,55 @@ def convert(
     (target exists, another process writes it), SourceError (something changed or cannot be read), NoSpaceError,
     InterruptedRunError (SIGTERM, SIGINT).
     """
+    refuse_bad_records(source, skip_bad=skip_bad)
+    plan = plan_conversion(source, container=container, codec=codec, shard_bytes=shard_bytes, chunk_bytes=chunk_bytes)
+    with _signals_as_errors(target), start_workers(min(workers, len(plan.shards))) as executor:
+        return carry_out(plan, target, executor, skip_bad=skip_bad, overwrite=overwrite, on_progress=on_progress)
+
+
+def start_workers(workers: int) -> AbstractContextManager[ShardExecutor]:
+    """Who makes shards: so many processes, or this one when one is enough."""
+    return ShardWorkers(workers) if workers > 1 else nullcontext(InProcess())
+
+
+def refuse_bad_records(source: Source, *, skip_bad: bool) -> None:
+    """Raise SourceError for what was found to be no record, unless that is to be left out."""
     if source.refused and not skip_bad:
         raise _refusal(source, list(source.refused))
-    for record, nbytes in enumerate(source.nbytes.tolist()):
-        refuse_large_record(nbytes, f"record {record} of {source.name}")
-    schema = with_codec(source.schema, choose_codec(source) if codec == "auto" else codec)
-    refuse_codec(schema, container)
-    shard_plans, capacity = plan_shards(schema, source.nbytes, shard_bytes)
-    layout = ShardLayout(schema, container, capacity, chunk_bytes)
+
+
+def carry_out(
+    plan: ConversionPlan,
+    target: Path,
+    executor: ShardExecutor,
+    *,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Converted:
+    """Have `executor` make the shards of a plan, and publish the data set `target`. Raises as `convert` does."""
+    source, layout = plan.source, plan.layout
     with _os_errors_as_sentences(target):
         growing = GrowingDataset(target, overwrite=overwrite)
     try:
-        with _os_errors_as_sentences(target), _signals_as_errors(target):
-            tasks = [
-                _ShardTask(
-                    plan,
-                    source.part(np.arange(plan.first, plan.first + plan.records)),
+        with _os_errors_as_sentences(target):
+            tasks = (
+                ShardTask(
+                    shard,
+                    source.part(np.arange(shard.first, shard.first + shard.records)),
                     layout,
                     growing.folder,
                     skip_bad,
                 )
-                for plan in shard_plans
-            ]
-            results = _run_tasks(tasks, source.nbytes, min(workers, max(1, len(tasks))), on_progress)
+                for shard in plan.shards
+            )
+            results = _run_tasks(tasks, source.nbytes, executor, on_progress)
             bad = [refused for result in results for refused in result.bad]
             if bad:
                 raise _refusal(source, bad)
             shards = [result.shard for result in results if result.shard is not None]
             skipped = (*source.refused, *(refused for shard in shards for refused in shard.skipped))
-            origin = Origin(kind=source.kind, records_sha256=fingerprint(source.identity()))
-            manifest = growing.publish(layout, shards, origin, skipped)
+            manifest = growing.publish(layout, shards, plan.origin, skipped)
     finally:
         growing.close()
     return Converted(manifest, skipped, sum(result.reused for result in results))
@@ -181,90 +200,28 @@ def _refusal(source: Source, bad: list[RefusedRecord]) -> SourceError:
 
 
 def _run_tasks(
-    tasks: list[_ShardTask], record_bytes: NDArray[np.int64], workers: int, on_progress: Callable[[Progress], None]
-) -> list[_ShardResult]:
-    """The results of all tasks, in shard order."""
+    tasks: Iterator[ShardTask],
+    record_bytes: NDArray[np.int64],
+    executor: ShardExecutor,
+    on_progress: Callable[[Progress], None],
+) -> list[ShardResult]:
+    """The results of all tasks, in shard order. Tasks are made when the executor takes them."""
     total_records, total_bytes = len(record_bytes), int(record_bytes.sum())
-    results: list[_ShardResult] = []
-    records = nbytes = 0
-    for result in _run_here(tasks) if workers == 1 else _run_in_pool(tasks, workers):
-        task = tasks[result.number]
-        records += task.plan.records
-        nbytes += int(record_bytes[task.plan.first : task.plan.first + task.plan.records].sum())
-        results.append(result)
-        on_progress(Progress(records, total_records, nbytes, total_bytes, sum(each.reused for each in results)))
-    return sorted(results, key=lambda result: result.number)
-
-
-def _run_here(tasks: list[_ShardTask]) -> Iterator[_ShardResult]:
-    buffer = PayloadBuffer()
-    return (_make_shard(task, buffer) for task in tasks)
-
-
-def _run_in_pool(tasks: list[_ShardTask], workers: int) -> Iterator[_ShardResult]:
-    """Results as they come, from worker processes that end when this one does, however it ends."""
-    context = multiprocessing.get_context("forkserver")  # never fork a process that may have threads or MPI
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        pending: set[Future[_ShardResult]] = {pool.submit(_make_shard_in_worker, task) for task in tasks}
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise StageinError(
-            "a worker process was killed (out of memory?): run the same command again, it resumes"
-        ) from None
-    finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-_worker_buffer: PayloadBuffer
-
-
-def _start_worker() -> None:
-    global _worker_buffer
-    _worker_buffer = PayloadBuffer()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _make_shard_in_worker(task: _ShardTask) -> _ShardResult:
-    return _make_shard(task, _worker_buffer)
-
-
-def _make_shard(task: _ShardTask, buffer: PayloadBuffer) -> _ShardResult:
-    """Make one shard, or find it finished by an earlier attempt."""
-    number, mark = task.plan.number, task.fingerprint()
-    finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
-    if finished is not None:
-        return _ShardResult(number, finished, reused=True)
-    builder = ShardBuilder(task.layout, buffer, task.plan.records, task.plan.payload_bytes)
-    bad: list[RefusedRecord] = []
-    for record in task.part.read(builder.room):
-        if isinstance(record, RefusedRecord):
-            bad.append(record)
-        else:
-            builder.add(record.nbytes, record.columns)
-    if bad and not task.skip_bad:
-        return _ShardResult(number, None, reused=False, bad=tuple(bad))
-    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad))
-    journal_shard(task.folder, number, mark, shard)
-    return _ShardResult(number, shard, reused=False)
+    results: list[ShardResult] = []
+    records = nbytes = reused = 0
+    pending: set[Future[ShardResult]] = set()
+    while True:
+        pending |= {executor.submit(task) for task in islice(tasks, executor.capacity - len(pending))}
+        if not pending:
+            return sorted(results, key=lambda result: result.plan.number)
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for result in map(result_of, done):
+            first, count = result.plan.first, result.plan.records
+            records += count
+            nbytes += int(record_bytes[first : first + count].sum())
+            reused += result.reused
+            results.append(result)
+            on_progress(Progress(records, total_records, nbytes, total_bytes, reused))
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Making one shard of a conversion, here or in another process: everything that takes is in a task, everything made in a result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .assembly import FinishedShard, fingerprint, finish_shard, journal_shard, resume_shard
+from .shards import PayloadBuffer, ShardBuilder, ShardLayout, ShardPlan
+from .sources import RefusedRecord, SourcePart
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to make, in the data set that grows in `folder`. Picklable."""
+
+    plan: ShardPlan
+    part: SourcePart
+    layout: ShardLayout
+    folder: Path
+    skip_bad: bool
+
+    def fingerprint(self) -> str:
+        """What the shard is made from: equal fingerprints mean equal shards."""
+        layout = self.layout
+        schema = layout.schema.model_dump(mode="json")
+        return fingerprint(
+            self.part.mark(), schema, layout.container, layout.capacity, layout.chunk_bytes, self.skip_bad
+        )
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """The finished shard, or None and the records that are none; `reused`: an earlier attempt had finished it."""
+
+    plan: ShardPlan
+    shard: FinishedShard | None
+    reused: bool
+    bad: tuple[RefusedRecord, ...] = ()
+
+
+def make_shard(task: ShardTask, buffer: PayloadBuffer) -> ShardResult:
+    """Make a shard, or find it finished by an earlier attempt. Raises SourceError, and OSError as the file system does."""
+    number, mark = task.plan.number, task.fingerprint()
+    finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
+    if finished is not None:
+        return ShardResult(task.plan, finished, reused=True)
+    builder = ShardBuilder(task.layout, buffer, task.plan.records, task.plan.payload_bytes)
+    bad: list[RefusedRecord] = []
+    for record in task.part.read(builder.room):
+        if isinstance(record, RefusedRecord):
+            bad.append(record)
+        else:
+            builder.add(record.nbytes, record.columns)
+    if bad and not task.skip_bad:
+        return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
+    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad))
+    journal_shard(task.folder, number, mark, shard)
+    return ShardResult(task.plan, shard, reused=False)
