@@ -1,0 +1,170 @@
+"""Bits of entropy-coded JPEG data (ITU-T T.81 annex F): stuffed bytes taken out, bits read and written. For kernels only.
+
+A reader knows its position as a number of bits from the start of data without stuffing; behind their end lie PADDING_BYTES
+of zeros, more than one block can use up, so that kernels check once a block.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .jpeg_huffman import LOOK_BITS, MAX_CODE_BITS
+from .native import kernel, signed
+
+PADDING_BYTES = 512
+"""A block has at most 64 codes of 16 bits, each with at most 15 raw bits, and 64 correction bits: below 300 bytes."""
+
+INVALID = -1
+
+
+@kernel
+def unstuff(
+    source: NDArray[np.uint8], start: int, stop: int, plain: NDArray[np.uint8], segments: NDArray[np.int64]
+) -> tuple[int, int]:
+    """Copy `source[start:stop]`, the data of a scan, to `plain` without stuffed bytes, restart markers and fill bytes.
+
+    plain     as long as the scan and PADDING_BYTES more.
+    segments  filled with the byte in `plain` where each restart segment starts.
+
+    Returns the bytes copied and the number of segments; INVALID for the latter when restart markers are out of order
+    or more than `segments` has room for.
+    """
+    position, filled, count = start, 0, 1
+    segments[0] = 0
+    while position < stop:
+        byte = source[position]
+        position += 1
+        if byte != 0xFF:
+            plain[filled] = byte
+            filled += 1
+            continue
+        if position >= stop:
+            break
+        after = source[position]
+        if after == 0:
+            plain[filled] = byte
+            filled += 1
+            position += 1
+        elif after != 0xFF:  # a second 0xFF makes the first a fill byte
+            if after != 0xD0 + ((count - 1) & 7) or count == len(segments):
+                return filled, INVALID
+            segments[count] = filled
+            count += 1
+            position += 1
+    plain[filled : filled + PADDING_BYTES] = 0
+    return filled, count
+
+
+@kernel
+def peek32(plain: NDArray[np.uint8], position: int) -> int:
+    """The 32 bits from bit `position` on."""
+    byte = np.uint64(position >> 3)
+    value = (
+        signed(plain[byte]) << 32
+        | signed(plain[byte + np.uint64(1)]) << 24
+        | signed(plain[byte + np.uint64(2)]) << 16
+        | signed(plain[byte + np.uint64(3)]) << 8
+        | signed(plain[byte + np.uint64(4)])
+    )
+    return (value >> (8 - (position & 7))) & 0xFFFFFFFF
+
+
+@kernel
+def find_code(
+    window: int, look: NDArray[np.int32], limit: NDArray[np.int32], delta: NDArray[np.int32], symbols: NDArray[np.int32]
+) -> int:
+    """`length << 8 | symbol` of the code that the 16 bits of `window` start with; 0 when there is none."""
+    found = signed(look[window >> (MAX_CODE_BITS - LOOK_BITS)])
+    if found:
+        return found
+    for bits in range(LOOK_BITS + 1, MAX_CODE_BITS + 1):
+        if window < limit[bits]:
+            return bits << 8 | signed(symbols[((window >> (MAX_CODE_BITS - bits)) + delta[bits]) & 255])
+    return 0
+
+
+@kernel
+def extend(raw: int, size: int) -> int:
+    """The number that `size` raw bits stand for (T.81 F.2.2.1)."""
+    return raw if raw >> (size - 1) else raw - (1 << size) + 1
+
+
+@kernel
+def bit_size(value: int) -> int:
+    """Bits of the magnitude of `value`: the size that its code names."""
+    magnitude, size = abs(value), 0
+    while magnitude:
+        magnitude >>= 1
+        size += 1
+    return size
+
+
+@kernel
+def put(
+    target: NDArray[np.uint8], filled: int, pending: int, pending_bits: int, value: int, bits: int
+) -> tuple[int, int, int]:
+    """Append the lowest `bits` of `value`, at most 32, to a bit stream; returns its new (filled, pending, pending_bits).
+
+    `pending_bits`, below 32, wait in `pending`; whole words go to `target`, with a 0 behind every 0xFF byte.
+    """
+    pending = pending << bits | value
+    pending_bits += bits
+    if pending_bits >= 32:
+        pending_bits -= 32
+        word = (pending >> pending_bits) & 0xFFFFFFFF
+        absent = ~word & 0xFFFFFFFF
+        at = np.uint64(filled)
+        if (absent - 0x01010101) & ~absent & 0x80808080:  # some byte is 0xFF
+            for shift in (24, 16, 8, 0):
+                filled = put_byte(target, filled, (word >> shift) & 0xFF)
+        else:
+            target[at] = word >> 24
+            target[at + np.uint64(1)] = word >> 16 & 0xFF
+            target[at + np.uint64(2)] = word >> 8 & 0xFF
+            target[at + np.uint64(3)] = word & 0xFF
+            filled += 4
+    return filled, pending & 0xFFFFFFFF, pending_bits
+
+
+@kernel
+def put_byte(target: NDArray[np.uint8], filled: int, byte: int) -> int:
+    target[filled] = byte
+    filled += 1
+    if byte == 0xFF:
+        target[filled] = 0
+        filled += 1
+    return filled
+
+
+@kernel
+def end_segment(target: NDArray[np.uint8], filled: int, pending: int, pending_bits: int, marker: int) -> int:
+    """Fill the last byte with ones (T.81 F.1.2.3) and append a marker; returns the bytes that `target` then has."""
+    while pending_bits >= 8:
+        pending_bits -= 8
+        filled = put_byte(target, filled, (pending >> pending_bits) & 0xFF)
+    if pending_bits:
+        last = (pending << (8 - pending_bits)) | ((1 << (8 - pending_bits)) - 1)
+        filled = put_byte(target, filled, last & 0xFF)
+    target[filled], target[filled + 1] = 0xFF, marker
+    return filled + 2
+
+
+@kernel
+def copy_bits(
+    plain: NDArray[np.uint8],
+    position: int,
+    stop: int,
+    target: NDArray[np.uint8],
+    filled: int,
+    pending: int,
+    pending_bits: int,
+) -> tuple[int, int, int]:
+    """Append bits `position` to `stop` of `plain` to a bit stream; see `put`."""
+    while stop - position >= 32:
+        filled, pending, pending_bits = put(target, filled, pending, pending_bits, peek32(plain, position), 32)
+        position += 32
+    bits = stop - position
+    if bits > 0:
+        filled, pending, pending_bits = put(
+            target, filled, pending, pending_bits, peek32(plain, position) >> (32 - bits), bits
+        )
+    return filled, pending, pending_bits

@@ -1,0 +1,270 @@
+"""Seekable JPEG: the same image with a restart marker every few MCUs, so that any MCU row can be decoded by itself.
+
+Nothing is lost: every quantised coefficient stays what it is, so every decoder gives the same pixels. A sequential JPEG of
+one scan, as nearly all are, is rewritten bit by bit: only the DC codes behind new restart markers change. Others
+(progressive, several scans) are decoded to coefficients and coded again (`jpeg_scans`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .jpeg_bits import (
+    INVALID,
+    PADDING_BYTES,
+    bit_size,
+    copy_bits,
+    end_segment,
+    extend,
+    find_code,
+    peek32,
+    put,
+    unstuff,
+)
+from .jpeg_header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
+from .jpeg_huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
+from .native import kernel, signed
+
+MAX_OVERHEAD = 0.014
+"""Restart markers are set so densely that they cost about this share of a file."""
+
+_SEGMENT_COST_BYTES = 3.5
+"""A marker, half a byte of fill bits, and longer DC codes, as measured on ImageNet."""
+
+_MAX_FILE_BYTES = 1 << 30
+
+DAMAGED = "its entropy-coded data are cut off or no valid codes"
+
+
+@dataclass(frozen=True)
+class SeekableJpeg:
+    """A JPEG in pieces: its header, then one piece an MCU row; their concatenation is the file.
+
+    piece_ends  [1 + MCU rows], where each piece ends in `content`. A row ends with its restart marker, the last one with
+                the end marker.
+    mcu_height  pixels of an MCU row, 8, 16 or 32.
+    """
+
+    content: NDArray[np.uint8]
+    piece_ends: NDArray[np.uint32]
+    mcu_height: int
+
+
+def make_seekable(content: bytes) -> SeekableJpeg:
+    """The JPEG file `content` with restart markers at an interval that divides its MCU columns.
+
+    The metadata segments stay, bytes behind the end marker go. Raises UnsupportedJpegError for what is damaged,
+    or of a kind that T.81 baseline and 8-bit progressive decoders do not take (arithmetic coding, 12 bits, lossless).
+    """
+    if len(content) > _MAX_FILE_BYTES:
+        raise UnsupportedJpegError(f"larger than {_MAX_FILE_BYTES} bytes")
+    frame = read_frame(content)
+    scan_bytes = sum(scan.stop - scan.start for scan in frame.scans)
+    blocks = frame.mcu_columns * frame.mcu_rows * len(frame.mcu_components)
+    if blocks > 8 * scan_bytes:  # a block takes a bit at least: no memory for what cannot be there
+        damaged(DAMAGED)
+    interval = choose_interval(frame.mcu_columns, frame.mcu_rows, scan_bytes)
+    if _is_plain(frame):
+        dc_tables = [complete_dc_table(table) for table in frame.scans[0].dc_tables]
+        complete = [table for table in dc_tables if table is not None]
+        if len(complete) == len(dc_tables):
+            return _insert_restarts(np.frombuffer(content, np.uint8), frame, complete, interval)
+    from .jpeg_scans import code_again
+
+    return code_again(np.frombuffer(content, np.uint8), frame, interval)
+
+
+def choose_interval(mcu_columns: int, mcu_rows: int, scan_bytes: int) -> int:
+    """MCUs between restart markers: the least divisor of the columns that keeps to MAX_OVERHEAD, else a whole row."""
+    affordable = MAX_OVERHEAD * scan_bytes / _SEGMENT_COST_BYTES
+    for interval in range(1, mcu_columns):
+        if mcu_columns % interval == 0 and mcu_rows * (mcu_columns // interval) <= affordable:
+            return interval
+    return mcu_columns
+
+
+def _is_plain(frame: Frame) -> bool:
+    """One sequential scan with all components interleaved."""
+    scan = frame.scans[0]
+    return not frame.is_progressive and len(frame.scans) == 1 and len(scan.components) == len(frame.components)
+
+
+def _insert_restarts(
+    source: NDArray[np.uint8], frame: Frame, dc_definitions: list[bytes], interval: int
+) -> SeekableJpeg:
+    scan = frame.scans[0]
+    dc_tables, ac_tables = stack_tables(dc_definitions), stack_tables(list(scan.ac_tables))
+    header = sequential_header(frame, dc_definitions, list(scan.ac_tables), interval)
+    mcus = frame.mcu_columns * frame.mcu_rows
+    source_interval = scan.restart_interval or mcus
+    room = target_bytes(len(header), scan.stop - scan.start, mcus // interval + mcus // source_interval)
+    target = np.empty(room, np.uint8)
+    target[: len(header)] = np.frombuffer(header, np.uint8)
+    piece_ends = np.empty(1 + frame.mcu_rows, np.uint32)
+    piece_ends[0] = len(header)
+    nbytes = _copy_with_restarts(
+        source,
+        scan.start,
+        scan.stop,
+        source_interval,
+        interval,
+        frame.mcu_columns,
+        frame.mcu_rows,
+        np.array(frame.mcu_components, np.int64),
+        dc_tables,
+        ac_tables,
+        target,
+        piece_ends,
+    )
+    if nbytes < 0:
+        damaged(DAMAGED)
+    return SeekableJpeg(target[:nbytes], piece_ends, BLOCK_PIXELS * frame.vertical)
+
+
+def target_bytes(header_bytes: int, scan_bytes: int, segments: int) -> int:
+    """Room that is enough for any scan: every byte stuffed, and a marker, fill bits and four longest DC codes a segment."""
+    return header_bytes + 2 * scan_bytes + segments * (2 + 2 + 4 * 2 * 4) + 64
+
+
+@kernel
+def _copy_with_restarts(
+    source: NDArray[np.uint8],
+    start: int,
+    stop: int,
+    source_interval: int,
+    interval: int,
+    mcu_columns: int,
+    mcu_rows: int,
+    mcu_components: NDArray[np.int64],
+    dc_tables: HuffmanTables,
+    ac_tables: HuffmanTables,
+    target: NDArray[np.uint8],
+    piece_ends: NDArray[np.uint32],
+) -> int:
+    """Copy a scan of all components to `target` from `piece_ends[0]` on, with a restart marker every `interval` MCUs.
+
+    Only DC codes whose prediction changes are written anew; all between them is copied bit by bit without a look at
+    its values. Returns the bytes that `target` then has, INVALID when the scan is damaged.
+    """
+    mcus = mcu_columns * mcu_rows
+    plain = np.empty(stop - start + PADDING_BYTES, np.uint8)
+    segments = np.empty((mcus - 1) // source_interval + 2, np.int64)
+    plain_bytes, num_segments = unstuff(source, start, stop, plain, segments)
+    if num_segments * source_interval < mcus:
+        return INVALID
+    source_dc, target_dc = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    filled, pending, pending_bits = signed(piece_ends[0]), 0, 0
+    segment = 0
+    segment_end = 8 * (segments[1] if num_segments > 1 else plain_bytes)
+    position = copied = 0  # bits of `plain` that are understood, and that are in `target`
+    until_source_restart, until_restart = source_interval, interval
+    column, row, marker = 0, 0, 0
+    for _ in range(mcus):
+        if until_source_restart == 0:
+            filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
+            segment += 1
+            position = copied = 8 * segments[segment]
+            segment_end = 8 * (segments[segment + 1] if segment + 1 < num_segments else plain_bytes)
+            source_dc[:] = 0
+            until_source_restart = source_interval
+        if until_restart == 0:
+            filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
+            copied = position
+            filled = end_segment(target, filled, pending, pending_bits, 0xD0 + marker)
+            pending = pending_bits = 0
+            marker = (marker + 1) & 7
+            target_dc[:] = 0
+            until_restart = interval
+            if column == mcu_columns:
+                column = 0
+                row += 1
+                piece_ends[row] = filled
+        until_source_restart -= 1
+        until_restart -= 1
+        column += 1
+        for component in mcu_components:
+            window = peek32(plain, position)
+            found = find_code(
+                window >> 16,
+                dc_tables.look[component],
+                dc_tables.limit[component],
+                dc_tables.delta[component],
+                dc_tables.symbols[component],
+            )
+            bits, size = found >> 8, found & 0xFF
+            if bits == 0 or size >= DC_SIZES:
+                return INVALID
+            before = position
+            position += bits + size
+            change = extend((window >> (32 - bits - size)) & ((1 << size) - 1), size) if size else 0
+            source_dc[component] += change
+            new_change = source_dc[component] - target_dc[component]
+            target_dc[component] = source_dc[component]
+            if new_change != change:
+                filled, pending, pending_bits = copy_bits(plain, copied, before, target, filled, pending, pending_bits)
+                size = bit_size(new_change)
+                if size >= DC_SIZES:
+                    return INVALID
+                bits = signed(dc_tables.length[component, size])
+                code = signed(dc_tables.code[component, size]) << size
+                raw = new_change if new_change >= 0 else new_change + (1 << size) - 1
+                filled, pending, pending_bits = put(target, filled, pending, pending_bits, code | raw, bits + size)
+                copied = position
+            position = _skip_ac(plain, position, component, ac_tables)
+            if position < 0 or position > segment_end:
+                return INVALID
+    filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
+    filled = end_segment(target, filled, pending, pending_bits, 0xD9)
+    piece_ends[mcu_rows] = filled
+    return filled
+
+
+@kernel
+def _skip_ac(plain: NDArray[np.uint8], position: int, component: int, tables: HuffmanTables) -> int:
+    """Where the AC coefficients of a block that start at bit `position` end; INVALID when they are no valid codes."""
+    skip = tables.skip[component]
+    byte = np.uint64(position >> 3)
+    window, window_bits = signed(plain[byte]) & (0xFF >> (position & 7)), 8 - (position & 7)
+    byte += np.uint64(1)
+    done = 1
+    while True:
+        if window_bits < 32:
+            window = (
+                window << 32
+                | signed(plain[byte]) << 24
+                | signed(plain[byte + np.uint64(1)]) << 16
+                | signed(plain[byte + np.uint64(2)]) << 8
+                | signed(plain[byte + np.uint64(3)])
+            )
+            byte += np.uint64(4)
+            window_bits += 32
+        entry = signed(skip[(window >> (window_bits - LOOK_BITS)) & ((1 << LOOK_BITS) - 1)])
+        moved = (entry >> 16) & 63
+        if entry and done + moved <= 63:
+            done += moved
+            window_bits -= (entry >> 11) & 31
+            if entry >> 22:
+                break
+            continue
+        bits, moved, ends = entry & 31, (entry >> 5) & 31, (entry >> 10) & 1
+        if bits == 0:
+            code = find_code(
+                (window >> (window_bits - 16)) & 0xFFFF,
+                tables.look[component],
+                tables.limit[component],
+                tables.delta[component],
+                tables.symbols[component],
+            )
+            run, size = (code >> 4) & 15, code & 15
+            if code == 0 or (size == 0 and 0 < run < 15):
+                return INVALID
+            bits, ends = (code >> 8) + size, 1 if run == 0 and size == 0 else 0
+            moved = 0 if ends else run + 1
+        window_bits -= bits
+        done += moved
+        if done >= 64 or ends:
+            break
+    if done > 64:
+        return INVALID
+    return 8 * signed(byte) - window_bits
