@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .conversion import convert
     from .dataset import Dataset
+    from .dataset import open_dataset as open
     from .index import RecordIndex
     from .manifest import Manifest
     from .schema import Field, Schema
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
     from .verification import verify
     from .writer import Writer
 
-__all__ = ["Dataset", "Field", "Manifest", "RecordIndex", "Schema", "Writer", "convert", "scan_imagefolder", "verify"]
+__all__ = [
+    "Dataset",
+    "Field",
+    "Manifest",
+    "RecordIndex",
+    "Schema",
+    "Writer",
+    "convert",
+    "open",
+    "scan_imagefolder",
+    "verify",
+]
 
 _MODULES = {
     "Dataset": "dataset",
@@ -23,6 +35,7 @@ _MODULES = {
     "Schema": "schema",
     "Writer": "writer",
     "convert": "conversion",
+    "open": "dataset",
     "scan_imagefolder": "source_imagefolder",
     "verify": "verification",
 }
@@ -31,5 +44,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     # Not imported until asked for: h5py and zarr are heavy, and the error tree and the manifest need neither.
     if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        return getattr(import_module(f".{_MODULES[name]}", __name__), "open_dataset" if name == "open" else name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import chunk_sums
+from .checksums import Buffer, chunk_sums, pwrite_all
 from .errors import UsageError
-from .index import index_fields
+from .index import ROW_DTYPE, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
-from .publish import PART_SUFFIX, fsync_folder, publish_bytes
+from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
 from .schema import Field
-from .shards import ShardContent, ShardLayout, write_shard
+from .shards import ShardContent, ShardLayout, write_shard_file
 from .sources import RefusedRecord
-from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, primary_document
+from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, shards_document
 
 JOURNAL_FOLDER = "journal"
 _READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class FinishedShard:
-    """A published shard: its manifest entry, the index rows and columns of its records, and what was left out of it."""
+class FinishedField:
+    """A large field in a published shard: its manifest entry, and the index rows of its records."""
 
     entry: ShardEntry
     payload_bytes: int
@@ -41,6 +42,24 @@ class FinishedShard:
     """Offsets of the records from the start of the file, in bytes."""
     nbytes: NDArray[np.uint32]
     crc32c: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class ColumnPart:
+    """The records of a shard in a ragged column: their bytes, one record behind the other, and index rows."""
+
+    content: NDArray[np.uint8]
+    nbytes: NDArray[np.uint32]
+    crc32c: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A published shard: its large fields, which are in its files, its columns, which are not yet, and what was left out."""
+
+    records: int
+    large_fields: dict[str, FinishedField]
+    ragged_columns: dict[str, ColumnPart]
     columns: dict[str, NDArray[np.generic]]
     skipped: tuple[RefusedRecord, ...] = ()
     """What was left out of it, on request."""
@@ -54,10 +73,21 @@ def finish_shard(
     layout: ShardLayout,
     skipped: tuple[RefusedRecord, ...] = (),
 ) -> FinishedShard:
-    """Write and publish shard `number` of the data set growing in `folder`. Raises OSError as the file system does."""
-    entry, offset = write_shard(folder, number, first, content, layout)
-    payload_bytes, columns = len(content.payload), dict(content.columns)
-    return FinishedShard(entry, payload_bytes, offset, content.nbytes, content.crc32c, columns, skipped)
+    """Write and publish shard `number` of the data set growing in `folder`; one without records has no files.
+
+    Raises OSError as the file system does.
+    """
+    if not content.records:
+        return FinishedShard(0, {}, {}, {}, skipped)
+    large = {}
+    for name, field in content.large_fields.items():
+        entry, offset = write_shard_file(folder, number, first, name, content, layout)
+        large[name] = FinishedField(entry, len(field.payload), offset, field.nbytes, field.crc32c)
+    ragged = {
+        name: ColumnPart(np.frombuffer(field.payload, np.uint8), field.nbytes, field.crc32c)
+        for name, field in content.ragged_columns.items()
+    }
+    return FinishedShard(content.records, large, ragged, dict(content.columns), skipped)
 
 
 class GrowingDataset:
@@ -108,10 +138,13 @@ class GrowingDataset:
         skipped: Sequence[RefusedRecord] = (),
     ) -> Manifest:
         """Complete the data set from its shards, in order, and give it its final name."""
+        shards = [shard for shard in shards if shard.records]
         manifest = _write_all_but_shards(self.folder, layout, shards, origin, skipped)
-        expected = {shard.entry.file for shard in shards}
-        for path in (self.folder / "shards").iterdir():  # shards of an earlier attempt with other options
-            if f"shards/{path.name}" not in expected:
+        expected = {self.folder / field.entry.file for shard in shards for field in shard.large_fields.values()}
+        for path in sorted((self.folder / "shards").rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and path not in expected:  # of an earlier attempt with other options
                 path.unlink()
         manifest.save(self.folder)
         shutil.rmtree(self.folder / JOURNAL_FOLDER)
@@ -129,17 +162,23 @@ class GrowingDataset:
 
 def journal_shard(folder: Path, number: int, fingerprint: str, shard: FinishedShard) -> None:
     """Note that shard `number` is finished; `fingerprint` says from what it was made."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, field in shard.large_fields.items():
+        arrays |= {f"{name}.{part}": getattr(field, part) for part in ("offset", "nbytes", "crc32c")}
+    for name, column in shard.ragged_columns.items():
+        arrays |= {f"{name}.{part}": getattr(column, part) for part in ("content", "nbytes", "crc32c")}
     head = {
         "fingerprint": fingerprint,
-        "entry": shard.entry.model_dump(),
-        "payload_bytes": shard.payload_bytes,
+        "records": shard.records,
+        "large_fields": [
+            (name, field.entry.model_dump(), field.payload_bytes) for name, field in shard.large_fields.items()
+        ],
+        "ragged_columns": list(shard.ragged_columns),
+        "columns": list(shard.columns),
         "skipped": [(refused.name, refused.reason) for refused in shard.skipped],
-        "columns": sorted(shard.columns),
     }
-    arrays: dict[str, Any] = {"offset": shard.offset, "nbytes": shard.nbytes, "crc32c": shard.crc32c}
-    arrays |= {f"column.{name}": values for name, values in shard.columns.items()}
     content = io.BytesIO()
-    np.savez(content, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+    np.savez(content, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays, **shard.columns)  # type: ignore[arg-type]
     publish_bytes(_journal_path(folder, number), content.getvalue())
 
 
@@ -150,20 +189,35 @@ def resume_shard(folder: Path, number: int, fingerprint: str, chunk_bytes: int) 
             head = json.loads(content["head"].tobytes())
             if head["fingerprint"] != fingerprint:
                 return None
-            shard = FinishedShard(
-                ShardEntry(**head["entry"]),
-                head["payload_bytes"],
-                content["offset"],
-                content["nbytes"],
-                content["crc32c"],
-                {name: content[f"column.{name}"] for name in head["columns"]},
-                tuple(RefusedRecord(name, reason) for name, reason in head["skipped"]),
-            )
-        if file_sums(folder / shard.entry.file, chunk_bytes) != shard.entry.xxh3_128:
-            return None
-    except (OSError, ValueError, KeyError):  # no journal entry, or a damaged one: the shard is made again
+            shard = _shard_from_journal(head, content)
+        for field in shard.large_fields.values():
+            if file_sums(folder / field.entry.file, chunk_bytes) != field.entry.xxh3_128:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # none, or damaged: the shard is made again
         return None
     return shard
+
+
+def _shard_from_journal(head: Any, content: Mapping[str, NDArray[Any]]) -> FinishedShard:
+    return FinishedShard(
+        head["records"],
+        {
+            name: FinishedField(
+                ShardEntry(**entry),
+                payload_bytes,
+                content[f"{name}.offset"],
+                content[f"{name}.nbytes"],
+                content[f"{name}.crc32c"],
+            )
+            for name, entry, payload_bytes in head["large_fields"]
+        },
+        {
+            name: ColumnPart(content[f"{name}.content"], content[f"{name}.nbytes"], content[f"{name}.crc32c"])
+            for name in head["ragged_columns"]
+        },
+        {name: content[name] for name in head["columns"]},
+        tuple(RefusedRecord(name, reason) for name, reason in head["skipped"]),
+    )
 
 
 def fingerprint(*parts: object) -> str:
@@ -188,60 +242,122 @@ def _write_all_but_shards(
     origin: Origin,
     skipped: Sequence[RefusedRecord],
 ) -> Manifest:
-    schema, primary = layout.schema, layout.schema.primary
-    num_records = sum(shard.entry.records for shard in shards)
-    files: dict[str, bytes] = {"zarr.json": document(GROUP_DOCUMENT)}
-
-    def add_column(name: str, field: Field, parts: list[NDArray[np.generic]]) -> None:
-        files[f"{name}/zarr.json"] = document(column_document(field, num_records))
-        if num_records:
-            column = np.concatenate(parts).astype(field.stored_dtype, copy=False)
-            files[column_chunk_path(name, field)] = column.tobytes()
-
-    files["index/zarr.json"] = files[f"index/{primary}/zarr.json"] = document(GROUP_DOCUMENT)
-    rows: dict[str, list[NDArray[np.generic]]] = {
-        "shard": [np.full(shard.entry.records, number, np.uint32) for number, shard in enumerate(shards)],
-        "offset": [shard.offset for shard in shards],
-        "nbytes": [shard.nbytes for shard in shards],
-        "crc32c": [shard.crc32c for shard in shards],
-    }
-    for name, field in index_fields(primary).items():
-        add_column(name, field, rows[name.rpartition("/")[2]])
-    for name, field in schema.columns.items():
-        add_column(name, field, [shard.columns[name] for shard in shards])
+    files = _FileWriter(folder, layout.chunk_bytes)
+    files.write("zarr.json", [document(GROUP_DOCUMENT)])
+    files.write("index/zarr.json", [document(GROUP_DOCUMENT)])
+    for name, field in layout.schema.columns.items():
+        files.write_column(name, field, [shard.columns[name] for shard in shards])
+    for name in layout.schema.indexed_fields:
+        _write_index(files, layout, name, shards)
+    for name, field in layout.schema.ragged_columns.items():
+        files.write_column(name, field, [_rows(field, shard.ragged_columns[name].content) for shard in shards])
     if "zarr" in layout.container:
-        last_payload = shards[-1].payload_bytes if shards else 0
-        files[f"{primary}/zarr.json"] = document(
-            primary_document(schema.primary_field, num_records, layout.capacity, last_payload, len(shards))
-        )
+        for name, field in layout.schema.large_fields.items():
+            rows = [_shard_rows(field, shard.large_fields[name], shard.records) for shard in shards]
+            files.write(f"{name}/zarr.json", [document(shards_document(field, layout.capacity[name], rows))])
     if skipped:
-        files["skipped.tsv"] = "".join(f"{refused.name}\t{refused.reason}\n" for refused in skipped).encode()
-
-    entries = []
-    for name, content in sorted(files.items()):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        publish_bytes(folder / name, content)
-        entries.append(
-            FileEntry(
-                file=name, nbytes=len(content), xxh3_128=b"".join(chunk_sums([content], layout.chunk_bytes)).hex()
-            )
-        )
-    first, shard_entries = 0, []
-    for shard in shards:  # records that were skipped move the first record of later shards
-        shard_entries.append(shard.entry.model_copy(update={"first": first}))
-        first += shard.entry.records
+        lines = "".join(f"{refused.name}\t{refused.reason}\n" for refused in skipped)
+        files.write("skipped.tsv", [lines.encode(errors="surrogateescape")])
     manifest = Manifest(
         container=layout.container,
-        schema=schema,
-        num_records=num_records,
-        capacity=layout.capacity,
+        schema=layout.schema,
+        num_records=sum(shard.records for shard in shards),
+        capacity=dict(layout.capacity),
         chunk_bytes=layout.chunk_bytes,
-        shards=tuple(shard_entries),
-        files=tuple(entries),
+        shards=_renumbered_entries(layout, shards),
+        files=tuple(sorted(files.entries, key=lambda entry: entry.file)),
         source=origin,
     ).sealed()
     make_links(folder, manifest)
     return manifest
+
+
+def _renumbered_entries(layout: ShardLayout, shards: Sequence[FinishedShard]) -> tuple[ShardEntry, ...]:
+    """The entries of all shard files, field after field; records that were skipped move the first record of later shards."""
+    firsts = np.cumsum([0, *(shard.records for shard in shards)]).tolist()
+    return tuple(
+        shard.large_fields[name].entry.model_copy(update={"first": first})
+        for name in layout.schema.large_fields
+        for shard, first in zip(shards, firsts, strict=False)
+    )
+
+
+def _write_index(files: "_FileWriter", layout: ShardLayout, name: str, shards: Sequence[FinishedShard]) -> None:
+    """The index of a field that is read record by record; with a Zarr array, also at which row of it each record starts."""
+    field = layout.schema.fields[name]
+    if name in layout.schema.ragged_columns:
+        parts = [(shard.ragged_columns[name].nbytes, shard.ragged_columns[name].crc32c) for shard in shards]
+        sizes = [nbytes for nbytes, _ in parts]
+        offsets = _offsets_of_column(sizes)
+        numbers = [np.zeros(len(nbytes), np.uint32) for nbytes in sizes]
+        rows = [offset // np.uint64(field.row_bytes) for offset in offsets]
+        sums = [crc32c for _, crc32c in parts]
+    else:
+        finished = [shard.large_fields[name] for shard in shards]
+        sizes, sums = [each.nbytes for each in finished], [each.crc32c for each in finished]
+        offsets = [each.offset for each in finished]
+        numbers = [np.full(shard.records, number, np.uint32) for number, shard in enumerate(shards)]
+        rows = [_zarr_rows(field, each, number * layout.capacity[name]) for number, each in enumerate(finished)]
+    files.write(f"index/{name}/zarr.json", [document(GROUP_DOCUMENT)])
+    arrays: dict[str, Any] = {"shard": numbers, "offset": offsets, "nbytes": sizes, "crc32c": sums}
+    for path, declared in index_fields(name).items():
+        files.write_column(path, declared, arrays[path.rpartition("/")[2]])
+    if "zarr" in layout.container or name in layout.schema.ragged_columns:
+        files.write_column(f"index/{name}/row", Field(kind="tensor", dtype=ROW_DTYPE), rows)
+
+
+def _offsets_of_column(sizes: Sequence[NDArray[np.uint32]]) -> list[NDArray[np.uint64]]:
+    """Where the records of a ragged column start in its file, part after part."""
+    start, offsets = 0, []
+    for nbytes in sizes:
+        ends = start + np.cumsum(nbytes, dtype=np.uint64)
+        offsets.append(ends - nbytes)
+        start = int(ends[-1]) if len(ends) else start
+    return offsets
+
+
+def _zarr_rows(field: Field, finished: FinishedField, first_row: int) -> NDArray[np.uint64]:
+    """At which row of the Zarr array each record of a shard starts, when the shard starts at row `first_row`."""
+    if not field.is_variable:
+        return np.arange(first_row, first_row + len(finished.nbytes), dtype=np.uint64)
+    in_payload = finished.offset - np.uint64(finished.entry.data_offset)
+    return in_payload // np.uint64(field.row_bytes) + np.uint64(first_row)
+
+
+def _shard_rows(field: Field, finished: FinishedField, records: int) -> int:
+    return finished.payload_bytes // field.row_bytes if field.is_variable else records
+
+
+def _rows(field: Field, content: NDArray[np.uint8]) -> NDArray[np.generic]:
+    return content.view(field.stored_dtype).reshape(-1, *field.row_shape)
+
+
+class _FileWriter:
+    """Writes the files beside the shards, piece by piece, and keeps their manifest entries."""
+
+    def __init__(self, folder: Path, chunk_bytes: int) -> None:
+        self._folder = folder
+        self._chunk_bytes = chunk_bytes
+        self.entries: list[FileEntry] = []
+
+    def write(self, name: str, pieces: Sequence[Buffer]) -> None:
+        """Publish the file `name` with these bytes."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with publish_file(path) as part, open(part, "wb", buffering=0) as file:
+            for piece in pieces:
+                pwrite_all(file.fileno(), piece, file.tell())
+                file.seek(0, os.SEEK_END)
+        sums = b"".join(chunk_sums(pieces, self._chunk_bytes)).hex()
+        nbytes = sum(memoryview(piece).nbytes for piece in pieces)
+        self.entries.append(FileEntry(file=name, nbytes=nbytes, xxh3_128=sums))
+
+    def write_column(self, name: str, field: Field, parts: Sequence[NDArray[np.generic]]) -> None:
+        """Publish a column of these parts as a Zarr array of one chunk."""
+        self.write(f"{name}/zarr.json", [document(column_document(field, sum(len(part) for part in parts)))])
+        if parts:
+            stored = [np.ascontiguousarray(part, field.stored_dtype).reshape(-1).view(np.uint8) for part in parts]
+            self.write(column_chunk_path(name, field), stored)
 
 
 def make_links(folder: Path, manifest: Manifest) -> None:

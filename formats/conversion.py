@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .assembly import GrowingDataset, fingerprint
-from .codecs import WORTHWHILE_RATIO, Codec
+from .codec_trial import TRIED_RECORDS, CodecTrial
+from .codecs import Codec
 from .errors import InterruptedRunError, SourceError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Schema
 from .shard_tasks import ShardResult, ShardTask
 from .shard_workers import InProcess, ShardExecutor, ShardWorkers, result_of
-from .shards import DEFAULT_SHARD_BYTES, ShardLayout, ShardPlan, plan_shards, refuse_codec, refuse_large_record
-from .sources import RefusedRecord, Source, SourceRecord
+from .shards import DEFAULT_SHARD_BYTES, ShardLayout, ShardPlan, plan_shards, refuse_codecs, refuse_large_record
+from .sources import RefusedRecord, Source, SourceRecord, record_nbytes, variable_nbytes
+from .values import row_bytes, to_rows
 
 _LISTED_REFUSED = 20
-_TRIED_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ def plan_conversion(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> ConversionPlan:
     """The plan for `convert` with the same arguments. Raises UsageError for a record or a codec that cannot be."""
-    for record, nbytes in enumerate(source.nbytes.tolist()):
-        refuse_large_record(nbytes, f"record {record} of {source.name}")
-    schema = with_codec(source.schema, choose_codec(source) if codec == "auto" else codec)
-    refuse_codec(schema, container)
-    shards, capacity = plan_shards(schema, source.nbytes, shard_bytes)
+    for name, nbytes in variable_nbytes(source).items():
+        if len(nbytes):
+            refuse_large_record(int(nbytes.max()), f"field {name!r} of record {int(nbytes.argmax())} of {source.name}")
+    schema = settled_schema(source, codec)
+    refuse_codecs(schema, container)
+    shards, capacity = plan_shards(schema, len(source.nbytes), variable_nbytes(source), shard_bytes)
     return ConversionPlan(source, ShardLayout(schema, container, capacity, chunk_bytes), tuple(shards))
 
 
@@ -99,8 +101,8 @@ def convert(
 ) -> Converted:
     """Pack the records of `source` into the data set `target`, with `workers` processes (1: this one).
 
-    `codec` compresses the records of a `tensor` primary field; "auto" tries some on a few records and takes what is
-    worthwhile. Records of an `encoded` field are stored as they are.
+    `codec` compresses the records of the large `tensor` fields for which the schema names none; "auto" tries some on a few
+    records and takes, field by field, what is worthwhile. All other fields are stored as they are.
 
     Killed at any point, the same call again keeps the finished shards. What cannot be a record is listed in a
     SourceError at the end, or left out and written to skipped.tsv when `skip_bad` is set. Other errors: UsageError
@@ -149,7 +151,7 @@ def carry_out(
                 )
                 for shard in plan.shards
             )
-            results = _run_tasks(tasks, source.nbytes, executor, on_progress)
+            results = _run_tasks(tasks, record_nbytes(source), executor, on_progress)
             bad = [refused for result in results for refused in result.bad]
             if bad:
                 raise _refusal(source, bad)
@@ -161,33 +163,35 @@ def carry_out(
     return Converted(manifest, skipped, sum(result.reused for result in results))
 
 
-def with_codec(schema: Schema, codec: Codec | None) -> Schema:
-    """The schema with its primary field compressed by `codec`, where it is a tensor field."""
-    field = schema.primary_field
-    if codec is None or field.kind != "tensor":
-        return schema
-    compressed = field.model_copy(update={"codec": codec})
-    return schema.model_copy(update={"fields": {**schema.fields, schema.primary: compressed}})
+def settled_schema(source: Source, codec: Codec | Literal["auto"] | None) -> Schema:
+    """The schema of a source with codec and storage of every field settled."""
+    count = len(source.nbytes)
+    means = {name: float(nbytes.mean()) if count else 0.0 for name, nbytes in variable_nbytes(source).items()}
+    schema = source.schema.resolved(means, count)
+    names = [name for name, field in schema.large_fields.items() if field.kind == "tensor" and field.codec is None]
+    codecs = choose_codecs(source, names) if codec == "auto" else dict.fromkeys(names, codec)
+    changed = {name: schema.fields[name].model_copy(update={"codec": chosen}) for name, chosen in codecs.items()}
+    return schema.model_copy(update={"fields": schema.fields | changed})
 
 
-def choose_codec(source: Source) -> Codec | None:
-    """The Blosc shuffle that compresses a few records spread over the source best, None when none is worthwhile."""
-    field, count = source.schema.primary_field, len(source.nbytes)
-    if field.kind != "tensor" or not count:
-        return None
-    candidates = [Codec(name="blosc-lz4", shuffle="byte"), Codec(name="blosc-lz4", shuffle="bit")]
-    stored_bytes = [0] * len(candidates)
-    record = memoryview(bytearray(field.record_bytes))
-    tried_bytes = 0
-    for number in np.unique(np.linspace(0, count - 1, _TRIED_RECORDS).astype(int)).tolist():
-        for read in source.part(np.array([number])).read(lambda nbytes: record):
-            if isinstance(read, SourceRecord):
-                tried_bytes += read.nbytes
-                for place, codec in enumerate(candidates):
-                    stored_bytes[place] += len(codec.encode(record, field.stored_dtype.itemsize))
-    best = min(range(len(candidates)), key=stored_bytes.__getitem__)
-    worthwhile = tried_bytes >= WORTHWHILE_RATIO * max(stored_bytes[best], 1)
-    return candidates[best] if worthwhile else None
+def choose_codecs(source: Source, names: Sequence[str]) -> dict[str, Codec | None]:
+    """For each of these `tensor` fields the codec that suits a few records spread over the source."""
+    trials = {name: CodecTrial(source.schema.fields[name]) for name in names}
+    rooms: dict[str, memoryview] = {}
+
+    def room(name: str, nbytes: int) -> memoryview:
+        rooms[name] = memoryview(bytearray(nbytes))
+        return rooms[name]
+
+    count = len(source.nbytes)
+    tried = np.unique(np.linspace(0, count - 1, TRIED_RECORDS).astype(np.int64)) if count and names else np.arange(0)
+    for number in tried:  # one by one: what is refused is none of them
+        for read in source.part(np.array([number])).read(room):
+            for name, trial in trials.items():
+                if isinstance(read, SourceRecord):
+                    trial.add(rooms[name] if name in rooms else row_bytes(to_rows(trial.field, read.values[name])))
+        rooms.clear()
+    return {name: trial.choice() for name, trial in trials.items()}
 
 
 def _refusal(source: Source, bad: list[RefusedRecord]) -> SourceError:

@@ -3,8 +3,10 @@
 No HDF5 or Zarr library is involved: those write, verify and inspect; training reads bytes.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +14,25 @@ from numpy.typing import NDArray
 from .index import RecordIndex, load_column
 from .manifest import Manifest
 from .record_reader import RecordReader
-from .schema import Schema
+from .schema import Field, Schema
+from .values import from_rows
+
+Record: TypeAlias = dict[str, Any]
+"""The fields of a record by name: `tensor` and `ragged` as arrays, `encoded` as the bytes of its file (uint8), `text` as str."""
+
+
+def open_dataset(path: Path | str) -> "Dataset":
+    """Open the data set at `path`. Raises SourceError, one sentence, when there is none that can be trusted."""
+    return Dataset(path)
 
 
 class Dataset:
-    """A data set on disk. Safe to use from many threads; picklable (files are opened again on the other side).
+    """A data set on disk: a sequence of records. Safe to use from many threads; picklable (files are opened again there).
+
+        with formats.open("train.st") as dataset:
+            dataset.fields, len(dataset)
+            dataset[0]["image"], dataset[-1]             # a record is a dict
+            dataset[10:20], dataset[[5, 3, 8]]           # several, read together: a list of them
 
     path         the data set as converted.
     staged_path  a copy of some or all of its shards, nearer; `staged_shards` names the shards it has (None: all).
@@ -29,47 +45,80 @@ class Dataset:
         self.path = Path(path)
         self.staged_path = staged_path
         self.staged_shards = None if staged_shards is None else frozenset(staged_shards)
-        root = staged_path or self.path
-        self.manifest = Manifest.load(root)
-        self.reader = RecordReader(
-            self.schema.primary_field,
-            RecordIndex.load(root, self.manifest),
-            [self._shard_path(shard.file) for shard in self.manifest.shards],
-        )
+        self.manifest = Manifest.load(self._root)
+        self.readers = {name: self._open_reader(name, field) for name, field in self.schema.indexed_fields.items()}
+        """The fields that are read record by record: the large ones, and small ones whose records differ in size."""
         self.columns: dict[str, NDArray[np.generic]] = {
-            name: load_column(root, name, field, self.manifest.num_records)
+            name: load_column(self._root, name, field, self.manifest.num_records)
             for name, field in self.schema.columns.items()
         }
-        """The small fields, whole: [num_records, *shape] each."""
+        """The small fields of a fixed shape, whole: [num_records, *shape] each."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What a record holds, by name."""
+        return self.schema.fields
+
+    @property
+    def schema(self) -> Schema:
+        return self.manifest.record_schema
+
+    @property
+    def reader(self) -> RecordReader:
+        """The reader of the primary field."""
+        return self.readers[self.schema.primary]
 
     @property
     def index(self) -> RecordIndex:
         """Where the records of the primary field lie."""
         return self.reader.index
 
-    @property
-    def schema(self) -> Schema:
-        return self.manifest.record_schema
-
     def __len__(self) -> int:
         return self.manifest.num_records
 
     def __repr__(self) -> str:
-        return f"Dataset({str(self.path)!r}, {len(self)} records in {len(self.manifest.shards)} shards)"
+        fields = ", ".join(f"{name}: {field}" for name, field in self.fields.items())
+        return f"Dataset({str(self.path)!r}, {len(self)} records of {fields})"
 
-    def __getitem__(self, record: int) -> dict[str, NDArray[np.generic]]:
-        """One record, a dict of its fields: `encoded` as its stored bytes (uint8), `tensor` with its shape and dtype."""
-        record = range(len(self))[record]  # IndexError and negative numbers as every sequence has them
-        (content,) = self.read_records([record])
-        fields: dict[str, NDArray[np.generic]] = {
-            name: np.asarray(column[record]) for name, column in self.columns.items()
-        }
-        field = self.schema.primary_field
-        fields[self.schema.primary] = content if field.kind == "encoded" else self.decode(content)
-        return fields
+    @overload
+    def __getitem__(self, records: int | np.integer[Any]) -> Record: ...
 
-    def __iter__(self) -> Iterator[dict[str, NDArray[np.generic]]]:
+    @overload
+    def __getitem__(self, records: slice | Sequence[int] | NDArray[np.integer[Any]]) -> list[Record]: ...
+
+    def __getitem__(self, records: int | np.integer[Any] | slice | Sequence[int] | NDArray[np.integer[Any]]) -> Any:
+        """A record by its number, or several by a slice or a list of numbers; negative ones count from the end.
+
+        Raises IndexError for a number that is not there, ChecksumError or SourceError, naming file and record, for what
+        is damaged or missing.
+        """
+        every = range(len(self))
+        if isinstance(records, slice):
+            return self._read(every[records])
+        if isinstance(records, (int, np.integer)):
+            return self._read([every[records]])[0]
+        return self._read([every[record] for record in records])
+
+    def __iter__(self) -> Iterator[Record]:
         return (self[record] for record in range(len(self)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, numbers: Sequence[int]) -> list[Record]:
+        records: list[Record] = [
+            {name: np.array(self.columns[name][number]) if name in self.columns else None for name in self.fields}
+            for number in numbers
+        ]
+        for name, reader in self.readers.items():
+            for record, stored in zip(records, reader.read_records(numbers), strict=True):
+                record[name] = reader.decode(stored) if reader.field.codec else from_rows(reader.field, stored)
+        return records
 
     def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
         """The stored bytes of these records of the primary field: see `RecordReader.read_records`."""
@@ -84,14 +133,28 @@ class Dataset:
         return self.reader.decode(stored)
 
     def close(self) -> None:
-        """Close the shards; the data set cannot be read afterwards."""
-        self.reader.close()
+        """Close the files; the data set cannot be read afterwards."""
+        for reader in self.readers.values():
+            reader.close()
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "staged_path": self.staged_path, "staged_shards": self.staged_shards}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def _root(self) -> Path:
+        """Where everything but shards is read from."""
+        return self.staged_path or self.path
+
+    def _open_reader(self, name: str, field: Field) -> RecordReader:
+        index = RecordIndex.load(self._root, self.manifest, name)
+        parts = [part.file for part in self.manifest.parts_of(name)]
+        is_column = name in self.schema.ragged_columns
+        return RecordReader(
+            field, index, [self._root / file if is_column else self._shard_path(file) for file in parts]
+        )
 
     def _shard_path(self, name: str) -> Path:
         near = self.staged_path is not None and (self.staged_shards is None or name in self.staged_shards)

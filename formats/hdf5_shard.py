@@ -6,6 +6,7 @@ the end of the file. Shards are immutable after that: any edit would move the en
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -53,56 +54,66 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     return int(dataset.get_offset())
 
 
-def create_skeleton(
-    path: Path,
-    *,
-    payload_name: str,
-    payload_shape: tuple[int, ...],
-    payload_dtype: str,
-    small: Mapping[str, NDArray[np.generic]],
-    attributes: Mapping[str, object],
-) -> int:
+@dataclass(frozen=True)
+class Hdf5Structure:
+    """All of a shard file but the bytes of its payload: what the payload is, small data sets, and attributes.
+
+    `dtypes` are the types of data sets that numpy has not: their elements are the bits.
+    """
+
+    payload_name: str
+    payload_shape: tuple[int, ...]
+    payload_dtype: str
+    small: Mapping[str, NDArray[np.generic]]
+    attributes: Mapping[str, object]
+    dtypes: Mapping[str, str]
+
+    def write(self, file: h5py.File) -> None:
+        """Write the attributes and the small data sets."""
+        file.attrs.update(self.attributes)
+        for name, values in self.small.items():
+            file.create_dataset(name, data=values)
+
+    def name_dtypes(self, file: h5py.File) -> None:
+        """Say of which type the elements of data sets are that numpy has no type for."""
+        for name, dtype in self.dtypes.items():
+            file[name].attrs["dtype"] = dtype
+
+
+def create_skeleton(path: Path, structure: Hdf5Structure) -> int:
     """Write all of a shard but its payload, for which room is left; returns the offset of that room in bytes."""
     with _open(path, "w") as file:
-        file.attrs.update(attributes)
-        for name, values in small.items():
-            file.create_dataset(name, data=values)
-        return _create_contiguous(file, payload_name, payload_shape, payload_dtype)
+        structure.write(file)
+        offset = _create_contiguous(file, structure.payload_name, structure.payload_shape, structure.payload_dtype)
+        structure.name_dtypes(file)
+    return offset
 
 
 def create_chunked(
-    path: Path,
-    *,
-    payload_name: str,
-    payload_shape: tuple[int, ...],
-    payload_dtype: str,
-    hdf5_filter: tuple[int, tuple[int, ...]],
-    records: Sequence[memoryview],
-    small: Mapping[str, NDArray[np.generic]],
-    attributes: Mapping[str, object],
+    path: Path, structure: Hdf5Structure, hdf5_filter: tuple[int, tuple[int, ...]], records: Sequence[memoryview]
 ) -> NDArray[np.uint64]:
     """Write all of a shard, its payload as one filtered chunk a record; `records` are the chunks as they are stored.
 
     Returns the offset of each chunk in the file, in bytes.
     """
+    shape = structure.payload_shape
     with _open(path, "w") as file:
-        file.attrs.update(attributes)
-        for name, values in small.items():
-            file.create_dataset(name, data=values)
+        structure.write(file)
         number, parameters = hdf5_filter
         dataset = file.create_dataset(
-            payload_name,
-            payload_shape,
-            np.dtype(payload_dtype),
-            chunks=(1, *payload_shape[1:]),
+            structure.payload_name,
+            shape,
+            np.dtype(structure.payload_dtype),
+            chunks=(1, *shape[1:]),
             compression=number,
             compression_opts=parameters,
             fill_time="never",
         )
-        inner = (0,) * (len(payload_shape) - 1)
+        inner = (0,) * (len(shape) - 1)
         for row, content in enumerate(records):
             dataset.id.write_direct_chunk((row, *inner), content)
-    return chunk_places(path, payload_name)[:, 0]
+        structure.name_dtypes(file)
+    return chunk_places(path, structure.payload_name)[:, 0]
 
 
 def chunk_places(path: Path, name: str) -> NDArray[np.uint64]:
@@ -129,10 +140,11 @@ def append_zarr_index_room(path: Path, nbytes: int) -> int:
     return offset
 
 
-def read_small(path: Path, names: list[str]) -> dict[str, NDArray[np.generic]]:
-    """The named small data sets of a shard, whole."""
+def read_small(path: Path, name: str) -> NDArray[np.generic] | None:
+    """A small data set of a shard, whole; None where there is none."""
     with h5py.File(path, "r", locking=False) as file:
-        return {name: file[name][...] for name in names}
+        found: NDArray[np.generic] | None = file[name][...] if name in file else None
+        return found
 
 
 def payload_offset(path: Path, name: str) -> int:

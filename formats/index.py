@@ -1,7 +1,8 @@
-"""The record index: for every record, which shard it is in, where, how long it is, and the crc32c of its bytes.
+"""The record index of a field: for every record, which file it is in, where, how long it is, and the crc32c of its bytes.
 
 20 bytes a record in four plain arrays. They are Zarr arrays of one uncompressed chunk each, so any Zarr library reads
-them; we map their files, and all processes of a node share one copy in memory.
+them; we map their files, and all processes of a node share one copy in memory. A fifth, `row`, is there for those who read
+the Zarr arrays of the fields: it says at which row of it a record starts.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from .schema import Field
 from .zarr_view import column_chunk_path, column_from_chunk
 
 _DTYPES = {"shard": "uint32", "offset": "uint64", "nbytes": "uint32", "crc32c": "uint32"}
+ROW_DTYPE = "uint64"
 
 
-def index_fields(primary: str) -> dict[str, Field]:
+def index_fields(name: str) -> dict[str, Field]:
     """The arrays of the index of a field, as columns named by their place below the data set."""
-    return {f"index/{primary}/{name}": Field(kind="tensor", dtype=dtype) for name, dtype in _DTYPES.items()}
+    return {f"index/{name}/{part}": Field(kind="tensor", dtype=dtype) for part, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,36 @@ class RecordIndex:
     crc32c: NDArray[np.uint32]
 
     @classmethod
-    def load(cls, folder: Path, manifest: Manifest) -> "RecordIndex":
-        """Map the index of the data set in `folder`. Raises SourceError for a missing file or one of a wrong size."""
-        prefix = f"index/{manifest.record_schema.primary}/"
+    def load(cls, folder: Path, manifest: Manifest, name: str) -> "RecordIndex":
+        """Map the index of the field `name` of the data set in `folder`.
+
+        Raises SourceError for a missing file, one of a wrong size, and an index that leads out of the field's files.
+        """
+        prefix = f"index/{name}/"
         arrays: dict[str, Any] = {
-            name.removeprefix(prefix): load_column(folder, name, field, manifest.num_records)
-            for name, field in index_fields(manifest.record_schema.primary).items()
+            path.removeprefix(prefix): load_column(folder, path, field, manifest.num_records)
+            for path, field in index_fields(name).items()
         }
         index = cls(**arrays)
-        index._refuse_out_of_bounds(folder, manifest)
+        index._refuse_out_of_bounds(folder, manifest, name)
         return index
 
-    def _refuse_out_of_bounds(self, folder: Path, manifest: Manifest) -> None:
+    def _refuse_out_of_bounds(self, folder: Path, manifest: Manifest, name: str) -> None:
         """A damaged index must not send a reader past the end of a shard, or into another one."""
-        for number, shard in enumerate(manifest.shards):
+        parts, field = manifest.parts_of(name), manifest.record_schema.fields[name]
+        if manifest.num_records and not parts:
+            raise SourceError(f"{folder} has records but no file with {name!r}: run `stagein verify {folder}`")
+        for number, shard in enumerate(parts):
             mine = slice(shard.first, shard.first + shard.records)
-            ends = self.offset[mine] + self.nbytes[mine]
-            if (self.shard[mine] != number).any() or (ends > shard.nbytes).any():
+            offset, nbytes = self.offset[mine], self.nbytes[mine].astype(np.uint64)
+            fits = (self.shard[mine] == number) & (offset <= shard.nbytes) & (nbytes <= shard.nbytes - offset)
+            if field.codec is None:
+                fits &= nbytes % field.row_bytes == 0 if field.is_variable else nbytes == field.record_bytes
+            if not fits.all():
+                record = shard.first + int(np.argmin(fits))
                 raise SourceError(
-                    f"the record index of {folder} does not fit {shard.file}: run `stagein verify {folder}`"
+                    f"the index of {name!r} in {folder} does not fit {shard.file}, at record {record}: "
+                    f"run `stagein verify {folder}`"
                 )
 
 

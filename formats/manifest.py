@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic import Field as pydantic_field
@@ -16,6 +16,7 @@ from .checksums import CHUNK_SUM_BYTES
 from .errors import SourceError
 from .publish import publish_bytes
 from .schema import Schema
+from .zarr_view import column_chunk_path
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "stagein"
@@ -53,8 +54,9 @@ class FileEntry(BaseModel):
 
 
 class ShardEntry(FileEntry):
-    """A shard: `records` records from number `first` on; its payload starts at `data_offset` of the file."""
+    """The file of one field in a shard: `records` records from number `first` on; their payload starts at `data_offset`."""
 
+    field: str
     records: int = pydantic_field(ge=0)
     first: int = pydantic_field(ge=0)
     data_offset: int = pydantic_field(ge=0)
@@ -70,7 +72,10 @@ class Origin(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The whole data set. `files` are all files but the shards and the manifest itself."""
+    """The whole data set. `files` are all files but those of shards and the manifest itself.
+
+    Every large field has as many shards, with the same records in them; `shards` are their files, field after field.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,8 +85,8 @@ class Manifest(BaseModel):
     container: Container
     record_schema: Schema = pydantic_field(alias="schema")
     num_records: int = pydantic_field(ge=0)
-    capacity: int = pydantic_field(gt=0)
-    """Size of a Zarr shard along its first axis: payload bytes for an `encoded` primary field, records for a `tensor` one."""
+    capacity: dict[str, Annotated[int, pydantic_field(gt=0)]]
+    """Rows of a full shard of each large field: the size of a Zarr shard along its first axis."""
     chunk_bytes: int = pydantic_field(ge=4096)
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
@@ -89,13 +94,17 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Manifest":
-        next_record = 0
-        for shard in self.shards:
-            if shard.first != next_record:
-                raise ValueError(f"shard {shard.file} starts at record {shard.first}, not at {next_record}")
-            next_record += shard.records
-        if next_record != self.num_records:
-            raise ValueError(f"the shards hold {next_record} records, the manifest says {self.num_records}")
+        for name, field in self.record_schema.fields.items():
+            if field.storage is None:
+                raise ValueError(f"field {name!r} does not say how it is stored")
+        large = list(self.record_schema.large_fields)
+        if sorted(self.capacity) != sorted(large):
+            raise ValueError(f"it has capacities of {sorted(self.capacity)}, the large fields are {sorted(large)}")
+        count = len(self.shards) // len(large)
+        if [shard.field for shard in self.shards] != [name for name in large for _ in range(count)]:
+            raise ValueError("the large fields do not have equally many shards, in the order of the fields")
+        for name in large:
+            self._refuse_wrong_records(name)
         names = [entry.file for entry in self.all_files()]
         if MANIFEST_NAME in names or len({name.casefold() for name in names}) != len(names):
             raise ValueError("a file is listed twice, or two names differ only in case")
@@ -105,6 +114,39 @@ class Manifest(BaseModel):
         if self.id and self.id != self.computed_id():
             raise ValueError(f"its id {self.id[:12]}… does not belong to its content: it was edited or damaged")
         return self
+
+    def _refuse_wrong_records(self, name: str) -> None:
+        next_record = 0
+        for shard, primary in zip(self.shards_of(name), self.shards, strict=False):
+            if shard.first != next_record:
+                raise ValueError(f"shard {shard.file} starts at record {shard.first}, not at {next_record}")
+            if shard.records != primary.records:
+                raise ValueError(f"{shard.file} holds {shard.records} records, {primary.file} {primary.records}")
+            if shard.data_offset > shard.nbytes:
+                raise ValueError(f"the payload of {shard.file} starts behind its end")
+            next_record += shard.records
+        if next_record != self.num_records:
+            raise ValueError(f"the shards hold {next_record} records, the manifest says {self.num_records}")
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of each large field."""
+        return len(self.shards_of(self.record_schema.primary))
+
+    def shards_of(self, name: str) -> tuple[ShardEntry, ...]:
+        """The shard files of a large field, in the order of their records."""
+        return tuple(shard for shard in self.shards if shard.field == name)
+
+    def parts_of(self, name: str) -> tuple[ShardEntry, ...]:
+        """The files that hold a field that is read record by record: its shards, or the one file of a ragged column."""
+        if name not in self.record_schema.ragged_columns:
+            return self.shards_of(name)
+        path = column_chunk_path(name, self.record_schema.fields[name])
+        return tuple(
+            ShardEntry(**entry.model_dump(), field=name, records=self.num_records, first=0, data_offset=0)
+            for entry in self.files
+            if entry.file == path
+        )
 
     @property
     def nbytes(self) -> int:

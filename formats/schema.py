@@ -1,6 +1,11 @@
-"""What a record holds: one schema in the manifest and in every shard."""
+"""What a record holds: one schema in the manifest and in every shard.
+
+Every field is stored as rows of one shape and type. A `tensor` has one row a record; what varies in length has many: the
+bytes of a file or a text, the boxes of an image. That one view serves payloads, HDF5 data sets and Zarr arrays alike.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -9,53 +14,97 @@ from pydantic import Field as pydantic_field
 
 from .codecs import Codec
 
-FieldKind = Literal["encoded", "tensor"]
+FieldKind = Literal["encoded", "ragged", "tensor", "text"]
+Storage = Literal["column", "shards"]
+
 SMALL_FIELD_BYTES = 4096
-"""A fixed-shape field of at most this many bytes a record is small: kept whole in memory as a column."""
+"""A field of at most this many bytes a record (on average, where they differ) is small: kept whole, as a column."""
+MAX_COLUMN_BYTES = 1 << 30
+"""A field whose records differ in size is no column when all of them together have more bytes than this."""
+MAX_RECORD_BYTES = 2**32 - 1
+
+BFLOAT16 = "bfloat16"
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_NUMBERS = (*_INTEGERS, "float16", "float32", "float64", "complex64", "complex128", BFLOAT16)
+_RESERVED_NAMES = ("index", "journal", "shards", "zarr_index")
 
 
 class Field(BaseModel):
     """One field of a record.
 
-    kind      `encoded`: a file's bytes as they are (JPEG, PNG, …); `tensor`: a fixed shape of little-endian numbers.
-    dtype     numpy name of the element type; for `encoded`, of what it decodes to.
-    shape     extents of one record; None where they differ from record to record (only `encoded`).
-    encoding  for `encoded`: the format's name, `jpeg` or `image` for a mixture.
+    kind      `encoded`: a file's bytes as they are (JPEG, PNG, FLAC, …); `tensor`: numbers of a fixed shape;
+              `ragged`: numbers whose first extent differs from record to record; `text`: UTF-8.
+    dtype     name of the element type; for `encoded`, of what it decodes to. `bfloat16` is stored as uint16.
+    shape     extents of one record; None where they differ from record to record.
+    encoding  for `encoded`: the format's name, `jpeg`, or `image` for a mixture; for `text`, such as `json`.
     dims      names of the extents, such as ("height", "width", "channel").
     codec     for `tensor`: how records are compressed; None: they are stored as they are.
+    storage   `shards`: in shard files, read record by record; `column`: whole, in one file. None: follows from its size.
     meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: FieldKind
-    dtype: str
+    dtype: str = "uint8"
     shape: tuple[int | None, ...] = ()
     encoding: str | None = None
     dims: tuple[str, ...] | None = None
     codec: Codec | None = None
+    storage: Storage | None = None
     meta: dict[str, object] = pydantic_field(default_factory=dict)
 
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str) -> str:
+        if value in _NUMBERS:
+            return value
         try:
             dtype = np.dtype(value)
         except (TypeError, ValueError, SyntaxError):
-            raise ValueError(f"dtype {value!r} is not known") from None
-        if dtype.kind not in "biufc" or dtype.byteorder == ">":
-            raise ValueError(f"dtype {value!r} is not a little-endian number type")
+            raise ValueError(f"dtype {value!r} is not known: take one of {', '.join(_NUMBERS)}") from None
+        if dtype.byteorder == ">" or dtype.name not in _NUMBERS:
+            raise ValueError(f"dtype {value!r} is not a little-endian number type: take one of {', '.join(_NUMBERS)}")
         return dtype.name
 
     @model_validator(mode="after")
     def _consistent(self) -> "Field":
-        if self.kind == "tensor" and (None in self.shape or self.encoding is not None):
-            raise ValueError("a tensor field has a fixed shape and no encoding")
-        if self.kind == "encoded" and self.codec is not None:
-            raise ValueError("an encoded field is compressed already: it has no codec")
+        if any(extent is not None and extent < 0 for extent in self.shape):
+            raise ValueError(f"the shape {self.shape} has a negative extent")
+        if self.kind == "tensor" and None in self.shape:
+            raise ValueError("a tensor field has a fixed shape: where the first extent differs, its kind is ragged")
+        if self.kind == "tensor" and self.record_bytes > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"a record of {self.record_bytes} bytes is above the limit of {MAX_RECORD_BYTES}: split it"
+            )
+        if self.kind == "ragged":
+            if self.shape[:1] != (None,) or None in self.shape[1:]:
+                raise ValueError(f"a ragged field has the shape (None, …) with one free extent, not {self.shape}")
+            if self.row_bytes == 0:
+                raise ValueError(f"a ragged field of shape {self.shape} has rows of no bytes")
+        if self.kind == "text" and (self.dtype != "uint8" or self.shape not in ((), (None,))):
+            raise ValueError("a text field is UTF-8: it has no dtype and no shape")
+        if self.kind in ("tensor", "ragged") and self.encoding is not None:
+            raise ValueError(f"a {self.kind} field has no encoding")
         if self.kind == "encoded" and self.encoding is None:
-            raise ValueError("an encoded field names its encoding")
+            raise ValueError("an encoded field names its encoding, such as jpeg")
+        if self.kind != "tensor" and self.codec is not None:
+            reason = "is compressed already" if self.kind == "encoded" else "differs in size from record to record"
+            raise ValueError(f"a field of kind {self.kind} {reason}: it has no codec")
+        if self.dims is not None and len(self.dims) != len(self.shape):
+            raise ValueError(f"dims {self.dims} name {len(self.dims)} extents, the shape has {len(self.shape)}")
         return self
+
+    def __str__(self) -> str:
+        """In a few words, as `encoded jpeg` or `float32 [?, 4]`."""
+        shape = f" [{', '.join('?' if extent is None else str(extent) for extent in self.shape)}]" if self.shape else ""
+        words = {"encoded": f"encoded {self.encoding}", "text": "text"}
+        return words.get(self.kind, f"{self.dtype}{shape}")
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether records differ in size."""
+        return self.kind != "tensor"
 
     @property
     def fixed_shape(self) -> tuple[int, ...]:
@@ -63,40 +112,68 @@ class Field(BaseModel):
         return tuple(extent or 0 for extent in self.shape)
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row: a whole record of a `tensor` field, one step along the free extent of a `ragged` one, a byte."""
+        if self.kind == "tensor":
+            return self.fixed_shape
+        return tuple(extent or 0 for extent in self.shape[1:]) if self.kind == "ragged" else ()
+
+    @property
     def stored_dtype(self) -> np.dtype[np.generic]:
-        """The element type as it is on disk: always little-endian."""
-        return np.dtype(self.dtype).newbyteorder("<")
+        """The element type on disk, always little-endian: bytes for `encoded` and `text`, uint16 for bfloat16."""
+        if self.kind in ("encoded", "text"):
+            return np.dtype(np.uint8)
+        return np.dtype("<u2" if self.dtype == BFLOAT16 else self.dtype).newbyteorder("<")
+
+    @property
+    def array_dtype(self) -> np.dtype[np.generic]:
+        """The element type of arrays in memory: as stored, but bfloat16 where the package ml_dtypes is installed."""
+        return bfloat16_dtype() if self.dtype == BFLOAT16 and self.kind in ("tensor", "ragged") else self.stored_dtype
+
+    @property
+    def array_dtype_name(self) -> str:
+        """What the stored elements are: `bfloat16` where numpy sees uint16."""
+        return self.dtype if self.kind in ("tensor", "ragged") else "uint8"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.row_shape) * self.stored_dtype.itemsize
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one record of a `tensor` field."""
-        return math.prod(self.fixed_shape) * self.stored_dtype.itemsize
+        return self.row_bytes
 
 
 class Schema(BaseModel):
-    """The fields of a record. `primary` fills the shards; every other field is small and kept as a column."""
+    """The fields of a record.
+
+    `primary` is the field that a data set is about: by default the first that is not small, else the largest. Small fields
+    are kept as columns; every other field has shard files of its own.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fields: dict[str, Field]
-    primary: str
+    primary: str = ""
 
     @model_validator(mode="after")
-    def _one_large_field(self) -> "Schema":
+    def _consistent(self) -> "Schema":
+        if not self.fields:
+            raise ValueError("a record without fields is none: name at least one")
+        if not self.primary:
+            object.__setattr__(self, "primary", _default_primary(self.fields))
         if self.primary not in self.fields:
             raise ValueError(f"the primary field {self.primary!r} is not among the fields {sorted(self.fields)}")
-        if self.primary_field.kind == "tensor" and self.primary_field.record_bytes == 0:
+        if not self.primary_field.is_variable and self.primary_field.record_bytes == 0:
             raise ValueError(f"the primary field {self.primary!r} has records of no bytes")
+        if self.primary_field.storage == "column":
+            raise ValueError(f"the primary field {self.primary!r} fills the shards: it cannot be a column")
+        if len({name.casefold() for name in self.fields}) != len(self.fields):
+            raise ValueError("the names of two fields differ only in case: rename one")
         for name, field in self.fields.items():
-            if not name.isidentifier() or name in ("index", "shards", "zarr_index"):
-                raise ValueError(f"{name!r} cannot be the name of a field")
-            if name != self.primary and field.codec is not None:
-                raise ValueError(f"field {name!r} is not the primary field: it has no codec")
-            if name != self.primary and (field.kind != "tensor" or field.record_bytes > SMALL_FIELD_BYTES):
-                raise ValueError(
-                    f"field {name!r} has {field.record_bytes} bytes a record, a field beside the primary one {self.primary!r} "
-                    f"at most {SMALL_FIELD_BYTES}: leave it out, or make a data set of its own from it"
-                )
+            _refuse_bad_field(name, field, is_primary=name == self.primary)
         return self
 
     @property
@@ -105,5 +182,75 @@ class Schema(BaseModel):
 
     @property
     def columns(self) -> dict[str, Field]:
-        """The small fields, by name."""
-        return {name: field for name, field in self.fields.items() if name != self.primary}
+        """The small fields of a fixed shape, by name: arrays of one row a record."""
+        return {name: field for name, field in self.fields.items() if self._is_column(name) and not field.is_variable}
+
+    @property
+    def ragged_columns(self) -> dict[str, Field]:
+        """The small fields whose records differ in size, by name."""
+        return {name: field for name, field in self.fields.items() if self._is_column(name) and field.is_variable}
+
+    @property
+    def large_fields(self) -> dict[str, Field]:
+        """The fields with shard files of their own, by name, the primary one first."""
+        others = {name: field for name, field in self.fields.items() if not self._is_column(name)}
+        return {self.primary: self.primary_field} | others
+
+    @property
+    def indexed_fields(self) -> dict[str, Field]:
+        """The fields that are read record by record, through an index: the large ones and the ragged columns."""
+        return self.large_fields | self.ragged_columns
+
+    def resolved(self, mean_bytes: Mapping[str, float], num_records: int | None = None) -> "Schema":
+        """The schema with the storage of every field settled.
+
+        `mean_bytes` are the bytes a record on average of the fields whose records differ in size; `num_records`, where it
+        is known, says how many there are of them in all. A field that is not in `mean_bytes` becomes a column.
+        """
+        fields = dict(self.fields)
+        for name, field in fields.items():
+            if field.storage is None:
+                mean = mean_bytes.get(name, 0) if field.is_variable else field.record_bytes
+                small = mean <= SMALL_FIELD_BYTES and field.codec is None
+                if field.is_variable and num_records is not None:
+                    small &= mean * num_records <= MAX_COLUMN_BYTES
+                storage = "column" if small and name != self.primary else "shards"
+                fields[name] = field.model_copy(update={"storage": storage})
+        return self.model_copy(update={"fields": fields})
+
+    def _is_column(self, name: str) -> bool:
+        """Whether a field is a column; as long as it is not settled, those of which it is certain are."""
+        field = self.fields[name]
+        certain = not field.is_variable and field.record_bytes <= SMALL_FIELD_BYTES and field.codec is None
+        return name != self.primary and (field.storage == "column" or (field.storage is None and certain))
+
+
+def bfloat16_dtype() -> np.dtype[np.generic]:
+    """numpy's type for bfloat16, which the package ml_dtypes brings; without it uint16, the bits."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return np.dtype("<u2")
+    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+
+
+def _default_primary(fields: Mapping[str, Field]) -> str:
+    for name, field in fields.items():
+        if field.storage != "column" and (field.is_variable or field.record_bytes > SMALL_FIELD_BYTES):
+            return name
+    return max(fields, key=lambda name: fields[name].record_bytes)
+
+
+def _refuse_bad_field(name: str, field: Field, *, is_primary: bool) -> None:
+    if not name.isidentifier() or name in _RESERVED_NAMES or len(name) > 100:
+        raise ValueError(f"{name!r} cannot be the name of a field: take letters, digits and _")
+    if field.is_variable or is_primary:
+        return
+    if field.storage == "column" and field.record_bytes > SMALL_FIELD_BYTES:
+        raise ValueError(
+            f"field {name!r} has {field.record_bytes} bytes a record, a column at most {SMALL_FIELD_BYTES}: leave its storage out"
+        )
+    if field.storage == "column" and field.codec is not None:
+        raise ValueError(f"field {name!r} is a column, which is kept as it is: it has no codec")
+    if field.storage == "shards" and field.record_bytes == 0:
+        raise ValueError(f"field {name!r} has records of no bytes: it can only be a column")

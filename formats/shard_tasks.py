@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .assembly import FinishedShard, fingerprint, finish_shard, journal_shard, resume_shard
-from .shards import PayloadBuffer, ShardBuilder, ShardLayout, ShardPlan
+from .shards import ShardBuffers, ShardBuilder, ShardLayout, ShardPlan
 from .sources import RefusedRecord, SourcePart
+from .values import BadValueError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ShardTask:
         layout = self.layout
         schema = layout.schema.model_dump(mode="json")
         return fingerprint(
-            self.part.mark(), schema, layout.container, layout.capacity, layout.chunk_bytes, self.skip_bad
+            self.part.mark(), schema, layout.container, dict(layout.capacity), layout.chunk_bytes, self.skip_bad
         )
 
 
@@ -37,19 +38,23 @@ class ShardResult:
     bad: tuple[RefusedRecord, ...] = ()
 
 
-def make_shard(task: ShardTask, buffer: PayloadBuffer) -> ShardResult:
+def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     """Make a shard, or find it finished by an earlier attempt. Raises SourceError, and OSError as the file system does."""
     number, mark = task.plan.number, task.fingerprint()
     finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
     if finished is not None:
         return ShardResult(task.plan, finished, reused=True)
-    builder = ShardBuilder(task.layout, buffer, task.plan.records, task.plan.payload_bytes)
+    builder = ShardBuilder(task.layout.schema, buffers, task.plan.records, task.plan.payload_bytes)
     bad: list[RefusedRecord] = []
-    for record in task.part.read(builder.room):
-        if isinstance(record, RefusedRecord):
-            bad.append(record)
-        else:
-            builder.add(record.nbytes, record.columns)
+    for place, record in enumerate(task.part.read(builder.room)):
+        try:
+            if isinstance(record, RefusedRecord):
+                bad.append(record)
+            else:
+                builder.add(record.values)
+        except BadValueError as error:
+            bad.append(RefusedRecord(f"record {task.plan.first + place}", str(error)))
+        builder.forget()
     if bad and not task.skip_bad:
         return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
     shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad))

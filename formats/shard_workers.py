@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 from .errors import StageinError
 from .shard_tasks import ShardResult, ShardTask, make_shard
-from .shards import PayloadBuffer
+from .shards import ShardBuffers
 
 
 class ShardExecutor(Protocol):
@@ -32,12 +32,12 @@ class InProcess:
     capacity = 1
 
     def __init__(self) -> None:
-        self._buffer = PayloadBuffer()
+        self._buffers: ShardBuffers = {}
 
     def submit(self, task: ShardTask) -> Future[ShardResult]:
         future: Future[ShardResult] = Future()
         try:
-            future.set_result(make_shard(task, self._buffer))
+            future.set_result(make_shard(task, self._buffers))
         except (StageinError, OSError) as error:
             future.set_exception(error)
         return future
@@ -86,12 +86,11 @@ def worker_lost() -> StageinError:
     return StageinError("a worker process was killed (out of memory?): run the same command again, it resumes")
 
 
-_worker_buffer: PayloadBuffer
+_worker_buffers: ShardBuffers = {}
+"""The memory of a worker process, kept from shard to shard."""
 
 
 def _start_worker() -> None:
-    global _worker_buffer
-    _worker_buffer = PayloadBuffer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -105,4 +104,4 @@ def _end_with_parent() -> None:
 
 
 def _make_shard_in_worker(task: ShardTask) -> ShardResult:
-    return make_shard(task, _worker_buffer)
+    return make_shard(task, _worker_buffers)

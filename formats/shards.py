@@ -1,6 +1,7 @@
 """Shards: how records are dealt to them (pure), and how one is written.
 
-A shard is assembled in memory at its final layout, so that its bytes are touched once: summed, hashed, written.
+A shard is a run of consecutive records, and a file for each large field of them. It is assembled in memory at its final
+layout, so that its bytes are touched once: summed, hashed, written.
 """
 
 import json
@@ -9,85 +10,113 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from . import hdf5_shard, zarr_view
 from .checksums import Buffer, chunk_sums, crc32c, pread_exactly, pwrite_all
-from .errors import UsageError
+from .errors import SourceError, UsageError
 from .manifest import FORMAT_VERSION, Container, ShardEntry
 from .publish import publish_file
-from .schema import Schema
+from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema
+from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
 
 DEFAULT_SHARD_BYTES = 256 << 20
-MAX_RECORD_BYTES = 2**32 - 1
 SHARD_MODE = 0o444
 _WRITE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Shard `number` holds the `records` records from `first` on, with `payload_bytes` of padded payload."""
+    """Shard `number` holds the `records` records from `first` on; `payload_bytes` of each large field, before compression."""
 
     number: int
     first: int
     records: int
-    payload_bytes: int
+    payload_bytes: Mapping[str, int]
 
 
-def padded_payload_bytes(nbytes: int) -> int:
-    """Payload of an `encoded` field, padded to whole inner chunks of the Zarr view; never empty, so that it is aligned."""
-    inner = zarr_view.INNER_CHUNK_BYTES
-    return max(inner, -(-nbytes // inner) * inner)
-
-
-def plan_encoded_shards(nbytes: NDArray[np.int64], shard_bytes: int) -> list[ShardPlan]:
+def split_by_bytes(nbytes: NDArray[np.int64], shard_bytes: int) -> list[range]:
     """Deal records of these sizes to shards in order, as many as fit into `shard_bytes`; a larger one gets its own."""
     ends = np.cumsum(nbytes, dtype=np.int64)
-    plans: list[ShardPlan] = []
+    runs: list[range] = []
     first = 0
     while first < len(nbytes):
         start = int(ends[first] - nbytes[first])
         stop = max(first + 1, int(np.searchsorted(ends, start + shard_bytes, side="right")))
-        plans.append(ShardPlan(len(plans), first, stop - first, padded_payload_bytes(int(ends[stop - 1]) - start)))
+        runs.append(range(first, stop))
         first = stop
-    return plans
+    return runs
 
 
-def plan_tensor_shards(num_records: int, record_bytes: int, shard_bytes: int) -> list[ShardPlan]:
-    """Deal `num_records` of `record_bytes` each to shards in order, equally many to each but the last."""
-    each = tensor_shard_records(record_bytes, shard_bytes)
-    return [
-        ShardPlan(number, first, min(each, num_records - first), min(each, num_records - first) * record_bytes)
-        for number, first in enumerate(range(0, num_records, each))
+def split_by_count(num_records: int, each: int) -> list[range]:
+    """Deal `num_records` to shards in order, `each` to every one but the last."""
+    return [range(first, min(first + each, num_records)) for first in range(0, num_records, each)]
+
+
+def plan_shards(
+    schema: Schema, num_records: int, sizes: Mapping[str, NDArray[np.int64]], shard_bytes: int
+) -> tuple[list[ShardPlan], dict[str, int]]:
+    """Deal records to shards whose large fields have about `shard_bytes` together, before compression.
+
+    `sizes` are the bytes in every record of the large fields whose records differ in size. Returns the shards and the
+    capacity of each large field. Where all large fields are tensors, all shards but the last have equally many records.
+    """
+    large = schema.large_fields
+    variable = [name for name, field in large.items() if field.is_variable]
+    if variable:
+        total = np.full(num_records, _fixed_bytes(schema), np.int64)
+        for name in variable:
+            total += sizes[name]
+        runs = split_by_bytes(total, shard_bytes)
+    else:
+        runs = split_by_count(num_records, tensor_shard_records(schema, shard_bytes))
+
+    def payload_bytes(name: str, field: Field, run: range) -> int:
+        if not field.is_variable:
+            return len(run) * field.record_bytes
+        return zarr_view.padded_bytes(field, int(sizes[name][run.start : run.stop].sum()))
+
+    plans = [
+        ShardPlan(number, run.start, len(run), {name: payload_bytes(name, field, run) for name, field in large.items()})
+        for number, run in enumerate(runs)
     ]
+    capacity = shard_capacity(schema, shard_bytes)
+    for name in variable:
+        largest = max((plan.payload_bytes[name] for plan in plans), default=0)
+        capacity[name] = max(capacity[name], largest // large[name].row_bytes)
+    return plans, capacity
 
 
-def plan_shards(schema: Schema, nbytes: NDArray[np.int64], shard_bytes: int) -> tuple[list[ShardPlan], int]:
-    """Deal records of these sizes, before compression, to shards; returns the shards and their common capacity."""
-    field = schema.primary_field
-    if field.kind == "encoded":
-        plans = plan_encoded_shards(nbytes, shard_bytes)
-        return plans, encoded_capacity(plans, shard_bytes)
-    plans = plan_tensor_shards(len(nbytes), field.record_bytes, shard_bytes)
-    return plans, tensor_shard_records(field.record_bytes, shard_bytes)
+def shard_capacity(schema: Schema, shard_bytes: int) -> dict[str, int]:
+    """Rows of a full shard of each large field, as long as no record alone has more than `shard_bytes`."""
+    return {
+        name: zarr_view.padded_bytes(field, shard_bytes) // field.row_bytes
+        if field.is_variable
+        else tensor_shard_records(schema, shard_bytes)
+        for name, field in schema.large_fields.items()
+    }
 
 
-def tensor_shard_records(record_bytes: int, shard_bytes: int) -> int:
-    """Records in a full shard of a `tensor` field."""
-    return max(1, shard_bytes // max(record_bytes, 1))
+def tensor_shard_records(schema: Schema, shard_bytes: int) -> int:
+    """The most records of a shard, by the bytes of its tensors."""
+    return max(1, shard_bytes // max(1, _fixed_bytes(schema)))
 
 
-def encoded_capacity(plans: list[ShardPlan], shard_bytes: int) -> int:
-    """The common capacity of the shards of an `encoded` field in the Zarr view: the largest payload of all."""
-    return max([padded_payload_bytes(shard_bytes), *(plan.payload_bytes for plan in plans)])
+def _fixed_bytes(schema: Schema) -> int:
+    return sum(field.record_bytes for field in schema.large_fields.values() if not field.is_variable)
 
 
-def shard_path(number: int, container: Container) -> str:
-    """Where shard `number` lies below the data set."""
-    return f"shards/{number:05d}.{'zarr-shard' if container == 'zarr' else 'h5'}"
+def shard_path(number: int, name: str, schema: Schema, container: Container) -> str:
+    """Where the file of the field `name` in shard `number` lies below the data set."""
+    folder = "shards" if name == schema.primary else f"shards/{name}"
+    return f"{folder}/{number:05d}.{'zarr-shard' if container == 'zarr' else 'h5'}"
+
+
+ShardBuffers: TypeAlias = "dict[str, PayloadBuffer]"
+"""The memory of the large fields of a shard, by name, kept for the next shard; empty to begin with."""
 
 
 class PayloadBuffer:
@@ -104,96 +133,214 @@ class PayloadBuffer:
 
 
 @dataclass(frozen=True)
-class ShardContent:
-    """What goes into a shard: the payload as it is stored, and for each record where in it its bytes are, and their crc32c."""
+class FieldContent:
+    """A field in a shard: its payload as it is stored, and for each record where in it its bytes are, and their crc32c."""
 
     payload: memoryview
     offset: NDArray[np.uint64]
     nbytes: NDArray[np.uint32]
     crc32c: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What goes into a shard: its fields by the way they are stored."""
+
+    records: int
+    large_fields: Mapping[str, FieldContent]
+    ragged_columns: Mapping[str, FieldContent]
     columns: Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """What all shards of a data set have in common."""
+    """What all shards of a data set have in common. In its schema it is settled how every field is stored."""
 
     schema: Schema
     container: Container
-    capacity: int
+    capacity: Mapping[str, int]
     chunk_bytes: int
 
-    @property
-    def inner_chunks(self) -> int:
-        """Entries of the Zarr index of a shard."""
-        encoded = self.schema.primary_field.kind == "encoded"
-        return self.capacity // zarr_view.INNER_CHUNK_BYTES if encoded else self.capacity
+    def inner_chunks(self, name: str) -> int:
+        """Entries of the Zarr index of a shard of a large field."""
+        return self.capacity[name] // zarr_view.inner_rows(self.schema.fields[name])
 
     def zarr_index(
-        self, data_offset: int, payload_bytes: int, offset: NDArray[np.uint64], nbytes: NDArray[np.uint32]
+        self, name: str, data_offset: int, payload_bytes: int, offset: NDArray[np.uint64], nbytes: NDArray[np.uint32]
     ) -> bytes:
         """The Zarr index of a shard: of the inner chunks of its payload, or of its records at `offset` in the file."""
-        if self.schema.primary_field.kind == "encoded":
-            inner = zarr_view.INNER_CHUNK_BYTES
-            offset = np.arange(data_offset, data_offset + payload_bytes, inner, dtype=np.uint64)
-            return zarr_view.encode_index(offset, np.full(len(offset), inner, np.uint64), self.inner_chunks)
-        return zarr_view.encode_index(offset, nbytes.astype(np.uint64), self.inner_chunks)
+        field = self.schema.fields[name]
+        if field.is_variable:
+            inner_bytes = zarr_view.inner_rows(field) * field.row_bytes
+            offset = np.arange(data_offset, data_offset + payload_bytes, inner_bytes, dtype=np.uint64)
+            return zarr_view.encode_index(offset, np.full(len(offset), inner_bytes, np.uint64), self.inner_chunks(name))
+        return zarr_view.encode_index(offset, nbytes.astype(np.uint64), self.inner_chunks(name))
+
+
+class _Places:
+    """Where the records of a field are in its payload."""
+
+    def __init__(self) -> None:
+        self.used_bytes = 0
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+        self._sums: list[int] = []
+
+    def add(self, stored: memoryview) -> None:
+        self._offsets.append(self.used_bytes)
+        self._sizes.append(len(stored))
+        self._sums.append(crc32c(stored))
+        self.used_bytes += len(stored)
+
+    def content(self, payload: memoryview) -> FieldContent:
+        return FieldContent(
+            payload,
+            np.array(self._offsets, np.uint64),
+            np.array(self._sizes, np.uint32),
+            np.array(self._sums, np.uint32),
+        )
+
+
+class _PayloadBuilder:
+    """Collects the records of a large field at their places in the payload of a shard."""
+
+    def __init__(self, name: str, field: Field, buffer: PayloadBuffer, records: int, payload_bytes: int) -> None:
+        self._name = name
+        self._field = field
+        self._codec = field.codec
+        if self._codec:
+            payload_bytes = records * self._codec.most_stored_bytes(field.record_bytes)
+        self._payload = buffer.view(payload_bytes)
+        self._record = memoryview(bytearray(field.record_bytes if self._codec else 0))
+        self._places = _Places()
+
+    def room(self, nbytes: int) -> memoryview:
+        if self._codec:
+            return self._record
+        start = self._places.used_bytes
+        if start + nbytes > len(self._payload):
+            raise SourceError(
+                f"field {self._name!r} has more bytes than were planned: did the source change meanwhile?"
+            )
+        return self._payload[start : start + nbytes]
+
+    def add(self, nbytes: int) -> None:
+        start = self._places.used_bytes
+        if self._codec:
+            stored = self._codec.encode(self._record, self._field.stored_dtype.itemsize)
+            nbytes = len(stored)
+            self._payload[start : start + nbytes] = stored
+        self._places.add(self._payload[start : start + nbytes])
+
+    def content(self) -> FieldContent:
+        used = self._places.used_bytes
+        payload_bytes = used if self._codec else zarr_view.padded_bytes(self._field, used)
+        self._payload[used:payload_bytes] = bytes(payload_bytes - used)
+        return self._places.content(self._payload[:payload_bytes])
+
+
+class _ColumnBuilder:
+    """Collects the records of a ragged column."""
+
+    def __init__(self) -> None:
+        self._record = memoryview(b"")
+        self._records: list[memoryview] = []
+        self._places = _Places()
+
+    def room(self, nbytes: int) -> memoryview:
+        self._record = memoryview(bytearray(nbytes))
+        return self._record
+
+    def add(self, nbytes: int) -> None:
+        self._records.append(self._record)
+        self._places.add(self._record)
+
+    def content(self) -> FieldContent:
+        return self._places.content(memoryview(b"".join(self._records)))
 
 
 class ShardBuilder:
     """Collects the records of one shard in memory at their places: read into `room`, then added, then written."""
 
-    def __init__(self, layout: ShardLayout, buffer: PayloadBuffer, records: int, payload_bytes: int) -> None:
-        """Room for `records` records of `payload_bytes` in all, before compression; `buffer` is this builder's until the next."""
-        field = layout.schema.primary_field
-        self._layout = layout
-        self._codec = field.codec
-        self._payload = buffer.view(
-            records * self._codec.most_stored_bytes(field.record_bytes) if self._codec else payload_bytes
-        )
-        self._record = memoryview(bytearray(field.record_bytes if self._codec else 0))
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
-        self._sums: list[int] = []
-        self._columns: dict[str, list[ArrayLike]] = {name: [] for name in layout.schema.columns}
+    def __init__(self, schema: Schema, buffers: ShardBuffers, records: int, payload_bytes: Mapping[str, int]) -> None:
+        """Room for `records` records of `payload_bytes` in all of each large field, before compression.
+
+        `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
+        """
+        self._schema = schema
+        self._builders: dict[str, _PayloadBuilder | _ColumnBuilder] = {
+            name: _PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), records, payload_bytes[name])
+            for name, field in schema.large_fields.items()
+        }
+        self._builders |= {name: _ColumnBuilder() for name in schema.ragged_columns}
+        self._columns: dict[str, list[Value]] = {name: [] for name in schema.columns}
+        self._asked: dict[str, memoryview] = {}
+        self.records = 0
         self.used_bytes = 0
+        """Bytes of the large fields so far, before compression."""
 
-    @property
-    def records(self) -> int:
-        return len(self._sizes)
+    def room(self, name: str, nbytes: int) -> memoryview:
+        """Where the field `name` of the next record goes, `nbytes` long; asked for again, it is the same place.
 
-    def room(self, nbytes: int) -> memoryview:
-        """Where the next record's primary field goes, `nbytes` long; asked for again, it is the same place."""
-        return self._record if self._codec else self._payload[self.used_bytes : self.used_bytes + nbytes]
+        Raises BadValueError when no record of the field has so many bytes.
+        """
+        field = self._schema.fields[name]
+        if nbytes > MAX_RECORD_BYTES or (nbytes % field.row_bytes if field.row_bytes else nbytes):
+            raise BadValueError(f"field {name!r}: {nbytes} bytes are not rows of {field.row_bytes} bytes below 4 GiB")
+        if not field.is_variable and nbytes != field.record_bytes:
+            raise BadValueError(f"field {name!r}: {nbytes} bytes are not the {field.record_bytes} of its shape")
+        builder = self._builders.get(name)
+        self._asked[name] = memoryview(bytearray(nbytes)) if builder is None else builder.room(nbytes)
+        return self._asked[name]
 
-    def add(self, nbytes: int, columns: Mapping[str, ArrayLike]) -> None:
-        """The record in the room is whole; `columns` are its small fields."""
-        field = self._layout.schema.primary_field
-        if self._codec:
-            stored = self._codec.encode(self._record, field.stored_dtype.itemsize)
-            nbytes = len(stored)
-            self._payload[self.used_bytes : self.used_bytes + nbytes] = stored
-        self._offsets.append(self.used_bytes)
-        self._sizes.append(nbytes)
-        self._sums.append(crc32c(self._payload[self.used_bytes : self.used_bytes + nbytes]))
-        for name, values in self._columns.items():
-            values.append(columns[name])
-        self.used_bytes += nbytes
+    def forget(self) -> None:
+        """The record for which room was asked is none."""
+        self._asked.clear()
+
+    def add(self, values: Mapping[str, Value]) -> None:
+        """The record is whole: the fields for which room was asked are in it, `values` are the others.
+
+        Raises BadValueError, and nothing is added, when a field is missing, given twice, unknown, or does not fit.
+        """
+        given = self._asked.keys() | values.keys()
+        if given != self._schema.fields.keys() or self._asked.keys() & values.keys():
+            raise BadValueError(
+                f"it has the fields {sorted(given)}, the schema {sorted(self._schema.fields)}: each once"
+            )
+        for name in self._builders.keys() - self._asked.keys():
+            field = self._schema.fields[name]
+            try:
+                rows = to_rows(field, values[name])
+            except BadValueError as error:
+                raise BadValueError(f"field {name!r}: {error}") from None
+            self.room(name, rows.nbytes)[:] = row_bytes(rows)
+        for name, column in self._columns.items():
+            column.append(self._column_value(name) if name in self._asked else values[name])
+        for name, builder in self._builders.items():
+            nbytes = len(self._asked[name])
+            builder.add(nbytes)
+            self.used_bytes += nbytes if isinstance(builder, _PayloadBuilder) else 0
+        self.records += 1
+        self._asked.clear()
+
+    def _column_value(self, name: str) -> NDArray[np.generic]:
+        field = self._schema.fields[name]
+        return np.frombuffer(self._asked[name], field.stored_dtype).reshape(field.fixed_shape)
 
     def content(self) -> ShardContent:
         """What has been added, padded as it is stored."""
-        encoded = self._layout.schema.primary_field.kind == "encoded"
-        payload_bytes = padded_payload_bytes(self.used_bytes) if encoded else self.used_bytes
-        self._payload[self.used_bytes : payload_bytes] = bytes(payload_bytes - self.used_bytes)
+        content = {name: builder.content() for name, builder in self._builders.items()}
+        columns = {}
+        for name, field in self._schema.columns.items():
+            try:
+                columns[name] = stack_rows(field, self._columns[name])
+            except BadValueError as error:
+                raise SourceError(f"field {name!r}: {error}") from None
         return ShardContent(
-            self._payload[:payload_bytes],
-            np.array(self._offsets, np.uint64),
-            np.array(self._sizes, np.uint32),
-            np.array(self._sums, np.uint32),
-            {
-                name: np.array(self._columns[name], field.stored_dtype).reshape(self.records, *field.fixed_shape)
-                for name, field in self._layout.schema.columns.items()
-            },
+            self.records,
+            {name: content[name] for name in self._schema.large_fields},
+            {name: content[name] for name in self._schema.ragged_columns},
+            columns,
         )
 
 
@@ -210,28 +357,30 @@ class _Placement:
         return int(self.offset.min()) if self.payload_offset is None else self.payload_offset
 
 
-def write_shard(
-    folder: Path, number: int, first: int, content: ShardContent, layout: ShardLayout
+def write_shard_file(
+    folder: Path, number: int, first: int, name: str, content: ShardContent, layout: ShardLayout
 ) -> tuple[ShardEntry, NDArray[np.uint64]]:
-    """Write shard `number` into the data set at `folder` and publish it.
+    """Write the file of the large field `name` in shard `number` into the data set at `folder` and publish it.
 
-    Returns its manifest entry and the offset of every record in its file. Raises OSError as the file system does;
-    nothing is left under the final name then.
+    Returns its manifest entry and the offset of every record in it. Raises OSError as the file system does; nothing is
+    left under the final name then.
     """
-    relative = shard_path(number, layout.container)
+    relative = shard_path(number, name, layout.schema, layout.container)
+    payload = content.large_fields[name].payload
+    (folder / relative).parent.mkdir(exist_ok=True)
     with publish_file(folder / relative, mode=SHARD_MODE) as part:
-        placement = _lay_out(part, content, layout)
+        placement = _lay_out(part, name, content, layout)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if placement.payload_offset is not None:
-                for start in range(0, len(content.payload), _WRITE_BYTES):
-                    piece = content.payload[start : start + _WRITE_BYTES]
-                    pwrite_all(descriptor, piece, placement.payload_offset + start)
+                for start in range(0, len(payload), _WRITE_BYTES):
+                    pwrite_all(descriptor, payload[start : start + _WRITE_BYTES], placement.payload_offset + start)
             if placement.index_offset is not None:
-                index = layout.zarr_index(placement.data_offset, len(content.payload), placement.offset, content.nbytes)
+                sizes = content.large_fields[name].nbytes
+                index = layout.zarr_index(name, placement.data_offset, len(payload), placement.offset, sizes)
                 pwrite_all(descriptor, index, placement.index_offset)
             nbytes = os.fstat(descriptor).st_size
-            pieces = _file_pieces(descriptor, nbytes, placement.payload_offset, content.payload)
+            pieces = _file_pieces(descriptor, nbytes, placement.payload_offset, payload)
             sums = b"".join(chunk_sums(pieces, layout.chunk_bytes)).hex()
         finally:
             os.close(descriptor)
@@ -239,63 +388,88 @@ def write_shard(
         file=relative,
         nbytes=nbytes,
         xxh3_128=sums,
-        records=len(content.nbytes),
+        field=name,
+        records=content.records,
         first=first,
         data_offset=placement.data_offset,
     )
     return entry, placement.offset
 
 
-def _lay_out(part: Path, content: ShardContent, layout: ShardLayout) -> _Placement:
+def _lay_out(part: Path, name: str, content: ShardContent, layout: ShardLayout) -> _Placement:
     """Write the HDF5 structure, if any, with a compressed payload; leave room for an uncompressed one and the Zarr index."""
+    mine = content.large_fields[name]
     if layout.container == "zarr":
-        return _Placement(content.offset, 0, len(content.payload))
+        return _Placement(mine.offset, 0, len(mine.payload))
+    structure = _hdf5_structure(name, content, layout)
     payload_offset = None
-    if layout.schema.primary_field.codec is None:
-        payload_offset = hdf5_shard.create_skeleton(part, **_hdf5_structure(content, layout))
-        offset = content.offset + np.uint64(payload_offset)
+    if layout.schema.fields[name].codec is None:
+        payload_offset = hdf5_shard.create_skeleton(part, structure)
+        offset = mine.offset + np.uint64(payload_offset)
     else:
-        offset = _write_chunked(part, content, layout)
+        offset = _write_chunked(part, layout.schema.fields[name], mine, structure)
     if layout.container == "hdf5":
         return _Placement(offset, payload_offset, None)
-    room = zarr_view.index_nbytes(layout.inner_chunks)
+    room = zarr_view.index_nbytes(layout.inner_chunks(name))
     return _Placement(offset, payload_offset, hdf5_shard.append_zarr_index_room(part, room))
 
 
-def _write_chunked(part: Path, content: ShardContent, layout: ShardLayout) -> NDArray[np.uint64]:
-    field = layout.schema.primary_field
+def _write_chunked(
+    part: Path, field: Field, content: FieldContent, structure: hdf5_shard.Hdf5Structure
+) -> NDArray[np.uint64]:
     assert field.codec is not None
     records = [
         content.payload[start : start + nbytes]
         for start, nbytes in zip(content.offset.tolist(), content.nbytes.tolist(), strict=True)
     ]
     hdf5_filter = field.codec.hdf5_filter(field.stored_dtype.itemsize, field.record_bytes)
-    return hdf5_shard.create_chunked(part, hdf5_filter=hdf5_filter, records=records, **_hdf5_structure(content, layout))
+    return hdf5_shard.create_chunked(part, structure, hdf5_filter, records)
 
 
-def _hdf5_structure(content: ShardContent, layout: ShardLayout) -> dict[str, Any]:
-    """Names, shapes and small data sets of a shard, as hdf5_shard takes them."""
-    name, field = layout.schema.primary, layout.schema.primary_field
-    records = len(content.nbytes)
-    small: dict[str, NDArray[np.generic]] = {f"{name}/crc32c": content.crc32c}
-    shape, dtype = (records, *field.fixed_shape), field.dtype
-    if field.kind == "encoded":
-        small |= {f"{name}/offset": content.offset, f"{name}/nbytes": content.nbytes.astype(np.uint64)}
-        shape, dtype = (len(content.payload),), "uint8"
+def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hdf5_shard.Hdf5Structure:
+    """The file of a large field; the columns stand in that of the primary one."""
+    schema, field, mine = layout.schema, layout.schema.fields[name], content.large_fields[name]
+    small: dict[str, NDArray[np.generic]] = {f"{name}/crc32c": mine.crc32c, **_hdf5_places(name, field, mine)}
+    data_names = {name: f"{name}/data"}
+    if name == schema.primary:
+        small |= dict(content.columns)
+        data_names |= {column: column for column in content.columns}
+        for column, values in content.ragged_columns.items():
+            declared = schema.fields[column]
+            data_names[column] = f"{column}/data"
+            small[data_names[column]] = np.frombuffer(values.payload, declared.stored_dtype).reshape(
+                -1, *declared.row_shape
+            )
+            small |= _hdf5_places(column, declared, values)
     attributes = {
         "stagein_format": "stagein-shard",
         "stagein_version": np.asarray(FORMAT_VERSION, dtype=np.uint16),
-        "schema": json.dumps(layout.schema.model_dump(mode="json"), sort_keys=True),
-        "num_records": np.uint64(records),
+        "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
+        "field": name,
+        "num_records": np.uint64(content.records),
         "checksum": "crc32c",
     }
+    rows = content.records if not field.is_variable else len(mine.payload) // field.row_bytes
+    dtypes = {path: BFLOAT16 for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16}
+    return hdf5_shard.Hdf5Structure(
+        f"{name}/data", (rows, *field.row_shape), field.stored_dtype.name, small, attributes, dtypes
+    )
+
+
+def _hdf5_places(name: str, field: Field, content: FieldContent) -> dict[str, NDArray[np.generic]]:
+    """Where the records of a field are in its data set, and how long, in rows; of bytes it is their number."""
+    if not field.is_variable:
+        return {}
+    row_bytes = np.uint64(field.row_bytes)
     return {
-        "payload_name": f"{name}/data",
-        "payload_shape": shape,
-        "payload_dtype": dtype,
-        "small": small | dict(content.columns),
-        "attributes": attributes,
+        f"{name}/offset": content.offset // row_bytes,
+        hdf5_count_name(name, field): content.nbytes.astype(np.uint64) // row_bytes,
     }
+
+
+def hdf5_count_name(name: str, field: Field) -> str:
+    """The data set with the rows of every record of a field whose records differ in size."""
+    return f"{name}/{'count' if field.kind == 'ragged' else 'nbytes'}"
 
 
 def _file_pieces(descriptor: int, nbytes: int, payload_offset: int | None, payload: memoryview) -> Iterator[Buffer]:
@@ -316,13 +490,14 @@ def _read_piece(descriptor: int, offset: int, nbytes: int) -> bytearray:
     return piece
 
 
-def refuse_codec(schema: Schema, container: Container) -> None:
+def refuse_codecs(schema: Schema, container: Container) -> None:
     """Raise UsageError for a codec that the container cannot name."""
-    codec = schema.primary_field.codec
-    if codec is not None and codec.name == "lz4" and container != "hdf5":
-        raise UsageError(
-            f"Zarr has no codec lz4, so --format {container} cannot have it: take --format hdf5, or blosc-lz4"
-        )
+    for name, field in schema.fields.items():
+        if field.codec is not None and field.codec.name == "lz4" and container != "hdf5":
+            raise UsageError(
+                f"field {name!r}: Zarr has no codec lz4, so --format {container} cannot have it: "
+                f"take --format hdf5, or blosc-lz4"
+            )
 
 
 def refuse_large_record(nbytes: int, name: str) -> None:

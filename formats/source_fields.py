@@ -9,15 +9,12 @@ from pydantic import ValidationError
 from .errors import UsageError
 from .images import read_header
 from .schema import Field, Schema
+from .values import BadValueError
 
 SIZE_FIELD = Field(kind="tensor", dtype="int32", shape=(2,), dims=("height_width",))
 """The column `hw` beside an image."""
 
 LABEL_FIELD = Field(kind="tensor", dtype="int64")
-
-
-class BadValueError(ValueError):
-    """A value that its field cannot hold; the text says why, without naming the record."""
 
 
 def image_field(encoding: str) -> Field:

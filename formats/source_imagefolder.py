@@ -1,9 +1,9 @@
 """A folder of class folders of images, as torchvision's ImageFolder has it: one file a record."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class ImageFolder:
     labels: NDArray[np.int64]
     refused: tuple[RefusedRecord, ...]
     kind: str = "imagefolder"
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -62,14 +63,14 @@ class ImageFiles:
         root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)  # names below it are then looked up in fewer steps
         try:
             for path, nbytes, label in zip(self.paths, self.nbytes, self.labels, strict=True):
-                content = room(nbytes)
+                content = room("image", nbytes)
                 self._read_file(root, path, content)
                 try:
                     header = read_header(content)
                 except BadImageError as error:
                     yield RefusedRecord(path, str(error))
                 else:
-                    yield SourceRecord(nbytes, {"label": label, "hw": (header.height, header.width)})
+                    yield SourceRecord({"label": label, "hw": (header.height, header.width)})
         finally:
             os.close(root)
 

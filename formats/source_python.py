@@ -8,9 +8,9 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from .errors import SourceError, UsageError, source_error
 from .images import BadImageError
 from .schema import Field, Schema
-from .source_fields import SIZE_FIELD, BadValueError, column_value, image_field, image_size, make_schema
+from .source_fields import SIZE_FIELD, column_value, image_field, image_size, make_schema
 from .source_tensors import copy_little_endian
 from .sources import RefusedRecord, Room, SourceRecord
+from .values import BadValueError, Value
 
 _PAIR_FIELDS = ("data", "label")
 _SIZE_NAME = "hw"
@@ -59,6 +60,7 @@ class PythonRecords:
     nbytes: NDArray[np.int64]
     refused: tuple[RefusedRecord, ...] = ()
     kind: str = "python"
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -99,10 +101,10 @@ class PythonRecordsPart:
     def _read_record(self, number: int, values: Mapping[str, object], nbytes: int, room: Room) -> SourceRecord:
         fields = dict(self.schema.fields)
         primary = self.schema.primary_field
-        columns: dict[str, NDArray[np.generic]] = {}
+        derived: dict[str, Value] = {}
         if primary.encoding == _IMAGE and _SIZE_NAME in fields and _SIZE_NAME not in values:
             content = _encoded_bytes(self.schema.primary, values)
-            columns[_SIZE_NAME] = column_value(image_size(content), fields.pop(_SIZE_NAME))
+            derived[_SIZE_NAME] = column_value(image_size(content), fields.pop(_SIZE_NAME))
         if values.keys() != fields.keys():
             raise BadValueError(f"its fields are {', '.join(values)}, not {', '.join(fields)}")
         if primary.kind == "encoded":
@@ -112,14 +114,14 @@ class PythonRecordsPart:
                     f"record {number} of {self.origin} had {nbytes} bytes and now has {len(content)}: "
                     "let the function give the same record each time"
                 )
-            room(nbytes)[:] = content
-        else:
-            copy_little_endian(_tensor(self.schema.primary, values, primary), room(nbytes))
-        for name in fields.keys() - {self.schema.primary}:
-            column = np.empty(fields[name].record_bytes, np.uint8)
-            copy_little_endian(_tensor(name, values, fields[name]), column.data)
-            columns[name] = column.view(fields[name].stored_dtype).reshape(fields[name].fixed_shape)
-        return SourceRecord(nbytes, columns)
+            room(self.schema.primary, nbytes)[:] = content
+            del fields[self.schema.primary]
+        for name, declared in fields.items():
+            if declared.is_variable:
+                derived[name] = cast(Value, values[name])
+                continue
+            copy_little_endian(_tensor(name, values, declared), room(name, declared.record_bytes))
+        return SourceRecord(derived)
 
 
 def scan_python(target: str, *, primary: str | None = None) -> PythonRecords:

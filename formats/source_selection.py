@@ -38,6 +38,10 @@ class SelectedRecords:
         return self.whole.nbytes[self.numbers]
 
     @property
+    def secondary_nbytes(self) -> Mapping[str, NDArray[np.int64]]:
+        return {name: nbytes[self.numbers] for name, nbytes in self.whole.secondary_nbytes.items()}
+
+    @property
     def refused(self) -> tuple[RefusedRecord, ...]:
         return self.whole.refused
 

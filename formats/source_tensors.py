@@ -7,7 +7,7 @@ at. The others are held to it when they are read.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, TypeVar
@@ -107,15 +107,10 @@ def refuse_other_field(path: Path, what: str, found: Field, expected: Field) -> 
 
 
 def read_record(schema: Schema, room: Room, read_field: FieldReader) -> SourceRecord:
-    """One record: its primary field read straight into `room`, the others into arrays of their own."""
-    nbytes = schema.primary_field.record_bytes
-    read_field(schema.primary, room(nbytes))
-    columns = {}
-    for name, field in schema.columns.items():
-        content = np.empty(field.record_bytes, np.uint8)
-        read_field(name, content.data)
-        columns[name] = content.view(field.stored_dtype).reshape(field.fixed_shape)
-    return SourceRecord(nbytes, columns)
+    """One record, every field of it read straight into `room`."""
+    for name, declared in schema.fields.items():
+        read_field(name, room(name, declared.record_bytes))
+    return SourceRecord()
 
 
 Sample: TypeAlias = tuple[SourceFile, ...]
@@ -166,6 +161,7 @@ class TensorFiles:
     samples: tuple[Sample, ...]
     reader: SampleReader
     refused: tuple[RefusedRecord, ...] = ()
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -247,6 +243,7 @@ class TensorRows:
     count: int
     reader: RowReader
     refused: tuple[RefusedRecord, ...] = ()
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

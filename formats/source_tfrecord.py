@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .checksums import Buffer, crc32c
 from .errors import SourceError, UsageError
 from .images import BadImageError
 from .schema import Field, Schema
-from .source_fields import LABEL_FIELD, SIZE_FIELD, BadValueError, column_value, image_field, image_size, make_schema
+from .source_fields import LABEL_FIELD, SIZE_FIELD, column_value, image_field, image_size, make_schema
 from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .sources import RefusedRecord, Room, SourceRecord
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes
+from .values import BadValueError, Value
 
 COSMOFLOW_SHAPE = (128, 128, 128, 4)
 
@@ -143,6 +144,7 @@ class TFRecords:
     nbytes: NDArray[np.int64]
     refused: tuple[RefusedRecord, ...]
     kind: str = "tfrecord"
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def identity(self) -> object:
         names = [file.file.path.name for file in self.files]
@@ -192,12 +194,12 @@ class ExampleRecords:
         """The record that an Example holds. Raises BadExampleError, BadValueError, BadImageError."""
         spans = dict(feature_spans(fetch_from(payload), Span(0, len(payload))))
         primary = self.mapping.primary_feature
-        content = room(nbytes)
+        content = room(self.mapping.primary, nbytes)
         _fill_primary(content, payload, _wanted(spans, primary.feature), primary)
-        columns: dict[str, ArrayLike] = {"hw": image_size(content)} if self.mapping.is_image else {}
+        values: dict[str, Value] = {"hw": image_size(content)} if self.mapping.is_image else {}
         for name, mapped in self.mapping.columns.items():
-            columns[name] = _array(payload, _wanted(spans, mapped.feature), mapped).copy()  # the payload is overwritten
-        return SourceRecord(nbytes, columns)
+            values[name] = _array(payload, _wanted(spans, mapped.feature), mapped).copy()  # the payload is overwritten
+        return SourceRecord(values)
 
 
 def scan_tfrecord(

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from .schema import SMALL_FIELD_BYTES, Field, Schema
 from .source_fields import (
     LABEL_FIELD,
     SIZE_FIELD,
-    BadValueError,
     column_value,
     image_field,
     image_size,
@@ -34,6 +33,7 @@ from .source_fields import (
 from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .sources import RefusedRecord, Room, SourceRecord
 from .tar_headers import BadTarError, TarMember, read_members
+from .values import BadValueError, Value
 
 _LABEL_EXTENSION = "cls"
 _IMAGE = 0  # its place among the members of a record; the columns' follow
@@ -65,6 +65,7 @@ class WebDataset:
     sizes: NDArray[np.int64]
     refused: tuple[RefusedRecord, ...]
     kind: str = "webdataset"
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> NDArray[np.int64]:
@@ -106,11 +107,11 @@ class TarRecords:
 
     def _read_record(self, file: SourceFile, descriptor: int, record: int, room: Room) -> SourceRecord | RefusedRecord:
         offsets, sizes = self.offsets[record].tolist(), self.sizes[record].tolist()
-        content = room(sizes[_IMAGE])
+        content = room("image", sizes[_IMAGE])
         _read_member(file, descriptor, content, offsets[_IMAGE])
         name = _record_name(file, self.keys[record])
         try:
-            values: dict[str, ArrayLike] = {"hw": image_size(content)}
+            values: dict[str, Value] = {"hw": image_size(content)}
         except BadImageError as error:
             return RefusedRecord(name, str(error))
         for column, offset, nbytes in zip(self.columns, offsets[1:], sizes[1:], strict=True):
@@ -120,7 +121,7 @@ class TarRecords:
                 values[column.name] = column_value(_numbers(column.extension, bytes(member)), column.field)
             except BadValueError as error:
                 return RefusedRecord(name, f"its .{column.extension} cannot be {column.name!r}: {error}")
-        return SourceRecord(len(content), values)
+        return SourceRecord(values)
 
 
 def scan_webdataset(source: Path | Sequence[Path], fields: Mapping[str, str] | None = None) -> WebDataset:

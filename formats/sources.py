@@ -5,24 +5,30 @@ and come out the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .schema import Schema
+from .values import Value
 
-Room: TypeAlias = Callable[[int], memoryview]
-"""Where the next record's primary field goes: call it with its size in bytes, fill what it returns, yield the record."""
+Room: TypeAlias = Callable[[str, int], memoryview]
+"""Where a field of the next record goes: call it with the field's name and its size in bytes, and fill what it returns.
+
+For `tensor` and `ragged` fields the bytes are little-endian, the last extent varying fastest. Asked again for the same
+field before the record is yielded, it gives the same place again, at the size asked for last."""
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A record as it is read: `nbytes` of its primary field are in the room that was asked for; here are the columns."""
+    """A record as it is read: the fields for which room was asked are in it; `values` are all others.
 
-    nbytes: int
-    columns: Mapping[str, ArrayLike]
+    Small fields are easiest given as values; what is large is read into room, where it is not copied again.
+    """
+
+    values: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,13 @@ class Source(Protocol):
         """Bytes of the primary field of every record."""
 
     @property
+    def secondary_nbytes(self) -> Mapping[str, NDArray[np.int64]]:
+        """The same of the other fields whose records differ in size (`encoded`, `ragged`, `text`), by field.
+
+        Such a field that is not in it is kept as a column, whole: its sizes need not be known before it is read.
+        """
+
+    @property
     def refused(self) -> tuple[RefusedRecord, ...]:
         """What was found to be no record without reading it."""
 
@@ -70,3 +83,18 @@ class Source(Protocol):
 
     def part(self, numbers: NDArray[np.int64]) -> SourcePart:
         """The records of these numbers, in this order; no number twice."""
+
+
+def variable_nbytes(source: Source) -> dict[str, NDArray[np.int64]]:
+    """Bytes in every record of all fields whose records differ in size, as far as they are known."""
+    primary = {source.schema.primary: source.nbytes} if source.schema.primary_field.is_variable else {}
+    return primary | dict(source.secondary_nbytes)
+
+
+def record_nbytes(source: Source) -> NDArray[np.int64]:
+    """Bytes of every record of a source, without the fields whose sizes are not known."""
+    fixed = sum(each.record_bytes for each in source.schema.fields.values() if not each.is_variable)
+    total = np.full(len(source.nbytes), fixed, np.int64)
+    for nbytes in variable_nbytes(source).values():
+        total += nbytes
+    return total

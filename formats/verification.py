@@ -1,19 +1,20 @@
 """Verification: every sum, count, index entry and link of a data set, and both container views, checked by reading them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import hdf5_shard, zarr_view
 from .checksums import chunk_sum, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, StageinError
 from .index import RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
-from .shards import ShardLayout, padded_payload_bytes
+from .shards import ShardLayout, hdf5_count_name
 
 _READ_BYTES = 16 << 20
 
@@ -59,22 +60,30 @@ def verify(
     """
     manifest = Manifest.load(path)
     report = VerifyReport(manifest)
-    index: RecordIndex | None = None
-    try:
-        index = RecordIndex.load(path, manifest)
-        for name, column in manifest.record_schema.columns.items():
+    indexes: dict[str, RecordIndex] = {}
+    for name in manifest.record_schema.indexed_fields:
+        try:
+            indexes[name] = RecordIndex.load(path, manifest, name)
+        except SourceError as error:
+            report.problems.append(Problem(f"index/{name}", str(error)))
+    for name, column in manifest.record_schema.columns.items():
+        try:
             load_column(path, name, column, manifest.num_records)
-    except SourceError as error:
-        report.problems.append(Problem("index", str(error)))
+        except SourceError as error:
+            report.problems.append(Problem(name, str(error)))
+    names = manifest.record_schema.indexed_fields
+    records = {part.file: part for name in names for part in manifest.parts_of(name)}
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_verify_file, path, entry, manifest, index) for entry in manifest.all_files()]
+        jobs = [
+            pool.submit(_verify_file, path, records.get(entry.file, entry), manifest, indexes)
+            for entry in manifest.all_files()
+        ]
         for job in as_completed(jobs):
             entry, problems = job.result()
             report.files += 1
             report.nbytes += entry.nbytes
-            report.sums += entry.num_chunks(manifest.chunk_bytes) + (
-                entry.records if isinstance(entry, ShardEntry) else 0
-            )
+            records_here = entry.records if isinstance(entry, ShardEntry) else 0
+            report.sums += entry.num_chunks(manifest.chunk_bytes) + records_here
             report.problems += problems
             on_progress(report.nbytes, manifest.nbytes)
     report.problems += _link_problems(path, manifest)
@@ -85,12 +94,13 @@ def verify(
 
 
 def _verify_file(
-    path: Path, entry: FileEntry, manifest: Manifest, index: RecordIndex | None
+    path: Path, entry: FileEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
 ) -> tuple[FileEntry, list[Problem]]:
     try:
+        index = indexes.get(entry.field) if isinstance(entry, ShardEntry) else None
         problems = list(_content_problems(path / entry.file, entry, manifest, index))
-        if isinstance(entry, ShardEntry) and not problems:
-            problems = list(_container_problems(path / entry.file, entry, manifest, index))
+        if isinstance(entry, ShardEntry) and entry.field in manifest.record_schema.large_fields and not problems:
+            problems = list(_container_problems(path / entry.file, entry, manifest, indexes))
     except OSError as error:
         reason = (
             "it is missing" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error.strerror or error}"
@@ -137,34 +147,37 @@ def _record_problems(descriptor: int, entry: ShardEntry, index: RecordIndex) -> 
 
 
 def _container_problems(
-    path: Path, entry: ShardEntry, manifest: Manifest, index: RecordIndex | None
+    path: Path, entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
 ) -> Iterator[Problem]:
-    """What HDF5 and Zarr see of a shard is what the index says."""
-    schema = manifest.record_schema
-    layout = ShardLayout(schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
-    mine = slice(entry.first, entry.first + entry.records)
+    """What HDF5 and Zarr see of a shard file is what the index says."""
+    index = indexes.get(entry.field)
     if "hdf5" in manifest.container:
-        yield from _hdf5_problems(path, entry, manifest, index)
+        yield from _hdf5_problems(path, entry, manifest, indexes)
     if "zarr" in manifest.container and index is not None:
+        layout = ShardLayout(manifest.record_schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
+        mine = slice(entry.first, entry.first + entry.records)
+        payload_bytes = _payload_bytes(index, mine, entry, manifest)
         expected = layout.zarr_index(
-            entry.data_offset, _payload_bytes(index, mine, entry), index.offset[mine], index.nbytes[mine]
+            entry.field, entry.data_offset, payload_bytes, index.offset[mine], index.nbytes[mine]
         )
         with open(path, "rb") as file:
-            file.seek(entry.nbytes - len(expected))
+            file.seek(max(0, entry.nbytes - len(expected)))
             if file.read() != expected:
                 yield Problem(entry.file, "its Zarr shard index does not describe its payload")
 
 
-def _payload_bytes(index: RecordIndex, records: slice, entry: ShardEntry) -> int:
-    """Size of the padded payload of an `encoded` field: it ends with the last record."""
-    end = int((index.offset[records] + index.nbytes[records]).max())
-    return padded_payload_bytes(end - entry.data_offset)
+def _payload_bytes(index: RecordIndex, records: slice, entry: ShardEntry, manifest: Manifest) -> int:
+    """Size of the padded payload of a field whose records differ in size: it ends with the last record."""
+    end = int((index.offset[records] + index.nbytes[records]).max(initial=entry.data_offset))
+    return zarr_view.padded_bytes(manifest.record_schema.fields[entry.field], end - entry.data_offset)
 
 
-def _hdf5_problems(path: Path, entry: ShardEntry, manifest: Manifest, index: RecordIndex | None) -> Iterator[Problem]:
-    schema = manifest.record_schema
-    data, mine = f"{schema.primary}/data", slice(entry.first, entry.first + entry.records)
-    if schema.primary_field.codec is None:
+def _hdf5_problems(
+    path: Path, entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
+) -> Iterator[Problem]:
+    schema, name, index = manifest.record_schema, entry.field, indexes.get(entry.field)
+    data, mine = f"{name}/data", slice(entry.first, entry.first + entry.records)
+    if schema.fields[name].codec is None:
         offset = hdf5_shard.payload_offset(path, data)
         if offset != entry.data_offset:
             yield Problem(entry.file, f"HDF5 has the payload at byte {offset}, the manifest at {entry.data_offset}")
@@ -172,12 +185,33 @@ def _hdf5_problems(path: Path, entry: ShardEntry, manifest: Manifest, index: Rec
         places = np.stack([index.offset[mine], index.nbytes[mine].astype(np.uint64)], axis=1)
         if not np.array_equal(hdf5_shard.chunk_places(path, data), places):
             yield Problem(entry.file, "its HDF5 chunks are not where the record index says")
-    names = [f"{schema.primary}/crc32c", *schema.columns]
-    small = hdf5_shard.read_small(path, names)
-    if any(len(values) != entry.records for values in small.values()):
-        yield Problem(entry.file, "its HDF5 data sets do not have one element a record")
-    elif index is not None and not np.array_equal(small[names[0]], index.crc32c[mine]):
-        yield Problem(entry.file, "its crc32c data set differs from the record index")
+    for small, expected in _expected_small(entry, manifest, indexes).items():
+        found = hdf5_shard.read_small(path, small)
+        if found is None or found.shape[:1] != (entry.records,):
+            yield Problem(entry.file, f"its HDF5 data set {small} does not have one element a record")
+        elif expected is not None and not np.array_equal(found, expected):
+            yield Problem(entry.file, f"its HDF5 data set {small} differs from the record index")
+
+
+def _expected_small(
+    entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
+) -> dict[str, NDArray[np.generic] | None]:
+    """The small data sets of a shard file with one element a record, and their content, where an index says it."""
+    schema, mine = manifest.record_schema, slice(entry.first, entry.first + entry.records)
+    index = indexes.get(entry.field)
+    small: dict[str, NDArray[np.generic] | None] = {
+        f"{entry.field}/crc32c": None if index is None else index.crc32c[mine]
+    }
+    names = [entry.field]
+    if entry.field == schema.primary:
+        small |= dict.fromkeys(schema.columns)
+        names += list(schema.ragged_columns)
+    for name in names:
+        field, index = schema.fields[name], indexes.get(name)
+        if field.is_variable:
+            count = None if index is None else index.nbytes[mine] // field.row_bytes
+            small |= {hdf5_count_name(name, field): count, f"{name}/offset": None}
+    return small
 
 
 def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -187,20 +221,17 @@ def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _zarr_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    """zarr-python opens every array, with the schema's shape and dtype."""
+    """zarr-python opens every array, with the schema's shape and type."""
     import zarr
 
     schema = manifest.record_schema
     group = zarr.open_group(path, mode="r")
-    names = [*schema.columns, *([schema.primary] if "zarr" in manifest.container else [])]
-    for name in names:
-        declared, array = schema.fields[name], group.get(name)
+    names = [*schema.columns, *schema.ragged_columns]
+    for name in [*names, *(schema.large_fields if "zarr" in manifest.container else ())]:
+        field, array = schema.fields[name], group.get(name)
         if not isinstance(array, zarr.Array):
             yield Problem(f"{name}/zarr.json", "Zarr finds no array there")
-        elif declared.kind == "tensor" and (
-            array.dtype.name != declared.dtype or array.shape != (manifest.num_records, *declared.shape)
+        elif (array.dtype.name, array.shape[1:]) != (field.stored_dtype.name, field.row_shape) or (
+            name in schema.columns and array.shape[0] != manifest.num_records
         ):
-            yield Problem(
-                f"{name}/zarr.json",
-                f"Zarr has {array.dtype.name} {array.shape}, the schema {declared.dtype} {declared.shape}",
-            )
+            yield Problem(f"{name}/zarr.json", f"Zarr has {array.dtype.name} {array.shape}, the schema {field}")

@@ -1,89 +1,113 @@
 """A writer for records that come one by one: the way in for any data that a Python loop can produce."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard
-from .checksums import Buffer
+from .codec_trial import TRIED_RECORDS, CodecTrial
+from .codecs import Codec
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
-from .schema import Field, Schema
+from .schema import Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
-    PayloadBuffer,
+    ShardBuffers,
     ShardBuilder,
     ShardLayout,
-    padded_payload_bytes,
-    refuse_codec,
+    refuse_codecs,
     refuse_large_record,
-    tensor_shard_records,
+    shard_capacity,
 )
+from .values import BadValueError, Value, as_array, infer_schema, row_bytes, to_rows
+
+CodecChoice: TypeAlias = Codec | Literal["auto"] | None
+Rows: TypeAlias = dict[str, NDArray[np.generic]]
+
+_TRIED_BYTES = 64 << 20
+"""When the first records have so many bytes, they are enough to settle what is not yet."""
 
 
 class Writer:
     """Write a data set record by record; it stands at `target` when the `with` block ends without an error.
 
-        with Writer("train.st", schema) as writer:
-            for image, label in samples:
-                writer.write({"image": image, "label": label})
+        with formats.Writer("train.st") as writer:
+            for image, boxes, caption in samples:
+                writer.write({"image": image, "boxes": boxes, "caption": caption})
 
-    One shard is held in memory. Nothing is left at `target` when the block raises.
+    target       where the data set will be.
+    schema       what a record holds; without it, the first records say: bytes are `encoded`, strings `text`, arrays `tensor`
+                 or, where they differ in their first extent, `ragged`.
+    codec        how large tensors are compressed, for all fields or by field, where the schema does not say; "auto": as the
+                 first records suggest.
+    container    what the shards are: HDF5, Zarr, or both at once.
+    shard_bytes  size of a shard; one is held in memory. A record must fit into one.
+
+    How each field is stored follows from the first records too. Nothing is left at `target` when the block raises.
     """
 
     def __init__(
         self,
         target: Path | str,
-        schema: Schema,
+        schema: Schema | None = None,
         *,
+        codec: CodecChoice | Mapping[str, CodecChoice] = None,
         container: Container = "hdf5+zarr",
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         overwrite: bool = False,
     ) -> None:
-        refuse_codec(schema, container)
-        field = schema.primary_field
-        encoded = field.kind == "encoded"
-        capacity = (
-            padded_payload_bytes(shard_bytes) if encoded else tensor_shard_records(field.record_bytes, shard_bytes)
-        )
-        self._layout = ShardLayout(schema, container, capacity, chunk_bytes)
-        self._capacity_bytes = capacity if encoded else capacity * field.record_bytes
+        if schema is not None:
+            refuse_codecs(schema, container)
+        self._schema = schema
+        self._codec = codec
+        self._container: Container = container
+        self._shard_bytes = shard_bytes
+        self._chunk_bytes = chunk_bytes
+        self._first_records: list[Mapping[str, Value]] = []
+        self._first_bytes = 0
+        self._shards: _ShardWriter | None = None
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
-        self._buffer = PayloadBuffer()
-        self._finished: list[FinishedShard] = []
-        self._builder = self._new_builder()
 
-    def write(self, record: Mapping[str, ArrayLike | Buffer]) -> None:
-        """Add one record: every field of the schema by its name; bytes for `encoded`, an array for `tensor`.
+    def write(self, record: Mapping[str, Value]) -> None:
+        """Add one record: every field by its name; see `Value` for what a field takes.
 
-        Raises UsageError when a field is missing, unknown, of another shape, or does not fit its dtype without loss.
+        Raises UsageError when a field is missing, unknown, of another shape, or does not fit its dtype without loss. The
+        record is not in the data set then.
         """
-        schema = self._layout.schema
-        if record.keys() != schema.fields.keys():
+        if self._shards is not None:
+            self._shards.write(self._checked(record, self._shards.schema))
+            return
+        if self._schema is not None:
+            self._checked(record, self._schema)
+        elif self._first_records and record.keys() != self._first_records[0].keys():
             raise UsageError(
-                f"a record has the fields {sorted(record)}, the schema {sorted(schema.fields)}: give each exactly once"
+                f"a record has the fields {sorted(record)}, the first one {sorted(self._first_records[0])}"
             )
-        content = self._primary_bytes(record[schema.primary])
-        columns = {name: _as_tensor(name, field, record[name]) for name, field in schema.columns.items()}
-        if self._is_full(len(content)):
-            self._finish_shard()
-        self._builder.room(len(content))[:] = content
-        self._builder.add(len(content), columns)
+        try:
+            self._first_records.append({name: _kept(value) for name, value in record.items()})
+        except BadValueError as error:
+            raise UsageError(f"record {len(self._first_records)}: {error}") from None
+        self._first_bytes += sum(_nbytes(value) for value in self._first_records[-1].values())
+        if len(self._first_records) == TRIED_RECORDS or self._first_bytes >= _TRIED_BYTES:
+            self._begin()
 
     def close(self) -> Manifest:
         """Write what is left and publish the data set. Called by the end of the `with` block."""
-        if self._builder.records:
-            self._finish_shard()
-        origin = Origin(kind="writer", records_sha256=fingerprint([shard.entry.xxh3_128 for shard in self._finished]))
         try:
-            return self._growing.publish(self._layout, self._finished, origin)
-        except OSError as error:
-            raise destination_error(error, "writing", self._growing.target) from error
+            if self._shards is None:
+                self._begin()
+            assert self._shards is not None
+            return self._shards.publish()
+        except BaseException:
+            self._growing.discard()
+            raise
         finally:
             self._growing.close()
 
@@ -98,34 +122,116 @@ class Writer:
         else:
             self._growing.discard()
 
-    def _primary_bytes(self, value: ArrayLike | Buffer) -> memoryview:
-        name, field = self._layout.schema.primary, self._layout.schema.primary_field
-        if field.kind == "tensor":
-            content = memoryview(_as_tensor(name, field, value)).cast("B")
-        elif isinstance(value, (bytes, bytearray, memoryview)) or (
-            isinstance(value, np.ndarray) and value.dtype == np.uint8
-        ):
-            content = memoryview(value).cast("B")
-        else:
-            raise UsageError(f"field {name!r} is encoded: give its bytes, not {type(value).__name__}")
-        refuse_large_record(len(content), f"field {name!r}")
-        if len(content) > self._capacity_bytes:
-            raise UsageError(
-                f"field {name!r}: a record of {len(content)} bytes is larger than a shard: raise shard_bytes"
-            )
-        return content
+    def _begin(self) -> None:
+        """Settle the schema by the first records, and write them."""
+        schema = self._schema
+        if schema is None:
+            if not self._first_records:
+                raise UsageError(f"{self._growing.target}: nothing was written, so there is no schema: pass one")
+            try:
+                schema = infer_schema(self._first_records)
+            except (BadValueError, ValidationError) as error:
+                raise UsageError(f"the first records make no data set: {error}") from None
+        records = [self._checked(record, schema) for record in self._first_records]
+        means = {
+            name: sum(record[name].nbytes for record in records) / max(1, len(records))
+            for name, field in schema.fields.items()
+            if field.is_variable
+        }
+        schema = self._with_codecs(schema.resolved(means), records)
+        refuse_codecs(schema, self._container)
+        layout = ShardLayout(schema, self._container, shard_capacity(schema, self._shard_bytes), self._chunk_bytes)
+        self._shards = _ShardWriter(self._growing, layout, self._shard_bytes)
+        for record in records:
+            self._shards.write(record)
+        self._first_records = []
 
-    def _is_full(self, next_bytes: int) -> bool:
-        if self._layout.schema.primary_field.kind == "tensor":
-            return self._builder.records == self._layout.capacity
-        return self._builder.used_bytes + next_bytes > self._capacity_bytes
+    def _with_codecs(self, schema: Schema, records: list[Rows]) -> Schema:
+        fields = dict(schema.fields)
+        for name, field in schema.large_fields.items():
+            codec = self._codec.get(name) if isinstance(self._codec, Mapping) else self._codec
+            if field.kind != "tensor" or field.codec is not None or codec is None:
+                continue
+            if codec == "auto":
+                trial = CodecTrial(field)
+                for record in records:
+                    trial.add(row_bytes(record[name]))
+                codec = trial.choice()
+            fields[name] = field.model_copy(update={"codec": codec})
+        return schema.model_copy(update={"fields": fields})
+
+    def _checked(self, record: Mapping[str, Value], schema: Schema) -> Rows:
+        """The rows of every field of a record."""
+        if record.keys() != schema.fields.keys():
+            raise UsageError(
+                f"a record has the fields {sorted(record)}, the schema {sorted(schema.fields)}: give each exactly once"
+            )
+        rows = {}
+        for name, field in schema.fields.items():
+            try:
+                rows[name] = to_rows(field, record[name])
+            except BadValueError as error:
+                raise UsageError(f"field {name!r}: {error}") from None
+            refuse_large_record(rows[name].nbytes, f"field {name!r}")
+        return rows
+
+
+class _ShardWriter:
+    """Deals records to shards as they come and writes each that is full."""
+
+    def __init__(self, growing: GrowingDataset, layout: ShardLayout, shard_bytes: int) -> None:
+        self.schema = layout.schema
+        self._growing = growing
+        self._layout = layout
+        self._shard_bytes = shard_bytes
+        self._buffers: ShardBuffers = {}
+        self._finished: list[FinishedShard] = []
+        self._builder = self._new_builder()
+
+    def write(self, record: Rows) -> None:
+        """Add a record of rows that fit their fields. Raises UsageError for one that fits into no shard."""
+        large_bytes = {name: record[name].nbytes for name in self.schema.large_fields}
+        self._refuse_larger_than_a_shard(large_bytes)
+        if self._builder.records and self._builder.used_bytes + sum(large_bytes.values()) > self._shard_bytes:
+            self._finish_shard()
+        values: dict[str, Value] = {}
+        for name, rows in record.items():
+            if name in self.schema.columns:
+                values[name] = rows.reshape(self.schema.fields[name].fixed_shape)
+            else:
+                self._builder.room(name, rows.nbytes)[:] = row_bytes(rows)
+        self._builder.add(values)
+
+    def publish(self) -> Manifest:
+        """Write what is left and give the data set its name."""
+        if self._builder.records:
+            self._finish_shard()
+        sums = [field.entry.xxh3_128 for shard in self._finished for field in shard.large_fields.values()]
+        origin = Origin(kind="writer", records_sha256=fingerprint(sums))
+        try:
+            return self._growing.publish(self._layout, self._finished, origin)
+        except OSError as error:
+            raise destination_error(error, "writing", self._growing.target) from error
+
+    def _refuse_larger_than_a_shard(self, large_bytes: Mapping[str, int]) -> None:
+        for name, nbytes in large_bytes.items():
+            if nbytes > self._payload_bytes(name):
+                raise UsageError(
+                    f"field {name!r}: a record of {nbytes} bytes is larger than a shard: raise shard_bytes"
+                )
+
+    def _payload_bytes(self, name: str) -> int:
+        """Bytes of a full shard of a large field, before compression."""
+        return self._layout.capacity[name] * self.schema.fields[name].row_bytes
 
     def _new_builder(self) -> ShardBuilder:
-        return ShardBuilder(self._layout, self._buffer, self._layout.capacity, self._capacity_bytes)
+        payload_bytes = {name: self._payload_bytes(name) for name in self.schema.large_fields}
+        tensors = [self._layout.capacity[name] for name, field in self.schema.large_fields.items() if field.codec]
+        return ShardBuilder(self.schema, self._buffers, max(tensors, default=0), payload_bytes)
 
     def _finish_shard(self) -> None:
-        first = sum(shard.entry.records for shard in self._finished)
-        number, content = len(self._finished), self._builder.content()
+        first, number = sum(shard.records for shard in self._finished), len(self._finished)
+        content = self._builder.content()
         try:
             self._finished.append(finish_shard(self._growing.folder, number, first, content, self._layout))
         except OSError as error:
@@ -133,17 +239,14 @@ class Writer:
         self._builder = self._new_builder()
 
 
-def _as_tensor(name: str, field: Field, value: ArrayLike | Buffer) -> NDArray[np.generic]:
-    """`value` as little-endian array of the field's dtype and shape; only casts that lose nothing."""
-    given = np.asarray(value)
-    dtype = field.stored_dtype
-    if given.shape != field.shape:
-        raise UsageError(f"field {name!r} has shape {field.shape} in the schema, the record has {given.shape}")
-    converted = given.astype(dtype)
-    if not np.can_cast(given.dtype, dtype, "safe") and not np.array_equal(
-        converted, given, equal_nan=given.dtype.kind in "fc"
-    ):
-        raise UsageError(
-            f"field {name!r} is {dtype.name} in the schema, a value of type {given.dtype.name} does not fit into it"
-        )
-    return np.ascontiguousarray(converted).reshape(field.fixed_shape)
+def _kept(value: Value) -> Value:
+    """The value as it is now, whatever the caller does with its memory afterwards."""
+    if isinstance(value, (str, bytes)):
+        return value
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    return np.array(as_array(value)) if hasattr(value, "dtype") else copy.deepcopy(value)
+
+
+def _nbytes(value: Value) -> int:
+    return len(value) if isinstance(value, (str, bytes)) else np.asarray(value).nbytes

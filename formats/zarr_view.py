@@ -6,6 +6,7 @@ sharding codec, version 1.0). Payload bytes are the same as in the HDF5 view; th
 
 import json
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 INNER_CHUNK_BYTES = 65536
-"""Inner chunk of the byte array of an `encoded` field; payloads are padded to a multiple of it."""
+"""An inner chunk of a field whose records differ in size has at least as many bytes; its payloads are padded to whole ones."""
 
 GROUP_DOCUMENT = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 _ABSENT = 2**64 - 1
@@ -45,21 +46,29 @@ def document(content: dict[str, object]) -> bytes:
 
 
 def _array_document(
+    field: Field,
     shape: tuple[int, ...],
-    dtype: str,
     chunk_shape: tuple[int, ...],
     codecs: list[object],
     dims: tuple[str, ...],
-    attributes: dict[str, object],
 ) -> dict[str, object]:
+    dtype = field.stored_dtype
+    attributes = dict(field.meta)
+    if field.encoding:
+        attributes["encoding"] = field.encoding
+    if field.kind == "text":
+        attributes["kind"] = "text"
+    if field.array_dtype_name != dtype.name:
+        attributes["dtype"] = field.array_dtype_name
+    fill_values: dict[str, object] = {"b": False, "c": [0.0, 0.0]}
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": shape,
-        "data_type": dtype,
+        "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": False if dtype == "bool" else 0,
+        "fill_value": fill_values.get(dtype.kind, 0),
         "codecs": codecs,
         "attributes": attributes,
         "dimension_names": dims,  # never null: tensorstore refuses that
@@ -67,66 +76,71 @@ def _array_document(
 
 
 def _dims(field: Field) -> tuple[str, ...]:
-    return ("record", *(field.dims or tuple(f"axis{axis}" for axis in range(1, len(field.shape) + 1))))
+    """Names of the axes of a field's rows, the rows themselves first."""
+    if field.kind in ("encoded", "text"):
+        return ("byte",)
+    names = field.dims or tuple(f"axis{axis}" for axis in range(1, len(field.shape) + 1))
+    return ("record", *names) if field.kind == "tensor" else (field.dims[0] if field.dims else "row", *names[1:])
 
 
-def column_document(field: Field, num_records: int) -> dict[str, object]:
+def inner_rows(field: Field) -> int:
+    """Rows of an inner chunk of a field in shards: one record of a tensor, 64 KiB or little more of what differs in size."""
+    return -(-INNER_CHUNK_BYTES // field.row_bytes) if field.is_variable else 1
+
+
+def padded_bytes(field: Field, nbytes: int) -> int:
+    """A payload of `nbytes`, padded to whole inner chunks; of what differs in size never empty, so that it is aligned."""
+    if not field.is_variable:
+        return nbytes
+    inner = inner_rows(field) * field.row_bytes
+    return max(inner, -(-nbytes // inner) * inner)
+
+
+def column_document(field: Field, num_rows: int) -> dict[str, object]:
     """Metadata of a small field: one uncompressed chunk that holds the whole column."""
-    shape = (num_records, *field.fixed_shape)
+    shape = (num_rows, *field.row_shape)
     chunk_shape = tuple(max(extent, 1) for extent in shape)
-    return _array_document(shape, field.dtype, chunk_shape, [_LITTLE_ENDIAN], _dims(field), dict(field.meta))
+    return _array_document(field, shape, chunk_shape, [_LITTLE_ENDIAN], _dims(field))
 
 
 def column_chunk_path(name: str, field: Field) -> str:
     """Where the one chunk of a small field lies below the data set."""
-    return "/".join([name, "c", *["0"] * (1 + len(field.shape))])
+    return "/".join([name, "c", *["0"] * (1 + len(field.row_shape))])
 
 
-def primary_document(
-    field: Field, num_records: int, capacity: int, last_shard_nbytes: int, num_shards: int
-) -> dict[str, object]:
-    """Metadata of the primary field over all shards.
+def shards_document(field: Field, capacity: int, shard_rows: Sequence[int]) -> dict[str, object]:
+    """Metadata of a field in shards: its rows, `capacity` a shard, in shards that have so many.
 
-    `encoded`: a uint8 array of all payloads, each but the last counted as `capacity` bytes; where a record lies in it,
-    the index says. `tensor`: the records themselves, `capacity` a shard.
+    A shard counts as `capacity` rows, whatever is in it, unless it is the last: where in the array a record is, the index says.
     """
-    record_shape: tuple[int, ...] = ()
-    dims: tuple[str, ...] = ("byte",)
-    dtype = "uint8"
-    if field.kind == "encoded":
-        total, inner = max(num_shards - 1, 0) * capacity + last_shard_nbytes, INNER_CHUNK_BYTES
-    else:
-        total, inner, record_shape = num_records, 1, field.fixed_shape
-        dtype, dims = field.dtype, _dims(field)
+    rows = max(len(shard_rows) - 1, 0) * capacity + (shard_rows[-1] if shard_rows else 0)
+    codecs = [_LITTLE_ENDIAN, *([field.codec.zarr_codec(field.stored_dtype.itemsize)] if field.codec else [])]
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": (inner, *record_shape),
-            "codecs": [_LITTLE_ENDIAN, *([field.codec.zarr_codec(field.stored_dtype.itemsize)] if field.codec else [])],
+            "chunk_shape": (inner_rows(field), *field.row_shape),
+            "codecs": codecs,
             "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
             "index_location": "end",
         },
     }
-    attributes = {"encoding": field.encoding, **field.meta} if field.encoding else dict(field.meta)
-    shape, shard_shape = (total, *record_shape), (capacity, *record_shape)
-    return _array_document(shape, dtype, shard_shape, [sharding], dims, attributes)
+    return _array_document(field, (rows, *field.row_shape), (capacity, *field.row_shape), [sharding], _dims(field))
 
 
 def link_paths(manifest: "Manifest") -> list[tuple[str, str]]:
-    """The relative links of the Zarr view, as (path below the data set, target): one a shard, none without a Zarr view."""
+    """The relative links of the Zarr view, as (path below the data set, target): one a shard file, none without a Zarr view."""
     if "zarr" not in manifest.container:
         return []
-    name, field = manifest.record_schema.primary, manifest.record_schema.primary_field
-    inner_axes = 0 if field.kind == "encoded" else len(field.shape)
     links = []
-    for number, shard in enumerate(manifest.shards):
-        path = "/".join([name, "c", str(number), *["0"] * inner_axes])
-        links.append((path, "../" * path.count("/") + shard.file))
+    for name, field in manifest.record_schema.large_fields.items():
+        for number, shard in enumerate(manifest.shards_of(name)):
+            path = "/".join([name, "c", str(number), *["0"] * len(field.row_shape)])
+            links.append((path, "../" * path.count("/") + shard.file))
     return links
 
 
 def column_from_chunk(
     content: bytes | memoryview | NDArray[np.uint8], field: Field, num_records: int
 ) -> NDArray[np.generic]:
-    """A small field as an array [num_records, *shape] over the bytes of its chunk."""
-    return np.frombuffer(content, dtype=field.stored_dtype).reshape(num_records, *field.fixed_shape)
+    """A small field of a fixed shape as an array [num_records, *shape] over the bytes of its chunk."""
+    return np.frombuffer(content, field.stored_dtype).view(field.array_dtype).reshape(num_records, *field.fixed_shape)

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from stagein.formats.schema import Field
 from stagein.formats.sources import RefusedRecord, Source
 
 DEEPCAM_SHAPE = (24, 36, 16)
@@ -110,24 +111,29 @@ def read_source(
     """Records as another process would read them, in the fields' own types."""
     numbers = np.arange(first, len(source.nbytes) if count is None else first + count)
     part = pickle.loads(pickle.dumps(source.part(numbers)))
-    primary, rooms, records = source.schema.primary_field, [bytearray()], []
+    rooms: dict[str, bytearray] = {}
+    records: list[dict[str, NDArray[np.generic]] | RefusedRecord] = []
 
-    def room(nbytes: int) -> memoryview:
-        rooms.append(bytearray(b"\xaa" * nbytes))
-        return memoryview(rooms[-1])
+    def room(name: str, nbytes: int) -> memoryview:
+        rooms[name] = bytearray(b"\xaa" * nbytes)
+        return memoryview(rooms[name])
 
     for record in part.read(room):
         if isinstance(record, RefusedRecord):
             records.append(record)
-            continue
-        assert record.nbytes == len(rooms[-1])
-        dtype = primary.stored_dtype if primary.kind == "tensor" else np.dtype(np.uint8)
-        shape = primary.fixed_shape if primary.kind == "tensor" else (-1,)
-        content = np.frombuffer(rooms[-1], dtype).reshape(shape)
-        columns = {name: np.asarray(value) for name, value in record.columns.items()}
-        assert columns.keys() == source.schema.columns.keys()
-        records.append({source.schema.primary: content, **columns})
+        else:
+            assert not rooms.keys() & record.values.keys()
+            assert rooms.keys() | record.values.keys() == source.schema.fields.keys()
+            contents = {name: _as_declared(source.schema.fields[name], content) for name, content in rooms.items()}
+            records.append(contents | {name: np.asarray(value) for name, value in record.values.items()})
+        rooms.clear()
     return records
+
+
+def _as_declared(field: Field, content: bytearray) -> NDArray[np.generic]:
+    assert field.is_variable or len(content) == field.record_bytes
+    shape = (-1, *field.row_shape) if field.is_variable else field.fixed_shape
+    return np.frombuffer(bytes(content), field.stored_dtype).reshape(shape)
 
 
 def assert_same_bits(record: object, expected: Mapping[str, NDArray[np.generic]]) -> None:

@@ -25,7 +25,7 @@ def write_dataset(
     shards = []
     for number, nbytes in enumerate(shard_sizes):
         entry = _write_file(root, f"shards/{number:05d}.h5", generator.randbytes(nbytes), chunk_bytes)
-        shards.append(ShardEntry(**entry.model_dump(), records=1, first=number, data_offset=0))
+        shards.append(ShardEntry(**entry.model_dump(), field="image", records=1, first=number, data_offset=0))
     files = [
         _write_file(root, f"index/part{number}", generator.randbytes(nbytes), chunk_bytes)
         for number, nbytes in enumerate(file_sizes)
@@ -40,7 +40,13 @@ def manifest_of_sizes(
 ) -> Manifest:
     """The manifest of such a data set without the data: all its sums are zero."""
     shards = [
-        ShardEntry(**_entry(f"shards/{number:05d}.h5", nbytes, chunk_bytes), records=1, first=number, data_offset=0)
+        ShardEntry(
+            **_entry(f"shards/{number:05d}.h5", nbytes, chunk_bytes),
+            field="image",
+            records=1,
+            first=number,
+            data_offset=0,
+        )
         for number, nbytes in enumerate(shard_sizes)
     ]
     files = [
@@ -54,9 +60,9 @@ def make_manifest(shards: Sequence[ShardEntry], files: Sequence[FileEntry], chun
     image = Field(kind="encoded", dtype="uint8", shape=(None, None, 3), encoding="jpeg")
     return Manifest(
         container="hdf5",
-        schema=Schema(fields={"image": image}, primary="image"),
+        schema=Schema(fields={"image": image}, primary="image").resolved({}),
         num_records=len(shards),
-        capacity=1 << 20,
+        capacity={"image": 1 << 20},
         chunk_bytes=chunk_bytes,
         shards=tuple(shards),
         files=tuple(files),

@@ -1,7 +1,7 @@
 """Conversion of tensor records: dealt to shards by count, compressed by the codec asked for or the one that pays."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, convert, verify
 from stagein.formats.codecs import Codec
-from stagein.formats.conversion import choose_codec
+from stagein.formats.conversion import choose_codecs
 from stagein.formats.errors import UsageError
 from stagein.formats.sources import RefusedRecord, Room, SourceRecord
 
@@ -25,8 +25,8 @@ class ArrayPart:
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
         for number, value in zip(self.numbers, self.values, strict=True):
-            room(value.nbytes)[:] = value.tobytes()
-            yield SourceRecord(value.nbytes, {"y": number})
+            room("x", value.nbytes)[:] = value.tobytes()
+            yield SourceRecord({"y": number})
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ArraySource:
     kind: str = "array"
     name: str = "memory"
     refused: tuple[RefusedRecord, ...] = ()
+    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def schema(self) -> Schema:
@@ -73,12 +74,12 @@ def test_rows_come_back(counts: NDArray[np.int16], tmp_path: Path, codec, worker
 
 
 def test_the_codec_that_pays_is_chosen(counts: NDArray[np.int16]) -> None:
-    chosen = choose_codec(ArraySource(counts))
+    chosen = choose_codecs(ArraySource(counts), ["x"])["x"]
     assert chosen is not None
     assert chosen.name == "blosc-lz4"
     noise = np.random.default_rng(0).integers(-(2**15), 2**15, (7, 5000)).astype(np.int16)
-    assert choose_codec(ArraySource(noise)) is None
-    assert choose_codec(ArraySource(counts[:0])) is None
+    assert choose_codecs(ArraySource(noise), ["x"]) == {"x": None}
+    assert choose_codecs(ArraySource(counts[:0]), ["x"]) == {"x": None}
 
 
 def test_a_source_without_records_is_a_data_set_without_shards(counts: NDArray[np.int16], tmp_path: Path) -> None:

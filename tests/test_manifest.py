@@ -30,7 +30,7 @@ def _parse(content: dict[str, Any], *, keep_id: bool = False) -> Manifest:
 
 
 def test_an_edit_is_noticed(content: dict[str, Any]) -> None:
-    content["capacity"] += 65536
+    content["capacity"]["image"] += 65536
     with pytest.raises(SourceError, match="does not belong to its content"):
         _parse(content, keep_id=True)
 
@@ -61,7 +61,7 @@ def test_paths_that_could_leave_or_collide_are_refused(content: dict[str, Any], 
         ({"num_records": 84}, "hold 85 records"),
         ({"format": "other"}, "not a manifest of this format"),
         ({"version": [2, 0]}, "install a newer stagein"),
-        ({"schema": {"fields": {}, "primary": "x"}}, "primary field"),
+        ({"schema": {"fields": {}, "primary": "x"}}, "a record without fields"),
         ({"chunk_bytes": 8192}, "another number of chunks"),
     ],
 )

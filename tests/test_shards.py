@@ -20,7 +20,7 @@ from stagein.formats import Dataset, Field, Schema, Writer, verify
 from stagein.formats.codecs import Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, UsageError
 from stagein.formats.manifest import Container
-from stagein.formats.shards import plan_encoded_shards, plan_tensor_shards
+from stagein.formats.shards import plan_shards
 
 CONTAINERS = get_args(Container)
 LABEL = Field(kind="tensor", dtype="int64")
@@ -135,7 +135,7 @@ def test_zarr_and_tensorstore_read_the_data_set(tmp_path: Path, primary: Field, 
         if primary.kind == "encoded":
             shard = int(index["shard"][number])
             in_payload = int(index["offset"][number]) - dataset.manifest.shards[shard].data_offset
-            start = shard * dataset.manifest.capacity + in_payload
+            start = shard * dataset.manifest.capacity["x"] + in_payload
             place = slice(start, start + int(index["nbytes"][number]))
         else:
             place = slice(number, number + 1)
@@ -165,19 +165,22 @@ def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 300_000), max_size=60), st.integers(1, 400_000))
 @settings(deadline=None)
 def test_every_record_is_in_exactly_one_shard(sizes: list[int], shard_bytes: int) -> None:
-    plans = plan_encoded_shards(np.array(sizes, np.int64), shard_bytes)
+    schema = Schema(fields={"x": JPEG}).resolved({})
+    plans, capacity = plan_shards(schema, len(sizes), {"x": np.array(sizes, np.int64)}, shard_bytes)
     assert [number for plan in plans for number in range(plan.first, plan.first + plan.records)] == list(
         range(len(sizes))
     )
     for plan in plans:
         used = sum(sizes[plan.first : plan.first + plan.records])
-        assert used <= plan.payload_bytes
+        assert used <= plan.payload_bytes["x"] <= capacity["x"]
         assert used <= shard_bytes or plan.records == 1
 
 
 @given(st.integers(0, 1000), st.integers(1, 5000), st.integers(1, 20_000))
 def test_tensor_shards_are_full_but_the_last(count: int, record_bytes: int, shard_bytes: int) -> None:
-    plans = plan_tensor_shards(count, record_bytes, shard_bytes)
+    schema = Schema(fields={"x": Field(kind="tensor", dtype="uint8", shape=(record_bytes,))}).resolved({})
+    plans, capacity = plan_shards(schema, count, {}, shard_bytes)
+    assert all(plan.records == capacity["x"] for plan in plans[:-1])
     assert sum(plan.records for plan in plans) == count
     assert len({plan.records for plan in plans[:-1]}) <= 1
 

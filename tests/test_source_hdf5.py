@@ -183,7 +183,7 @@ def test_a_chunk_of_several_rows_is_decompressed_once(tmp_path: Path) -> None:
         chunks = [data.id.get_chunk_info(number) for number in range(2)]
     source = scan_hdf5(tmp_path / "x.h5")
     room = bytearray(values[0].nbytes)
-    records = source.part(np.arange(0, 4)).read(lambda nbytes: memoryview(room))
+    records = source.part(np.arange(0, 4)).read(lambda name, nbytes: memoryview(room))
     next(records)
     with open(tmp_path / "x.h5", "r+b") as file:  # from now on, only what is in memory already is good
         for chunk in chunks:

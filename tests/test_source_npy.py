@@ -148,7 +148,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
 def test_rows_that_are_cut_off_while_they_are_read_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.arange(15.0).reshape(3, 5))
     room = bytearray(40)
-    records = scan_npy(tmp_path / "rows.npy").part(np.arange(0, 3)).read(lambda nbytes: memoryview(room))
+    records = scan_npy(tmp_path / "rows.npy").part(np.arange(0, 3)).read(lambda name, nbytes: memoryview(room))
     next(records)
     os.truncate(tmp_path / "rows.npy", 128 + 60)
     assert next(records) == RefusedRecord("rows.npy row 1", "it ends after 20 of the 40 bytes of its array")

@@ -175,7 +175,6 @@ def test_records_that_differ_are_refused_by_number(define: Define) -> None:
         ("return [{'x': torch.zeros(3, dtype=torch.bfloat16)}]", UsageError, "field 'x': a Tensor that is no array"),
         ("return [{'x': [[1], [1, 2]]}]", UsageError, "field 'x': a list that is no array"),
         ("return [{'not a name': np.zeros(3)}]", UsageError, "cannot be the name of a field"),
-        ("return [(b'one', b'two')]", UsageError, "make no data set"),
         ("items = Items(3, int)\nitems.schema = 7\nreturn items", UsageError, "its attribute schema is a int"),
     ],
 )

@@ -47,7 +47,7 @@ def read_directly(source) -> list:
     """The records of a source as its part yields them, after a pickle."""
     content = bytearray(1 << 20)
     part = pickle.loads(pickle.dumps(source.part(np.arange(len(source.nbytes)))))
-    return list(part.read(lambda nbytes: memoryview(content)[:nbytes]))
+    return list(part.read(lambda name, nbytes: memoryview(content)[:nbytes]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 13])
@@ -121,8 +121,9 @@ def test_archives_of_gnu_tar(tmp_path: Path) -> None:
         subprocess.run(
             ["tar", "-C", tmp_path / "in", f"--format={form}", *short, "-cf", tmp_path / "a.tar", *names], check=True
         )
-        records = read_directly(scan_webdataset(tmp_path / "a.tar"))
-        assert [record.nbytes for record in records] == [len(jpeg(number)) for number in range(3)]
+        source = scan_webdataset(tmp_path / "a.tar")
+        assert source.nbytes.tolist() == [len(jpeg(number)) for number in range(3)]
+        assert all(isinstance(record, SourceRecord) for record in read_directly(source))
 
 
 def test_times_in_a_gnu_header_are_no_part_of_the_name(tmp_path: Path) -> None:

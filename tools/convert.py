@@ -11,7 +11,7 @@ from typing import Literal
 from stagein.formats.codecs import Codec
 from stagein.formats.conversion import Converted, Progress, convert
 from stagein.formats.errors import UsageError
-from stagein.formats.sources import Source
+from stagein.formats.sources import Source, record_nbytes
 
 from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
 from .convert_commands import ConvertOptions
@@ -24,7 +24,7 @@ def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> No
     start = time.monotonic()
     source = scan()
     if not options.json:
-        say(f"{source.name}: {count_text(len(source.nbytes), 'record')}, {bytes_text(source.nbytes.sum())}")
+        say(f"{source.name}: {count_text(len(source.nbytes), 'record')}, {bytes_text(record_nbytes(source).sum())}")
     with progress_bytes("converting", quiet=options.json) as update:
 
         def on_progress(progress: Progress) -> None:
@@ -73,7 +73,7 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
                     "target": str(target),
                     "id": manifest.id,
                     "records": manifest.num_records,
-                    "shards": len(manifest.shards),
+                    "shards": manifest.num_shards,
                     "nbytes": manifest.nbytes,
                     "seconds": round(seconds, 3),
                     "reused_shards": converted.reused_shards,
@@ -90,6 +90,6 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
             complain(f"  {refused.name}: {refused.reason}")
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
     say(
-        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shards), 'shard')}{reused}, {bytes_text(manifest.nbytes)}, "
+        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'shard')}{reused}, {bytes_text(manifest.nbytes)}, "
         f"in {seconds_text(seconds)} ({bytes_text(manifest.nbytes / seconds)}/s), id {manifest.id[:12]}"
     )

@@ -14,7 +14,7 @@ def run(path: Path, *, as_json: bool) -> None:
     manifest = Manifest.load(path)
     if as_json:
         summary = manifest.model_dump(mode="json", by_alias=True, exclude={"shards", "files"})
-        summary |= {"path": str(path), "num_shards": len(manifest.shards), "nbytes": manifest.nbytes}
+        summary |= {"path": str(path), "num_shards": manifest.num_shards, "nbytes": manifest.nbytes}
         say(json.dumps(summary))
         return
     from rich.table import Table
@@ -22,7 +22,7 @@ def run(path: Path, *, as_json: bool) -> None:
     payload = sum(shard.nbytes for shard in manifest.shards)
     mean = payload / manifest.num_records if manifest.num_records else 0
     say(
-        f"{path}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shards), 'shard')}, {bytes_text(manifest.nbytes)}"
+        f"{path}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'shard')}, {bytes_text(manifest.nbytes)}"
     )
     say(f"  id         {manifest.id}")
     say(f"  container  {manifest.container}, made from {manifest.source.kind}")

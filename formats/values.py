@@ -1,0 +1,195 @@
+"""From a value in Python to the rows of a field and back; whatever does not keep its meaning on the way is refused."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .schema import BFLOAT16, Field, Schema
+
+Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
+"""A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"RIFF", "wav"),
+    (b"fLaC", "flac"),
+    (b"OggS", "ogg"),
+    (b"ID3", "mp3"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+)
+UNKNOWN_ENCODING = "bytes"
+
+
+class BadValueError(ValueError):
+    """A value that its field cannot hold; the text says why, without naming the record."""
+
+
+def to_rows(field: Field, value: Value) -> NDArray[np.generic]:
+    """The rows of a record, [rows, *row_shape] of the stored type, contiguous. Raises BadValueError for what does not fit.
+
+    A cast that loses something is refused, but Python's own floats are rounded to the field's precision. uint16 arrays
+    are the bits of a bfloat16 field.
+    """
+    if field.kind == "text":
+        return np.frombuffer(_text_bytes(value), np.uint8)
+    if field.kind == "encoded":
+        return _byte_rows(value)
+    array = _converted(as_array(value), field, is_exact=_has_own_precision(value))
+    if field.kind == "tensor":
+        if array.shape != field.fixed_shape:
+            raise BadValueError(f"its shape is {array.shape}, not {field.fixed_shape}")
+    elif array.size == 0 and array.ndim <= 1:  # an empty list knows no further extents
+        array = array.reshape(0, *field.row_shape)
+    elif array.shape[1:] != field.row_shape or array.ndim == 0:
+        expected = ", ".join(map(str, ("any", *field.row_shape)))
+        raise BadValueError(f"its shape is {array.shape}, not ({expected})")
+    return np.ascontiguousarray(array).reshape(-1, *field.row_shape)
+
+
+def row_bytes(rows: NDArray[np.generic]) -> memoryview:
+    """The bytes of rows, as they are stored."""
+    return memoryview(rows.reshape(-1).view(np.uint8))
+
+
+def stack_rows(field: Field, values: Sequence[Value]) -> NDArray[np.generic]:
+    """The values of a `tensor` field of several records, [records, *shape] of the stored type. Raises BadValueError."""
+    shape = (len(values), *field.fixed_shape)
+    if not values:
+        return np.empty(shape, field.stored_dtype)
+    array = _converted(as_array(values), field, is_exact=_has_own_precision(values[0]))
+    if array.shape != shape:
+        raise BadValueError(f"its shape is {array.shape[1:]}, not {field.fixed_shape}")
+    return array
+
+
+def from_rows(field: Field, content: NDArray[np.uint8]) -> Any:
+    """What a record's uncompressed bytes stand for: an array over them, for `text` a string."""
+    if field.kind == "text":
+        return content.tobytes().decode()
+    if field.kind == "encoded":
+        return content
+    shape = field.fixed_shape if field.kind == "tensor" else (-1, *field.row_shape)
+    return content.view(field.array_dtype).reshape(shape)
+
+
+def as_array(value: object) -> NDArray[np.generic]:
+    """Numbers as an array, without copying where they are one. Raises BadValueError for anything else."""
+    detach = getattr(value, "detach", None)  # a torch tensor: its gradient is no part of the data
+    try:
+        array = np.asarray(_torch_array(detach()) if detach else value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadValueError(f"a {type(value).__name__} that is no array: {str(error).splitlines()[0]}") from None
+    if array.dtype.kind not in "biufc" and array.dtype.name != BFLOAT16:
+        raise BadValueError(f"a {type(value).__name__} is no array of numbers")
+    return array
+
+
+def infer_schema(records: Sequence[Mapping[str, Value]]) -> Schema:
+    """The schema of these records, which have the fields of the first. Raises BadValueError, naming the field.
+
+    Arrays that differ in their first extent make a `ragged` field, other arrays and numbers a `tensor`; bytes are
+    `encoded`, in the encoding by which they start; strings are `text`.
+    """
+    fields = {}
+    for name in records[0]:
+        try:
+            fields[name] = _infer_field([record[name] for record in records if name in record])
+        except BadValueError as error:
+            raise BadValueError(f"field {name!r}: {error}") from None
+    return Schema(fields=fields)
+
+
+def _infer_field(values: Sequence[Value]) -> Field:
+    if isinstance(values[0], str):
+        return Field(kind="text")
+    if isinstance(values[0], (bytes, bytearray, memoryview)):
+        found = {_encoding(value) for value in values if isinstance(value, (bytes, bytearray, memoryview))}
+        is_image = found <= {"jpeg", "png"}
+        encoding = found.pop() if len(found) == 1 else "image" if is_image else UNKNOWN_ENCODING
+        return Field(kind="encoded", encoding=encoding, shape=(None, None, 3) if is_image else (None,))
+    arrays = [as_array(value) for value in values]
+    dtype, shapes = np.result_type(*(array.dtype for array in arrays)).name, {array.shape for array in arrays}
+    if len(shapes) == 1:
+        return Field(kind="tensor", dtype=dtype, shape=shapes.pop())
+    tails = {shape[1:] for shape in shapes if shape != (0,)}
+    if () in shapes or len(tails) != 1:
+        raise BadValueError(f"its shapes {sorted(shapes)[:3]} differ in more than the first extent: give a schema")
+    return Field(kind="ragged", dtype=dtype, shape=(None, *tails.pop()))
+
+
+def _encoding(value: bytes | bytearray | memoryview) -> str:
+    start = bytes(memoryview(value).cast("B")[:16])
+    return next((name for signature, name in _SIGNATURES if start.startswith(signature)), UNKNOWN_ENCODING)
+
+
+def _text_bytes(value: Value) -> bytes:
+    if not isinstance(value, str):
+        raise BadValueError(f"it is text: give a string, not {type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate
+        raise BadValueError(f"it is no text that UTF-8 has: {error.reason}") from None
+
+
+def _byte_rows(value: Value) -> NDArray[np.uint8]:
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        return np.ascontiguousarray(value).reshape(-1)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return np.frombuffer(memoryview(value).cast("B"), np.uint8)
+    raise BadValueError(f"it is encoded: give its bytes, not {type(value).__name__}")
+
+
+def _torch_array(tensor: Any) -> Any:
+    tensor = tensor.cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none: its bits
+        tensor = tensor.view(sys.modules["torch"].uint16)
+    return tensor.resolve_conj().resolve_neg() if hasattr(tensor, "resolve_conj") else tensor
+
+
+def _has_own_precision(value: object) -> bool:
+    """Whether a value was made with a precision, as arrays are; Python's floats and lists of them have no choice."""
+    return hasattr(value, "dtype")
+
+
+def _converted(array: NDArray[np.generic], field: Field, *, is_exact: bool) -> NDArray[np.generic]:
+    """The array in the field's stored type. Raises BadValueError where a number would not stay what it is."""
+    if field.dtype == BFLOAT16:
+        return _bfloat16_bits(array, is_exact=is_exact)
+    dtype = field.stored_dtype
+    if array.dtype.name == BFLOAT16:
+        array = array.astype(np.float32)
+    with np.errstate(all="ignore"):
+        converted = array.astype(dtype, copy=False)
+        if np.can_cast(array.dtype, dtype, "safe") or not array.size:
+            return converted
+        may_round = not is_exact and array.dtype.kind in "fc" and dtype.kind in "fc" and array.dtype.kind == dtype.kind
+        if may_round:
+            same = bool((np.isfinite(converted) == np.isfinite(array)).all())
+        else:
+            same = np.array_equal(converted, array, equal_nan=array.dtype.kind in "fc") and (
+                dtype.kind != "u" or array.dtype.kind not in "if" or not bool((np.real(array) < 0).any())
+            )
+    if not same:
+        raise BadValueError(f"a value of type {array.dtype.name} does not fit into {field.dtype}")
+    return converted
+
+
+def _bfloat16_bits(array: NDArray[np.generic], *, is_exact: bool) -> NDArray[np.generic]:
+    """The upper halves of float32, which bfloat16 is."""
+    if array.dtype.name == BFLOAT16:
+        return array.view(np.uint16).astype("<u2", copy=False)
+    if array.dtype == np.uint16:
+        return array.astype("<u2", copy=False)
+    with np.errstate(all="ignore"):
+        single = np.atleast_1d(array.astype("<f4"))
+        bits = single.view("<u4")
+        if not is_exact:  # round to nearest, ties to even
+            bits = np.where(np.isnan(single), bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        elif (bits & 0xFFFF).any() or not np.array_equal(single.reshape(array.shape), array, equal_nan=True):
+            raise BadValueError(f"a value of type {array.dtype.name} does not fit into {BFLOAT16}")
+    return (bits >> 16).astype("<u2").reshape(array.shape)
