@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from .dataloader import DataLoader
     from .dataset import RecordDataset
     from .graphs import Graph, image_eval, image_train
+    from .transforms import PerSample
 
-__all__ = ["DataLoader", "Graph", "RecordDataset", "image_eval", "image_train"]
+__all__ = ["DataLoader", "Graph", "PerSample", "RecordDataset", "image_eval", "image_train"]
 
 _MODULES = {
     "DataLoader": "dataloader",
     "Graph": "graphs",
+    "PerSample": "transforms",
     "RecordDataset": "dataset",
     "image_eval": "graphs",
     "image_train": "graphs",

@@ -1,6 +1,7 @@
 """Samples into batches, and batches back into samples: the structures users meet."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,17 +10,22 @@ from torch.utils.data import default_collate
 Sample = Mapping[str, Any]
 
 
-def collate_records(samples: Sequence[Sample], listed: frozenset[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RecordCollate:
     """A batch of a RecordDataset's samples: a tensor `[batch, ...]` a field; a list, one entry a sample, for those `listed`.
 
     Raises RuntimeError, as torch does, where the samples of a field that is not listed differ in shape.
     """
-    return {
-        name: [_as_tensor(sample[name]) for sample in samples]
-        if name in listed
-        else default_collate([sample[name] for sample in samples])
-        for name in samples[0]
-    }
+
+    listed: frozenset[str]
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {
+            name: [_as_tensor(sample[name]) for sample in samples]
+            if name in self.listed
+            else default_collate([sample[name] for sample in samples])
+            for name in samples[0]
+        }
 
 
 def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:

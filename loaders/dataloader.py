@@ -15,11 +15,12 @@ from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
+from .collate import RecordCollate, map_tensors
 from .dali import import_dali
 from .dataset import RecordDataset
 from .fastpath import FastPath, FastPathOptions, LoaderStats
-from .fetching import FedSteps, FetchSamples
-from .graphs import Graph, Nodes, as_graph
+from .fetching import FedSteps, FetchSamples, TransformedCollate
+from .graphs import Graph
 from .in_step import InStep, next_loader_number
 from .iterable_order import IterableOrder
 from .iteration import LoaderIterator
@@ -27,6 +28,7 @@ from .paths import Path, RecordPath, SamplePath, TorchPath
 from .sampler import GlobalOrder, Order, OwnOrder, OwnSampler, framework_sampler
 from .sampler_order import SamplerOrder
 from .share import Distributed, Share, divides_already, find_share, refuse_undivided
+from .transforms import understand
 
 _DEFAULT_PREFETCH_FACTOR = 2
 _MAX_SEED = 2**63 - 1
@@ -41,7 +43,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     `multiprocessing_context` is given; an IterableDataset by torch's own iterator.
 
     batch_size    samples a rank and step. A global batch is `batch_size` x ranks.
-    transform     a graph (`image_train()`, `image_eval()`), or a function from a dict of DALI nodes to such a dict.
+    transform     over a RecordDataset: a graph (`image_train()`, `image_eval()`); a function from a dict of DALI nodes to such
+                  a dict; a Compose of torchvision's, which becomes a graph if it can; `PerSample(function)`, or any object
+                  that can be called, for samples one by one. Over any other data set: a function of one sample.
     device        where batches are delivered; by default the current CUDA device where there is one, else the CPU.
     seed          of the order and of the graph's random numbers.
     distributed   True: this rank's share, rank and world from torch.distributed or MPI; (rank, world): these; one dimension
@@ -78,7 +82,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         persistent_workers: bool = False,
         pin_memory_device: str = "",
         in_order: bool = True,
-        transform: Graph | Callable[[Nodes], Nodes] | None = None,
+        transform: Graph | Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
         distributed: Distributed = None,
@@ -88,8 +92,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         # As they were given, under the names of the arguments: frameworks make loaders anew from such attributes.
         self.transform, self.device, self.seed, self.distributed = transform, device, seed, distributed
         self.tail, self.decode_threads = tail, decode_threads
-        graph = None if transform is None else as_graph(transform)
-        _refuse_misplaced(self, dataset, graph, drop_last)
+        self._translation = understand(transform, dataset)
+        _refuse_misplaced(self, dataset, drop_last)
         own = _own_order(
             dataset, batch_size, shuffle, sampler, batch_sampler, drop_last, generator, seed, distributed, tail
         )
@@ -121,7 +125,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
         self._number = next_loader_number() if own is not None and own.order.world_size > 1 else None
         default_collates = (None, default_collate, default_convert)
-        self._path = self._choose_path(graph, None if collate_fn in default_collates else collate_fn)
+        self._path = self._choose_path(None if collate_fn in default_collates else collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._may_be_undivided:
@@ -169,7 +173,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     def explain(self) -> str:
         """What this loader does, in a few lines: who decides the order, who does the work."""
-        return f"{self._order.description}\nwork: {self._path.description}"
+        transform = [f"transform: {line}" for line in self._translation.lines]
+        return "\n".join([self._order.description, *transform, f"work: {self._path.description}"])
 
     def _others_order(self) -> Order:
         if isinstance(self.dataset, IterableDataset):
@@ -177,22 +182,35 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         samples = len(self.dataset) if hasattr(self.dataset, "__len__") else None
         return SamplerOrder(self._index_sampler, self._auto_collation, samples, self.in_order)
 
-    def _choose_path(self, graph: Graph | None, collate_fn: Callable[[Any], Any] | None) -> Path:
-        dataset = self.dataset
+    def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> Path:
+        """`collate_fn`: the user's own, None where it is torch's default."""
+        graph, per_sample = self._translation.graph, self._translation.per_sample
         if graph is not None:
             return self._record_path(graph, collate_fn)
+        dataset, batched = self.dataset, self._auto_collation
         collate = self.collate_fn
+        if isinstance(dataset, RecordDataset) and collate_fn is None and batched:
+            collate = RecordCollate(dataset.listed_fields)
+        if per_sample is not None:
+            collate = TransformedCollate(per_sample, collate, batched)
         if isinstance(dataset, IterableDataset):
             batching: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": self.drop_last}
             return TorchPath(self._torchs_loader(collate, **batching), fed=None)
         if self.multiprocessing_context is not None:
+            if self.tail == "pad":
+                raise UsageError(
+                    "tail='pad' is honoured in threads, not in processes: leave multiprocessing_context out"
+                )
             fed = FedSteps()
-            batching = {"batch_sampler": fed} if self._auto_collation else {"batch_size": None, "sampler": fed}
+            batching = {"batch_sampler": fed} if batched else {"batch_size": None, "sampler": fed}
             return TorchPath(self._torchs_loader(collate, **batching), fed)
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
+        fetch = FetchSamples(
+            dataset, collate, batched, makes_empty_batches=collate_fn is None, with_valid=self.tail == "pad"
+        )
         return SamplePath(
-            FetchSamples(dataset, collate, self._auto_collation, makes_empty_batches=collate_fn is None),
+            fetch,
             self.num_workers,
             self.prefetch_factor or 1,
             self.timeout,
@@ -251,18 +269,30 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         return int(torch.empty((), dtype=torch.int64).random_(generator=self.generator).item())
 
     def _finisher(self) -> Callable[[Any], Any]:
-        """What is done to each batch at last: page-locked memory where that was asked for, with torch's warnings."""
-        if not self.pin_memory or isinstance(self._path, RecordPath):
+        """What is done to each batch at last: page-locked memory, with torch's warnings, or a copy to `device`."""
+        if isinstance(self._path, RecordPath):
             return _as_it_is
+        pin = self.pin_memory and self._can_pin()
+        if self.device is None:
+            return pin_structure if pin else _as_it_is
+        device = _delivery_device(self.device)
+
+        def finish(batch: Any) -> Any:
+            pinned = pin_structure(batch) if pin else batch  # type: ignore[no-untyped-call]
+            return map_tensors(lambda tensor: tensor.to(device, non_blocking=pin), pinned)
+
+        return finish
+
+    def _can_pin(self) -> bool:
         if self.pin_memory_device:
             warnings.warn(
                 f"pin_memory_device is deprecated: {self.pin_memory_device!r} is ignored for the current accelerator",
-                stacklevel=3,
+                stacklevel=4,
             )
         if not torch.accelerator.is_available():
-            warnings.warn("pin_memory=True has no effect: there is no accelerator", stacklevel=3)
-            return _as_it_is
-        return pin_structure
+            warnings.warn("pin_memory=True has no effect: there is no accelerator", stacklevel=4)
+            return False
+        return True
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -340,27 +370,19 @@ def _positive(batch_size: int) -> int:
     return batch_size
 
 
-def _refuse_misplaced(loader: DataLoader, dataset: object, graph: Graph | None, drop_last: bool) -> None:
+def _refuse_misplaced(loader: DataLoader, dataset: object, drop_last: bool) -> None:
     """Raise UsageError for arguments of ours that have no meaning for this data set or transform."""
     seed, tail = loader.seed, loader.tail
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed={seed} is not a seed: it is from 0 to 2**64 - 1")
-    if graph is not None and not isinstance(dataset, RecordDataset):
-        raise UsageError(
-            f"transform= needs a RecordDataset, not a {type(dataset).__name__}: transform its samples in __getitem__"
-        )
     if tail not in ("share", "pad"):
         raise UsageError(f"tail={tail!r} is not known: it is 'share' or 'pad'; drop_last=True drops the last samples")
     if tail == "pad" and drop_last:
         raise UsageError("tail='pad' keeps the last samples and drop_last=True drops them: leave one of them out")
-    if graph is None:
-        given = {
-            "device": loader.device is not None,
-            "decode_threads": loader.decode_threads is not None,
-            "tail='pad'": tail == "pad",
-        }
-        for name in (name for name, present in given.items() if present):
-            raise UsageError(f"{name} needs a RecordDataset with a transform: torch's own iterator cannot honour it")
+    if tail == "pad" and not isinstance(dataset, RecordDataset):
+        raise UsageError("tail='pad' needs a RecordDataset: only its batches have a place for `valid`")
+    if loader.decode_threads is not None and loader._translation.graph is None:
+        raise UsageError("decode_threads= needs a graph: everything else is decoded by the workers, see num_workers")
 
 
 def _decode_threads(asked: int | None) -> int:

@@ -52,6 +52,12 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
             f"{self.records.path} has no classes: none of its fields {', '.join(self.records.schema.fields)} is a label"
         )
 
+    @property
+    def listed_fields(self) -> frozenset[str]:
+        """Fields whose samples differ in shape by nature, or are strings: batches have lists of them."""
+        schema = self.records.schema
+        return frozenset(name for name in self.fields if schema.fields[name].kind in ("ragged", "text"))
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.utils.data
 
@@ -57,19 +58,24 @@ class FetchSamples:
 
     makes_empty_batches  a rank that has no sample in a step gets a batch without rows, in the image of the first sample;
                          else it gets what `collate` makes of an empty list.
+    with_valid           samples, which are dicts, say under `valid` whether they count or are padding.
     """
 
     dataset: Any
     collate: Callable[[Any], Any]
     batched: bool
     makes_empty_batches: bool
+    with_valid: bool = False
 
     def __call__(self, step: Step) -> Any:
         if not self.batched:
             return self.collate(self.dataset[step.indices])
         if not step.indices and self.makes_empty_batches:
             return without_rows(self.collate(self._samples([0])))
-        return self.collate(self._samples(step.indices))
+        samples = self._samples(step.indices)
+        if self.with_valid:
+            samples = [{**sample, "valid": np.bool_(row < step.num_valid)} for row, sample in enumerate(samples)]
+        return self.collate(samples)
 
     def _samples(self, indices: list[Any]) -> list[Any]:
         fetch_many = getattr(self.dataset, "__getitems__", None)

@@ -214,8 +214,3 @@ def image_eval(
             f"image_eval cannot keep a centre of {size} pixels of images resized to {resize}: size is at most resize"
         )
     return ImageEval(ImageOutput(field, size_column, size, mean, std, antialias), resize)
-
-
-def as_graph(transform: Graph | Callable[[Nodes], Nodes]) -> Graph:
-    """`transform` itself where it is a graph, else the graph of that function."""
-    return transform if isinstance(transform, Graph) else FunctionGraph(transform)

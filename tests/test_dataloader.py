@@ -397,8 +397,7 @@ def test_torchs_arguments_stand_in_torchs_order():
         ({"tail": "pad", "sampler": [1], "shuffle": None}, "tail='pad' fills up batches of the loader's own order"),
         ({"distributed": (2, 2)}, "is not \\(rank, world size\\)"),
         ({"distributed": True, "sampler": [1], "shuffle": None}, "leave it out beside sampler"),
-        ({"transform": None}, "device needs a RecordDataset with a transform"),
-        ({"transform": None, "device": None, "tail": "pad"}, "tail='pad' needs a RecordDataset with a transform"),
+        ({"transform": None, "decode_threads": 2}, "decode_threads= needs a graph"),
         ({"device": "meta"}, "device='meta' is not supported"),
         ({"decode_threads": 0}, "decode_threads=0"),
         ({"seed": -1}, "seed=-1"),
@@ -491,6 +490,8 @@ def test_any_other_data_set_gives_torchs_batches():
     assert ours == theirs
     with pytest.raises(UsageError, match="needs a RecordDataset, not a Squares"):
         DataLoader(Squares(), 4, transform=image_train(16))
+    with pytest.raises(UsageError, match="tail='pad' needs a RecordDataset"):
+        DataLoader(Squares(), 4, tail="pad", distributed=(0, 2))
 
 
 def test_any_map_style_data_set_is_divided_among_ranks():
