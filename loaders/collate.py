@@ -14,18 +14,22 @@ Sample = Mapping[str, Any]
 class RecordCollate:
     """A batch of a RecordDataset's samples: a tensor `[batch, ...]` a field; a list, one entry a sample, for those `listed`.
 
+    shaped  what is made of the dict at last.
+
     Raises RuntimeError, as torch does, where the samples of a field that is not listed differ in shape.
     """
 
     listed: frozenset[str]
+    shaped: Callable[[dict[str, Any]], Any]
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return {
+    def __call__(self, samples: Sequence[Sample]) -> Any:
+        batch = {
             name: [_as_tensor(sample[name]) for sample in samples]
             if name in self.listed
             else default_collate([sample[name] for sample in samples])
             for name in samples[0]
         }
+        return self.shaped(batch)
 
 
 def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from stagein.world import ranks_on_this_node
 
 from .collate import RecordCollate, map_tensors
 from .dali import import_dali
-from .dataset import RecordDataset
+from .dataset import RecordDataset, SamplesAsDicts
 from .fastpath import FastPath, FastPathOptions, LoaderStats
 from .fetching import FedSteps, FetchSamples, TransformedCollate
+from .frameworks import GraphCollate, view_for_accelerate
 from .graphs import Graph
 from .in_step import InStep, next_loader_number
 from .iterable_order import IterableOrder
@@ -94,6 +95,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.tail, self.decode_threads = tail, decode_threads
         self._translation = understand(transform, dataset)
         _refuse_misplaced(self, dataset, drop_last)
+        if self._translation.graph is not None and collate_fn is None:
+            collate_fn = GraphCollate()
         own = _own_order(
             dataset, batch_size, shuffle, sampler, batch_sampler, drop_last, generator, seed, distributed, tail
         )
@@ -121,11 +124,13 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._own = own
         self._may_be_undivided = distributed is None and (own is not None or _is_torchs_default(sampler, batch_sampler))
         self._order = own or self._others_order()
+        if own is not None and self.batch_sampler is not None:
+            self.batch_sampler.set_epoch = own.set_epoch  # type: ignore[attr-defined]  # HF Trainer tells it, not the loader
         self._is_accelerate_prepared = own is not None
         """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
         self._number = next_loader_number() if own is not None and own.order.world_size > 1 else None
-        default_collates = (None, default_collate, default_convert)
-        self._path = self._choose_path(None if collate_fn in default_collates else collate_fn)
+        is_default = collate_fn in (None, default_collate, default_convert) or isinstance(collate_fn, GraphCollate)
+        self._path = self._choose_path(None if is_default else collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._may_be_undivided:
@@ -134,7 +139,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         deliveries = self._path.start(epoch, self._draw_base_seed)
         if self._number is not None and (board := join_board()) is not None:
             deliveries = InStep(deliveries, board, self._number, epoch.number)
-        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self)
+        # Accelerate learns of our own order only from here: its `prepare` leaves such a loader as it is.
+        view = view_for_accelerate(None if self._own is None else len(self))
+        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self, view=view)
 
     def __len__(self) -> int:
         if self._own is not None:
@@ -187,15 +194,17 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         graph, per_sample = self._translation.graph, self._translation.per_sample
         if graph is not None:
             return self._record_path(graph, collate_fn)
-        dataset, batched = self.dataset, self._auto_collation
-        collate = self.collate_fn
-        if isinstance(dataset, RecordDataset) and collate_fn is None and batched:
-            collate = RecordCollate(dataset.listed_fields)
-        if per_sample is not None:
-            collate = TransformedCollate(per_sample, collate, batched)
+        dataset, batched, collate = self.dataset, self._auto_collation, self.collate_fn
+        if isinstance(dataset, RecordDataset):
+            if batched and collate_fn is None:
+                collate = RecordCollate(dataset.listed_fields, dataset.shaped)
+            else:
+                collate = TransformedCollate(dataset.shaped, collate, batched)
+            dataset = SamplesAsDicts(dataset)
+        by_torch = collate if per_sample is None else TransformedCollate(per_sample, collate, batched)
         if isinstance(dataset, IterableDataset):
             batching: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": self.drop_last}
-            return TorchPath(self._torchs_loader(collate, **batching), fed=None)
+            return TorchPath(self._torchs_loader(dataset, by_torch, **batching), fed=None)
         if self.multiprocessing_context is not None:
             if self.tail == "pad":
                 raise UsageError(
@@ -203,12 +212,11 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 )
             fed = FedSteps()
             batching = {"batch_sampler": fed} if batched else {"batch_size": None, "sampler": fed}
-            return TorchPath(self._torchs_loader(collate, **batching), fed)
+            return TorchPath(self._torchs_loader(dataset, by_torch, **batching), fed)
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
-        fetch = FetchSamples(
-            dataset, collate, batched, makes_empty_batches=collate_fn is None, with_valid=self.tail == "pad"
-        )
+        makes_empty_batches, with_valid = collate_fn is None, self.tail == "pad"
+        fetch = FetchSamples(dataset, collate, batched, makes_empty_batches, per_sample, with_valid)
         return SamplePath(
             fetch,
             self.num_workers,
@@ -242,14 +250,16 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             keep_pipeline=self.persistent_workers,
         )
         fast_path = FastPath(self.dataset, graph, self.seed, options)
-        return RecordPath(fast_path, collate_fn, self._auto_collation, self.tail == "pad")
+        return RecordPath(fast_path, collate_fn, self._auto_collation, self.tail == "pad", self.dataset.shaped)
 
-    def _torchs_loader(self, collate: Callable[[Any], Any], **batching: Any) -> torch.utils.data.DataLoader[Any]:
+    def _torchs_loader(
+        self, dataset: Any, collate: Callable[[Any], Any], **batching: Any
+    ) -> torch.utils.data.DataLoader[Any]:
         """A loader of torch's that does the work of this one."""
         # An order of our own draws nothing from torch's global generator, and neither do its workers' seeds.
         generator = self.generator if self._own is None else torch.Generator().manual_seed(self.seed & _MAX_SEED)
         return torch.utils.data.DataLoader(
-            self.dataset,
+            dataset,
             **batching,
             collate_fn=collate,
             num_workers=self.num_workers,

@@ -17,11 +17,13 @@ _JPEG_START = b"\xff\xd8"
 Sample = dict[str, NDArray[Any]]
 
 
-class RecordDataset(torch.utils.data.Dataset[Sample]):
+class RecordDataset(torch.utils.data.Dataset[Any]):
     """The samples of a converted data set, by number; picklable, and safe to use from many threads.
 
     path    the data set, as `stagein convert` wrote it.
     fields  names of the fields to deliver; None: all.
+    as_tuples  samples and batches are tuples of the fields, in the order of `fields`, as many scripts for torch expect;
+               what a transform adds, and `valid`, come after them. False: they are dicts.
     staged  "auto": read from the copy that `stagein stage` put on this node, if there is one; None: never;
             a path: from the copy there.
 
@@ -35,7 +37,10 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
         path: Path | str,
         fields: Collection[str] | None = None,
         staged: Literal["auto"] | Path | str | None = "auto",
+        *,
+        as_tuples: bool = False,
     ) -> None:
+        self.as_tuples = as_tuples
         self.records, self._lease = _open(Path(path), staged)
         self.fields = tuple(self.records.schema.fields if fields is None else fields)
         unknown = [name for name in self.fields if name not in self.records.schema.fields]
@@ -61,11 +66,24 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         return self.__getitems__([range(len(self))[index]])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several samples with one call, as torch's own loader asks for them."""
+        return [self.shaped(sample) for sample in self.read(indices)]
+
+    def shaped(self, fields: dict[str, Any]) -> Any:
+        """A sample, or a batch, as the user wants it: the dict, or a tuple where `as_tuples` says so."""
+        if not self.as_tuples:
+            return fields
+        return tuple(fields[name] for name in sorted(fields, key=self._place_of_field))
+
+    def _place_of_field(self, name: str) -> int:
+        return self.fields.index(name) if name in self.fields else len(self.fields) + (name == "valid")
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        """Several samples as dicts, decoded."""
         samples: list[Sample] = [
             {name: np.array(self.records.columns[name][index]) for name in self.fields if name in self.records.columns}
             for index in indices
@@ -89,6 +107,22 @@ class RecordDataset(torch.utils.data.Dataset[Sample]):
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")
         return image
+
+
+class SamplesAsDicts(torch.utils.data.Dataset[Sample]):
+    """A RecordDataset whose samples are dicts, whatever it says: what loaders work with until the end."""
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset.read([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        return self._dataset.read(indices)
 
 
 def _open(path: Path, staged: Literal["auto"] | Path | str | None) -> tuple[Dataset, ReaderLease | None]:

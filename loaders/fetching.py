@@ -14,7 +14,7 @@ import torch
 import torch.utils.data
 
 from stagein.formats.errors import StageinError, UsageError
-from stagein.worker_processes import hidden_from_mpi, mpi_has_started
+from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
 from .collate import without_rows
 from .sampler import Step
@@ -54,7 +54,7 @@ class TransformedCollate:
 
 @dataclass(frozen=True)
 class FetchSamples:
-    """The samples of a map-style data set, collated.
+    """The samples of a map-style data set, transformed one by one, and collated.
 
     makes_empty_batches  a rank that has no sample in a step gets a batch without rows, in the image of the first sample;
                          else it gets what `collate` makes of an empty list.
@@ -65,23 +65,26 @@ class FetchSamples:
     collate: Callable[[Any], Any]
     batched: bool
     makes_empty_batches: bool
+    transform: Callable[[Any], Any] | None = None
     with_valid: bool = False
 
     def __call__(self, step: Step) -> Any:
         if not self.batched:
-            return self.collate(self.dataset[step.indices])
+            return self.collate(self._transformed(self.dataset[step.indices]))
         if not step.indices and self.makes_empty_batches:
-            return without_rows(self.collate(self._samples([0])))
-        samples = self._samples(step.indices)
-        if self.with_valid:
-            samples = [{**sample, "valid": np.bool_(row < step.num_valid)} for row, sample in enumerate(samples)]
-        return self.collate(samples)
+            return without_rows(self.collate(self._samples([0], num_valid=0)))
+        return self.collate(self._samples(step.indices, step.num_valid))
 
-    def _samples(self, indices: list[Any]) -> list[Any]:
+    def _samples(self, indices: list[Any], num_valid: int) -> list[Any]:
         fetch_many = getattr(self.dataset, "__getitems__", None)
-        if fetch_many is not None:
-            return list(fetch_many(indices))
-        return [self.dataset[index] for index in indices]
+        fetched = [self.dataset[index] for index in indices] if fetch_many is None else fetch_many(indices)
+        samples = [self._transformed(sample) for sample in fetched]
+        if not self.with_valid:
+            return samples
+        return [{**sample, "valid": np.bool_(row < num_valid)} for row, sample in enumerate(samples)]
+
+    def _transformed(self, sample: Any) -> Any:
+        return sample if self.transform is None else self.transform(sample)
 
 
 class CallerFetcher:
@@ -298,7 +301,8 @@ def refuse_fork(context: Any) -> None:
     method = torch.multiprocessing.get_start_method() if context is None else context.get_start_method()
     if method != "fork":
         return
-    started = "MPI" if mpi_has_started() else "CUDA" if context is not None and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    cuda_has_started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    started = "MPI" if mpi_connects_ranks() else "CUDA" if context is not None and cuda_has_started else None
     if started is not None:
         raise UsageError(
             f"worker processes cannot be forked once {started} has started: give multiprocessing_context='forkserver' or "

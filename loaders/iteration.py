@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 from .fetching import Failure
+from .frameworks import AccelerateView
 from .paths import Deliveries
 from .sampler import Epoch
 
@@ -13,11 +14,19 @@ class LoaderIterator:
 
     finish  what is done to each batch at last, in the caller's thread.
     len_of  the loader: `len()` of the iterator is that of a whole epoch, as in torch.
+    view    is told of each step before its batch is handed over.
     """
 
-    def __init__(self, deliveries: Deliveries, epoch: Epoch, finish: Callable[[Any], Any], len_of: Sized) -> None:
+    def __init__(
+        self,
+        deliveries: Deliveries,
+        epoch: Epoch,
+        finish: Callable[[Any], Any],
+        len_of: Sized,
+        view: AccelerateView | None = None,
+    ) -> None:
         self._deliveries, self._epoch, self._finish = deliveries, epoch, finish
-        self._len_of = len_of
+        self._len_of, self._view = len_of, view
         self._over = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -45,6 +54,8 @@ class LoaderIterator:
                 del error
         batch = self._finish(batch)
         self._epoch.delivered(step)
+        if self._view is not None:
+            self._view.delivering(step.number)
         return batch
 
     def close(self) -> None:
@@ -52,6 +63,8 @@ class LoaderIterator:
         if not self._over:
             self._over = True
             self._deliveries.close()
+            if self._view is not None:
+                self._view.end()
 
     def __del__(self) -> None:
         self.close()

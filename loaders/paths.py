@@ -63,7 +63,7 @@ class SamplePath:
     @property
     def description(self) -> str:
         who = f"{self.num_workers} threads" if self.num_workers else "the caller"
-        return f"sample by sample from {type(self.fetch.dataset).__name__}, by {who}"
+        return f"sample by sample, by {who}"
 
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
         workers, self._workers = self._workers, None
@@ -134,12 +134,14 @@ class RecordPath:
     collate_fn  gets the rows of each batch as samples; None: the batch is delivered as it is.
     batched     False: one sample is delivered at a time, without the batch dimension.
     with_valid  batches, or the samples that collate_fn gets, say under `valid` whether they count or are padding.
+    shaped      what is made of the dict of a batch, or of a sample, at last.
     """
 
     fast_path: FastPath
     collate_fn: Callable[[Any], Any] | None
     batched: bool
     with_valid: bool
+    shaped: Callable[[dict[str, Any]], Any]
 
     @property
     def stats(self) -> LoaderStats:
@@ -183,8 +185,9 @@ class _RecordDeliveries:
             rows = torch.arange(len(step.indices), device=path.fast_path.options.device)
             batch = {**batch, "valid": rows < step.num_valid}
         if path.batched and path.collate_fn is None:
-            return batch
-        samples = rows_as_samples(batch, len(step.indices) if path.batched else 1)
+            return path.shaped(batch)
+        num_rows = len(step.indices) if path.batched else 1
+        samples = [path.shaped(sample) for sample in rows_as_samples(batch, num_rows)]
         if path.batched:
             assert path.collate_fn is not None
             return path.collate_fn(samples)

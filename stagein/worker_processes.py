@@ -10,10 +10,10 @@ from .world import started_by_mpi
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL")
 
 
-def mpi_has_started() -> bool:
-    """Whether MPI runs in this process: a fork of it would not survive."""
+def mpi_connects_ranks() -> bool:
+    """Whether MPI runs in this process and others: a fork of it may corrupt or hang what they say to each other."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
 
 
 @contextmanager

@@ -436,7 +436,7 @@ def test_explain_says_who_does_what(numbered):
     assert "rank 1 of 2, global batch 20, tail: share" in text
     assert "3 reader threads, DALI with 2 threads, batches on cpu" in text
     assert "order: by SequentialSampler" in DataLoader([1, 2]).explain()
-    assert "sample by sample from list, by the caller" in DataLoader([1, 2]).explain()
+    assert "sample by sample, by the caller" in DataLoader([1, 2]).explain()
 
 
 # --- worlds ---
