@@ -11,20 +11,20 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import Buffer, chunk_sums, pwrite_all
+from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all
 from .errors import UsageError
 from .index import ROW_DTYPE, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
 from .schema import Field
-from .shards import ShardContent, ShardLayout, write_shard_file
+from .shards import FieldContent, ShardContent, ShardLayout, write_shard_file
 from .sources import RefusedRecord
 from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, shards_document
 
@@ -88,6 +88,32 @@ def finish_shard(
         for name, field in content.ragged_columns.items()
     }
     return FinishedShard(content.records, large, ragged, dict(content.columns), skipped)
+
+
+def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, layout: ShardLayout) -> FinishedShard:
+    """Write the uncompressed file of one field of a finished shard again, in another layout. Raises OSError."""
+    old = shard.large_fields[name]
+    payload = memoryview(bytearray(old.payload_bytes))
+    descriptor = os.open(folder / old.entry.file, os.O_RDONLY)
+    try:
+        pread_exactly(descriptor, payload, old.entry.data_offset)
+    finally:
+        os.close(descriptor)
+    in_payload = old.offset - np.uint64(old.entry.data_offset)
+    ragged = {
+        column: FieldContent(memoryview(part.content), _starts(part.nbytes), part.nbytes, part.crc32c)
+        for column, part in shard.ragged_columns.items()
+    }
+    mine = {name: FieldContent(payload, in_payload, old.nbytes, old.crc32c)}
+    content = ShardContent(shard.records, mine, ragged, shard.columns)
+    entry, offset = write_shard_file(folder, number, old.entry.first, name, content, layout)
+    rewritten = FinishedField(entry, old.payload_bytes, offset, old.nbytes, old.crc32c)
+    return replace(shard, large_fields={**shard.large_fields, name: rewritten})
+
+
+def _starts(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Where records of these sizes start that lie one behind the other."""
+    return np.cumsum(nbytes, dtype=np.uint64) - nbytes
 
 
 class GrowingDataset:
@@ -308,11 +334,10 @@ def _write_index(files: "_FileWriter", layout: ShardLayout, name: str, shards: S
 
 def _offsets_of_column(sizes: Sequence[NDArray[np.uint32]]) -> list[NDArray[np.uint64]]:
     """Where the records of a ragged column start in its file, part after part."""
-    start, offsets = 0, []
+    first, offsets = 0, []
     for nbytes in sizes:
-        ends = start + np.cumsum(nbytes, dtype=np.uint64)
-        offsets.append(ends - nbytes)
-        start = int(ends[-1]) if len(ends) else start
+        offsets.append(_starts(nbytes) + np.uint64(first))
+        first += int(nbytes.sum(dtype=np.uint64))
     return offsets
 
 

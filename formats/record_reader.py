@@ -79,7 +79,7 @@ class RecordReader:
         Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record.
         """
         if out is None:
-            out = np.empty((len(records), *self.field.fixed_shape), self.field.stored_dtype)
+            out = np.empty((len(records), *self.field.fixed_shape), self.field.array_dtype)
         rows = out.reshape(len(records), -1).view(np.uint8)
         if self.field.codec is None:
             self.read_records(records, memoryview(rows.reshape(-1)))
@@ -94,7 +94,7 @@ class RecordReader:
         if self.field.codec is not None:
             content = np.empty(self.field.record_bytes, np.uint8)
             self.field.codec.decode_into(stored, content)
-        return content.view(self.field.stored_dtype).reshape(self.field.fixed_shape)
+        return content.view(self.field.array_dtype).reshape(self.field.fixed_shape)
 
     def close(self) -> None:
         """Close the shards; nothing can be read afterwards."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard
+from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard, rewrite_field
 from .codec_trial import TRIED_RECORDS, CodecTrial
 from .codecs import Codec
 from .errors import UsageError, destination_error
@@ -26,6 +27,7 @@ from .shards import (
     shard_capacity,
 )
 from .values import BadValueError, Value, as_array, infer_schema, row_bytes, to_rows
+from .zarr_view import padded_bytes
 
 CodecChoice: TypeAlias = Codec | Literal["auto"] | None
 Rows: TypeAlias = dict[str, NDArray[np.generic]]
@@ -47,7 +49,7 @@ class Writer:
     codec        how large tensors are compressed, for all fields or by field, where the schema does not say; "auto": as the
                  first records suggest.
     container    what the shards are: HDF5, Zarr, or both at once.
-    shard_bytes  size of a shard; one is held in memory. A record must fit into one.
+    shard_bytes  size of a shard; one is held in memory.
 
     How each field is stored follows from the first records too. Nothing is left at `target` when the block raises.
     """
@@ -104,12 +106,12 @@ class Writer:
             if self._shards is None:
                 self._begin()
             assert self._shards is not None
-            return self._shards.publish()
+            manifest = self._shards.publish()
         except BaseException:
             self._growing.discard()
             raise
-        finally:
-            self._growing.close()
+        self._growing.close()
+        return manifest
 
     def __enter__(self) -> Self:
         return self
@@ -189,11 +191,13 @@ class _ShardWriter:
         self._builder = self._new_builder()
 
     def write(self, record: Rows) -> None:
-        """Add a record of rows that fit their fields. Raises UsageError for one that fits into no shard."""
+        """Add a record of rows that fit their fields."""
         large_bytes = {name: record[name].nbytes for name in self.schema.large_fields}
-        self._refuse_larger_than_a_shard(large_bytes)
         if self._builder.records and self._builder.used_bytes + sum(large_bytes.values()) > self._shard_bytes:
             self._finish_shard()
+        for name, nbytes in large_bytes.items():
+            if nbytes > self._payload_bytes(name):
+                self._widen(name, nbytes)
         values: dict[str, Value] = {}
         for name, rows in record.items():
             if name in self.schema.columns:
@@ -213,12 +217,22 @@ class _ShardWriter:
         except OSError as error:
             raise destination_error(error, "writing", self._growing.target) from error
 
-    def _refuse_larger_than_a_shard(self, large_bytes: Mapping[str, int]) -> None:
-        for name, nbytes in large_bytes.items():
-            if nbytes > self._payload_bytes(name):
-                raise UsageError(
-                    f"field {name!r}: a record of {nbytes} bytes is larger than a shard: raise shard_bytes"
-                )
+    def _widen(self, name: str, nbytes: int) -> None:
+        """Make room for one record larger than a shard, which then has a shard to itself.
+
+        The capacity is one for all shards of a field, and the Zarr index at the end of each says it: those that are
+        written already are written again, from their payloads.
+        """
+        field = self.schema.fields[name]
+        capacity = {**self._layout.capacity, name: padded_bytes(field, nbytes) // field.row_bytes}
+        self._layout = replace(self._layout, capacity=capacity)
+        if "zarr" in self._layout.container:
+            try:
+                for number, shard in enumerate(self._finished):
+                    self._finished[number] = rewrite_field(self._growing.folder, number, shard, name, self._layout)
+            except OSError as error:
+                raise destination_error(error, "writing", self._growing.target) from error
+        self._builder = self._new_builder()
 
     def _payload_bytes(self, name: str) -> int:
         """Bytes of a full shard of a large field, before compression."""

@@ -1,0 +1,467 @@
+"""Records of every kind of field, written and read back alike by us and by other people's libraries."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from readers import assert_read_alike
+
+from stagein import formats
+from stagein.formats import Dataset, Field, Schema, Writer, verify
+from stagein.formats.codecs import Codec
+from stagein.formats.errors import UsageError
+from stagein.formats.manifest import Container
+from stagein.formats.schema import BFLOAT16
+
+CONTAINERS = get_args(Container)
+CODECS = [
+    None,
+    Codec(name="blosc-lz4", shuffle="byte"),
+    Codec(name="blosc-lz4", shuffle="bit"),
+    Codec(name="zstd"),
+    Codec(name="lz4"),
+]
+DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+DTYPES += ["float16", "float32", "float64", "complex64", "complex128", BFLOAT16]
+SHARD_BYTES = 40_000
+
+
+def random_array(dtype: str, shape: tuple[int, ...], seed: int) -> NDArray[np.generic]:
+    """Any bits but those of no bool; few different ones, so that codecs have something to do."""
+    generator = np.random.default_rng(seed)
+    if dtype == "bool":
+        return generator.random(shape) < 0.5
+    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == BFLOAT16 else dtype)
+    count = int(np.prod(shape)) * numpy_dtype.itemsize
+    content = generator.integers(0, 256, min(count, 64), dtype=np.uint8) if count else np.zeros(0, np.uint8)
+    return np.resize(content, count).view(numpy_dtype).reshape(shape)
+
+
+def assert_same(field: Field, read: Any, written: Any) -> None:
+    """The very bits, type and shape that were written."""
+    if isinstance(written, str):
+        assert read == written
+    elif isinstance(written, bytes):
+        assert read.tobytes() == written
+    else:
+        assert (read.dtype, read.shape) == (field.array_dtype, written.shape)
+        assert read.tobytes() == written.tobytes()
+
+
+def assert_round_trip(dataset: Dataset, records: list[dict[str, Any]]) -> None:
+    assert len(dataset) == len(records)
+    for read, written in zip(dataset[:], records, strict=True):
+        assert list(read) == list(dataset.fields)
+        for name, field in dataset.fields.items():
+            assert_same(field, read[name], written[name])
+    assert verify(dataset.path).problems == []
+    assert_read_alike(dataset)
+
+
+@st.composite
+def fields(draw: st.DrawFn) -> Field:
+    kind = draw(st.sampled_from(["encoded", "ragged", "tensor", "tensor", "text"]))
+    if kind in ("encoded", "text"):
+        return Field(kind=kind, encoding="bytes" if kind == "encoded" else None)
+    dtype = draw(st.sampled_from(DTYPES))
+    tail = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))
+    if kind == "ragged":
+        return Field(kind="ragged", dtype=dtype, shape=(None, *tail))
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 7, 31, 64]), max_size=3)))
+    codec = draw(st.sampled_from(CODECS))
+    storage = draw(st.sampled_from([None, "shards"]))
+    return Field(kind="tensor", dtype=dtype, shape=shape, codec=codec, storage=storage)
+
+
+def any_value(draw: st.DrawFn, field: Field) -> Any:
+    if field.kind == "text":
+        return draw(st.text(max_size=20)) * draw(st.sampled_from([0, 1, 40, 900]))
+    seed = draw(st.integers(0, 9))
+    if field.kind == "encoded":
+        size = draw(st.sampled_from([0, 1, 300, 5000, SHARD_BYTES, 70_000, 200_000]))
+        return random_array("uint8", (size,), seed).tobytes()
+    if field.kind == "tensor":
+        return random_array(field.dtype, field.fixed_shape, seed)
+    rows = draw(st.sampled_from([0, 1, 5, 100, 3 * SHARD_BYTES // field.row_bytes]))
+    return random_array(field.dtype, (rows, *field.row_shape), seed)
+
+
+@given(data=st.data(), container=st.sampled_from(CONTAINERS), count=st.sampled_from([0, 1, 13]))
+@settings(deadline=None, max_examples=60)
+def test_any_records_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, container: Container, count: int
+) -> None:
+    drawn = data.draw(st.lists(fields(), min_size=1, max_size=4))
+    if container != "hdf5":  # Zarr has no codec lz4
+        plain = [field.codec is None or field.codec.name != "lz4" for field in drawn]
+        drawn = [
+            field if good else field.model_copy(update={"codec": None})
+            for field, good in zip(drawn, plain, strict=True)
+        ]
+    schema = Schema(fields={f"field{number}": field for number, field in enumerate(drawn)})
+    draw = data.draw
+    records = [
+        {name: any_value(lambda strategy: draw(strategy), field) for name, field in schema.fields.items()}
+        for _ in range(count)
+    ]
+    target = tmp_path_factory.mktemp("records") / "x.st"
+    with Writer(target, schema, container=container, shard_bytes=SHARD_BYTES, chunk_bytes=16 << 10) as writer:
+        for record in records:
+            writer.write(record)
+    assert_round_trip(Dataset(target), records)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_type_in_every_kind_of_field(tmp_path: Path, dtype: str) -> None:
+    schema = Schema(
+        fields={
+            "large": Field(kind="tensor", dtype=dtype, shape=(3, 11, 200)),
+            "packed": Field(kind="tensor", dtype=dtype, shape=(3, 11, 200), codec=CODECS[1]),
+            "ragged": Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="shards"),
+            "small_ragged": Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="column"),
+            "small": Field(kind="tensor", dtype=dtype, shape=(7,)),
+            "scalar": Field(kind="tensor", dtype=dtype),
+        }
+    )
+    records = [
+        {
+            name: random_array(dtype, field.fixed_shape if field.kind == "tensor" else (number, 5), number)
+            for name, field in schema.fields.items()
+        }
+        for number in range(11)
+    ]
+    with Writer(tmp_path / "x.st", schema, shard_bytes=SHARD_BYTES) as writer:
+        for record in records:
+            writer.write(record)
+    dataset = Dataset(tmp_path / "x.st")
+    assert len(dataset.manifest.shards) == 3 * dataset.manifest.num_shards > 6
+    assert_round_trip(dataset, records)
+
+
+def test_big_endian_input_is_stored_little_endian(tmp_path: Path) -> None:
+    values = np.arange(3 * 2000).reshape(3, 2000) * 1.5
+    records = [{"x": row.astype(">f8"), "y": row[:3].astype(">f4"), "z": row[: number + 1].astype(">c16")}
+               for number, row in enumerate(values)]  # fmt: skip
+    with Writer(tmp_path / "x.st") as writer:
+        for record in records:
+            writer.write(record)
+    dataset = Dataset(tmp_path / "x.st")
+    assert [field.dtype for field in dataset.fields.values()] == ["float64", "float32", "complex128"]
+    for read, written in zip(dataset, records, strict=True):
+        assert all(np.array_equal(read[name], written[name]) for name in written)
+    with h5py.File(dataset.path / dataset.manifest.shards[0].file) as file:
+        assert file["x/data"].dtype == "<f8"
+        assert file["y"].dtype == "<f4"
+    assert_read_alike(dataset)
+
+
+def test_bfloat16_is_named_where_its_bits_are_stored(tmp_path: Path) -> None:
+    exact = np.array([1.5, -2.0, np.inf, 2.0**120], np.float32)
+    bits = exact.view(np.uint32) >> 16
+    schema = Schema(fields={"x": Field(kind="tensor", dtype=BFLOAT16, shape=(4,))})
+    given: list[Any] = [
+        exact.astype(ml_dtypes.bfloat16),
+        bits.astype(np.uint16),
+        torch.tensor([1.5, -2.0, torch.inf, 2.0**120], dtype=torch.bfloat16),
+        [1.5, -2.0, np.inf, 2.0**120],
+    ]
+    with Writer(tmp_path / "x.st", schema) as writer:
+        for value in given:
+            writer.write({"x": value})
+        with pytest.raises(UsageError, match="does not fit into bfloat16"):
+            writer.write({"x": np.array([1.5, -2.0, 1.001, 0], np.float32)})
+    dataset = Dataset(tmp_path / "x.st")
+    assert [record["x"].dtype for record in dataset] == [np.dtype(ml_dtypes.bfloat16)] * 4
+    rounded = exact.astype(ml_dtypes.bfloat16)
+    assert all(record["x"].tobytes() == rounded.tobytes() for record in dataset)
+    with h5py.File(dataset.path / dataset.manifest.shards[0].file) as file:
+        assert file["x/data"].attrs["dtype"] == BFLOAT16
+    import zarr
+
+    assert zarr.open_group(dataset.path, mode="r")["x"].attrs["dtype"] == BFLOAT16
+
+
+def test_a_record_larger_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
+    records = [{"x": bytes([number]) * size} for number, size in enumerate([10, 90_000, 0, 1_000_000, 5, 300_000])]
+    schema = Schema(fields={"x": Field(kind="encoded", encoding="bytes")})
+    for container in CONTAINERS:
+        target = tmp_path / f"{container}.st"
+        with Writer(target, schema, container=container, shard_bytes=70_000) as writer:
+            for record in records:
+                writer.write(record)
+        dataset = Dataset(target)
+        assert [shard.records for shard in dataset.manifest.shards] == [1, 1, 1, 1, 1, 1]
+        assert_round_trip(dataset, records)
+
+
+# What people have
+
+
+def write(target: Path, records: list[dict[str, Any]], **options: Any) -> Dataset:
+    with Writer(target, shard_bytes=200_000, **options) as writer:
+        for record in records:
+            writer.write(record)
+    return Dataset(target)
+
+
+def picture(generator: np.random.Generator, suffix: str = ".jpg", channels: int = 3) -> bytes:
+    import cv2
+
+    shape = (*generator.integers(40, 90, 2), channels)
+    return bytes(cv2.imencode(suffix, generator.integers(0, 3, shape, dtype=np.uint8))[1])
+
+
+def test_detection(tmp_path: Path) -> None:
+    """Images with any number of boxes: the boxes are small, so that they are kept whole."""
+    generator = np.random.default_rng(0)
+    records = [
+        {
+            "image": picture(generator),
+            "boxes": generator.random((int(generator.integers(0, 6)), 4), np.float32),
+            "name": f"größe {number}.jpg",
+        }
+        for number in range(53)
+    ]
+    for record in records:
+        record["classes"] = np.arange(len(record["boxes"]), dtype=np.int32)
+    dataset = write(tmp_path / "x.st", records)
+    assert {name: field.kind for name, field in dataset.fields.items()} == {
+        "image": "encoded", "boxes": "ragged", "name": "text", "classes": "ragged",
+    }  # fmt: skip
+    assert {name: field.storage for name, field in dataset.fields.items()} == {
+        "image": "shards", "boxes": "column", "name": "column", "classes": "column",
+    }  # fmt: skip
+    assert dataset.fields["image"].encoding == "jpeg"
+    assert_round_trip(dataset, records)
+
+
+def test_tokens(tmp_path: Path) -> None:
+    """Documents of any length, and the same packed to one."""
+    generator = np.random.default_rng(0)
+    documents = [{"tokens": generator.integers(0, 50_000, int(size), dtype=np.uint16)}
+                 for size in generator.integers(0, 9000, 101)]  # fmt: skip
+    dataset = write(tmp_path / "ragged.st", documents)
+    assert str(dataset.fields["tokens"]) == "uint16 [?]"
+    assert_round_trip(dataset, documents)
+    whole = np.concatenate([document["tokens"] for document in documents])
+    packed = [{"tokens": row} for row in whole[: len(whole) // 2049 * 2049].reshape(-1, 2049)]
+    dataset = write(tmp_path / "packed.st", packed)
+    assert_round_trip(dataset, packed)
+    assert np.array_equal(dataset.read_tensors([5, 0]), [packed[5]["tokens"], packed[0]["tokens"]])
+
+
+def test_audio(tmp_path: Path) -> None:
+    """Encoded sound with what is said in it."""
+    import io
+    import wave
+
+    def sound(number: int) -> bytes:
+        content = io.BytesIO()
+        with wave.open(content, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16_000)
+            file.writeframes(np.arange(4000 + 31 * number, dtype=np.int16).tobytes())
+        return content.getvalue()
+
+    records = [{"audio": sound(number), "text": "Wie spät ist es? 何時ですか" * (number % 3)} for number in range(53)]
+    dataset = write(tmp_path / "x.st", records)
+    assert dataset.fields["audio"].encoding == "wav"
+    assert_round_trip(dataset, records)
+
+
+def test_segmentation(tmp_path: Path) -> None:
+    """Two files a record: both are large, so each has shards of its own."""
+    generator = np.random.default_rng(0)
+    records = [{"image": picture(generator), "mask": picture(generator, ".png", 1) + bytes(5000)} for _ in range(53)]
+    dataset = write(tmp_path / "x.st", records)
+    assert [name for name, field in dataset.fields.items() if field.storage == "shards"] == ["image", "mask"]
+    assert (dataset.path / "shards/mask/00000.h5").is_file()
+    assert_round_trip(dataset, records)
+
+
+@pytest.mark.parametrize("codec", [None, "auto", {"label": Codec(name="zstd")}], ids=["none", "auto", "label"])
+def test_volumes(tmp_path: Path, codec: Any) -> None:
+    """A volume and the label of every voxel of it."""
+    generator = np.random.default_rng(0)
+    records = [
+        {
+            "volume": generator.poisson(1, (16, 17, 18)).astype(np.int16),
+            "label": (generator.random((16, 17, 18)) < 0.01).astype(np.uint8),
+            "spacing": np.array([0.5, 0.5, 2.0]),
+        }
+        for number in range(53)
+    ]
+    dataset = write(tmp_path / "x.st", records, codec=codec)
+    codecs = {name: field.codec and field.codec.name for name, field in dataset.fields.items()}
+    assert codecs == {
+        "volume": "blosc-lz4" if codec == "auto" else None,
+        "label": {"auto": "blosc-lz4"}.get(codec) if not isinstance(codec, dict) else "zstd",
+        "spacing": None,
+    }
+    assert_round_trip(dataset, records)
+
+
+# The writer and the reader as a user meets them
+
+
+def test_a_data_set_is_a_sequence(tmp_path: Path) -> None:
+    write(tmp_path / "x.st", [{"x": np.full(2000, number), "n": number} for number in range(29)])
+    with formats.open(tmp_path / "x.st") as dataset:
+        assert len(dataset) == 29
+        assert list(dataset.fields) == ["x", "n"]
+        assert "29 records of x: int64 [2000], n: int64" in repr(dataset)
+        assert dataset[-1]["n"] == dataset[np.int32(28)]["n"] == 28
+        assert [record["n"] for record in dataset[3:20:7]] == [3, 10, 17]
+        assert [record["n"] for record in dataset[[5, 5, -1]]] == [5, 5, 28]
+        assert [record["n"] for record in dataset[np.array([2, 0])]] == [2, 0]
+        assert [int(record["x"][7]) for record in dataset] == list(range(29))
+        assert dataset[9:9] == []
+        for wrong in (29, -30, [3, 29]):
+            with pytest.raises(IndexError):
+                dataset[wrong]
+
+
+def test_what_the_writer_is_given_may_change_afterwards(tmp_path: Path) -> None:
+    array, content, listed = np.zeros(3000), bytearray(b"abc"), [0, 0]
+    with Writer(tmp_path / "x.st") as writer:
+        for number in range(50):
+            array[:], content[0], listed[1] = number, number, number
+            writer.write({"x": array, "y": content, "z": listed})
+    for number, record in enumerate(Dataset(tmp_path / "x.st")):
+        assert (record["x"] == number).all()
+        assert record["y"].tobytes() == bytes([number]) + b"bc"
+        assert record["z"].tolist() == [0, number]
+
+
+def test_python_floats_take_the_precision_of_their_field(tmp_path: Path) -> None:
+    schema = Schema(fields={"x": Field(kind="tensor", dtype="float32", shape=(2,))})
+    with Writer(tmp_path / "x.st", schema) as writer:
+        writer.write({"x": [0.1, 0.2]})
+        with pytest.raises(UsageError, match="float64 does not fit into float32"):
+            writer.write({"x": np.array([0.1, 0.2])})
+        with pytest.raises(UsageError, match="does not fit into float32"):
+            writer.write({"x": [1e39, 0]})
+    assert Dataset(tmp_path / "x.st")[0]["x"].tolist() == np.array([0.1, 0.2], np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"x": b"a", "n": 1}, r"has the fields \['n', 'x'\], the schema"),
+        ({"x": "text", "n": 1, "b": [], "t": ""}, "field 'x': it is encoded: give its bytes, not str"),
+        ({"x": b"", "n": 1, "b": [], "t": b"text"}, "field 't': it is text: give a string, not bytes"),
+        ({"x": b"", "n": 1, "b": [], "t": "\ud800"}, "field 't': it is no text that UTF-8 has"),
+        ({"x": b"", "n": 1.5, "b": [], "t": ""}, "field 'n': a value of type float64 does not fit into int8"),
+        ({"x": b"", "n": 300, "b": [], "t": ""}, "field 'n': a value of type int64 does not fit into int8"),
+        ({"x": b"", "n": [1], "b": [], "t": ""}, r"field 'n': its shape is \(1,\), not \(\)"),
+        ({"x": b"", "n": None, "b": [], "t": ""}, "field 'n': a NoneType is no array of numbers"),
+        ({"x": b"", "n": 1, "b": [[1, 2, 3]], "t": ""}, r"field 'b': its shape is \(1, 3\), not \(any, 4\)"),
+        ({"x": b"", "n": 1, "b": [[1], [1, 2]], "t": ""}, "field 'b': a list that is no array"),
+    ],
+)
+@pytest.mark.parametrize("written", [0, 40], ids=["first", "later"])
+def test_records_that_do_not_fit_are_refused_and_leave_nothing(
+    tmp_path: Path, record: dict[str, Any], message: str, written: int
+) -> None:
+    schema = Schema(
+        fields={
+            "x": Field(kind="encoded", encoding="bytes"),
+            "n": Field(kind="tensor", dtype="int8"),
+            "b": Field(kind="ragged", dtype="float32", shape=(None, 4)),
+            "t": Field(kind="text"),
+        }
+    )
+    good = {"x": b"abc", "n": -5, "b": [[1, 2, 3, 4]], "t": "ä"}
+    with Writer(tmp_path / "x.st", schema) as writer:
+        for _ in range(written):
+            writer.write(good)
+        with pytest.raises(UsageError, match=message):
+            writer.write(record)
+        writer.write(good)
+    dataset = Dataset(tmp_path / "x.st")
+    assert len(dataset) == written + 1
+    assert {record["t"] for record in dataset} == {"ä"}
+    assert {record["x"].tobytes() for record in dataset} == {b"abc"}
+    assert verify(dataset.path).problems == []
+
+
+def test_schemas_that_cannot_be_guessed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing was written, so there is no schema"), Writer(tmp_path / "x.st"):
+        pass
+    with (
+        pytest.raises(
+            UsageError, match=r"field 'x': its shapes .* differ in more than the first extent: give a schema"
+        ),
+        Writer(tmp_path / "x.st") as writer,
+    ):
+        writer.write({"x": np.zeros((2, 3))})
+        writer.write({"x": np.zeros((2, 4))})
+    with (
+        pytest.raises(UsageError, match="field 'x': a dict is no array of numbers"),
+        Writer(tmp_path / "x.st") as writer,
+    ):
+        writer.write({"x": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "tensor", "dtype": ">f4"}, "is not a little-endian number type"),
+        ({"kind": "tensor", "dtype": "object"}, "is not a little-endian number type"),
+        ({"kind": "tensor", "dtype": "float128"}, "is not"),
+        ({"kind": "tensor", "dtype": "wrong"}, "dtype 'wrong' is not known"),
+        ({"kind": "tensor", "shape": (None,)}, "its kind is ragged"),
+        ({"kind": "tensor", "shape": (-1,)}, "negative extent"),
+        ({"kind": "tensor", "shape": (1 << 40,)}, "above the limit"),
+        ({"kind": "ragged", "shape": (4,)}, "one free extent"),
+        ({"kind": "ragged", "shape": (None, None)}, "one free extent"),
+        ({"kind": "ragged", "shape": (None, 0)}, "rows of no bytes"),
+        ({"kind": "ragged", "shape": (None,), "codec": {"name": "zstd"}}, "it has no codec"),
+        ({"kind": "encoded", "encoding": "jpeg", "codec": {"name": "zstd"}}, "is compressed already"),
+        ({"kind": "encoded"}, "names its encoding"),
+        ({"kind": "text", "dtype": "float32"}, "it has no dtype"),
+        ({"kind": "tensor", "encoding": "jpeg"}, "has no encoding"),
+        ({"kind": "tensor", "shape": (2, 3), "dims": ("a",)}, "name 1 extents, the shape has 2"),
+    ],
+)
+def test_fields_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Field(**arguments)
+
+
+SMALL = Field(kind="tensor", dtype="int64")
+LARGE = Field(kind="tensor", dtype="int64", shape=(1000,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "primary", "message"),
+    [
+        ({}, "", "a record without fields"),
+        ({"a": SMALL}, "b", "is not among the fields"),
+        ({"a b": SMALL}, "", "cannot be the name of a field"),
+        ({"index": SMALL}, "", "cannot be the name of a field"),
+        ({"a": SMALL, "A": SMALL}, "", "differ only in case"),
+        ({"a": Field(kind="tensor", shape=(0,))}, "a", "records of no bytes"),
+        ({"a": SMALL.model_copy(update={"storage": "column"})}, "a", "cannot be a column"),
+        ({"a": LARGE, "b": LARGE.model_copy(update={"storage": "column"})}, "a", "a column at most 4096"),
+    ],
+)
+def test_schemas_that_cannot_be(fields: dict[str, Field], primary: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schema(fields=fields, primary=primary)
+
+
+def test_the_primary_field_is_the_first_that_is_not_small() -> None:
+    text = Field(kind="text")
+    assert Schema(fields={"n": SMALL, "x": LARGE, "t": text}).primary == "x"
+    assert Schema(fields={"n": SMALL, "t": text, "x": LARGE}).primary == "t"
+    assert Schema(fields={"n": SMALL, "m": SMALL.model_copy(update={"shape": (3,)})}).primary == "m"
