@@ -11,6 +11,7 @@ from typing import Any, Self, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .fallback_reader import FallbackReader
 from .index import RecordIndex, load_column
 from .manifest import Manifest
 from .record_reader import RecordReader
@@ -35,7 +36,8 @@ class Dataset:
             dataset[10:20], dataset[[5, 3, 8]]           # several, read together: a list of them
 
     path         the data set as converted.
-    staged_path  a copy of some or all of its shards, nearer; `staged_shards` names the shards it has (None: all).
+    staged_path  a copy of some or all of its shards, nearer; `staged_shards` names the shards it has (None: all). Where
+                 one of them turns out to be bad, it is read from the source: see `left_shards`.
     """
 
     def __init__(
@@ -72,6 +74,14 @@ class Dataset:
     def index(self) -> RecordIndex:
         """Where the records of the primary field lie."""
         return self.reader.index
+
+    @property
+    def left_shards(self) -> dict[Path, str]:
+        """Files of the staged copy that turned out to be bad, with the reason: they are read from the source instead."""
+        left: dict[Path, str] = {}
+        for reader in self.readers.values():
+            left |= reader.left if isinstance(reader, FallbackReader) else {}
+        return left
 
     def __len__(self) -> int:
         return self.manifest.num_records
@@ -152,9 +162,9 @@ class Dataset:
         index = RecordIndex.load(self._root, self.manifest, name)
         parts = [part.file for part in self.manifest.parts_of(name)]
         is_column = name in self.schema.ragged_columns
-        return RecordReader(
-            field, index, [self._root / file if is_column else self._shard_path(file) for file in parts]
-        )
+        source = [self.path / file for file in parts]
+        near = [self._root / file if is_column else self._shard_path(file) for file in parts]
+        return RecordReader(field, index, source) if near == source else FallbackReader(field, index, near, source)
 
     def _shard_path(self, name: str) -> Path:
         near = self.staged_path is not None and (self.staged_shards is None or name in self.staged_shards)

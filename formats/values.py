@@ -48,7 +48,8 @@ def to_rows(field: Field, value: Value) -> NDArray[np.generic]:
     elif array.shape[1:] != field.row_shape or array.ndim == 0:
         expected = ", ".join(map(str, ("any", *field.row_shape)))
         raise BadValueError(f"its shape is {array.shape}, not ({expected})")
-    return np.ascontiguousarray(array).reshape(-1, *field.row_shape)
+    num_rows = 1 if field.kind == "tensor" else len(array)
+    return np.ascontiguousarray(array).reshape(num_rows, *field.row_shape)
 
 
 def row_bytes(rows: NDArray[np.generic]) -> memoryview:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from stagein.formats.errors import UsageError
+
 Sample = Mapping[str, Any]
 
 
@@ -16,7 +18,7 @@ class RecordCollate:
 
     shaped  what is made of the dict at last.
 
-    Raises RuntimeError, as torch does, where the samples of a field that is not listed differ in shape.
+    Raises UsageError where the samples of a field that is not listed differ in shape.
     """
 
     listed: frozenset[str]
@@ -26,10 +28,21 @@ class RecordCollate:
         batch = {
             name: [_as_tensor(sample[name]) for sample in samples]
             if name in self.listed
-            else default_collate([sample[name] for sample in samples])
+            else _stacked(name, [sample[name] for sample in samples])
             for name in samples[0]
         }
         return self.shaped(batch)
+
+
+def _stacked(name: str, values: list[Any]) -> Any:
+    shapes = {value.shape for value in values if hasattr(value, "shape")}
+    if len(shapes) > 1:
+        first, second, *_ = sorted(shapes)
+        raise UsageError(
+            f"the samples of {name!r} differ in shape, {first} and {second}: let a transform resize or pad them, give a "
+            "collate_fn, or leave the field out"
+        )
+    return default_collate(values)
 
 
 def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:
@@ -40,6 +53,15 @@ def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, A
 def without_rows(batch: Any) -> Any:
     """The same structure with no row in any tensor: what a rank gets that has no sample in a step."""
     return map_tensors(lambda tensor: tensor[:0], batch, of_lists=lambda _: [])
+
+
+def without_records(batch: Any) -> Any:
+    """The same for a batch of records, a dict or a tuple of fields: a list has one entry a record."""
+    if isinstance(batch, tuple):
+        return tuple(without_records(value) for value in batch)
+    if isinstance(batch, dict):
+        return {name: without_records(value) for name, value in batch.items()}
+    return [] if isinstance(batch, list) else without_rows(batch)
 
 
 def map_tensors(

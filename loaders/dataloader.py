@@ -15,7 +15,7 @@ from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
-from .collate import RecordCollate, map_tensors
+from .collate import RecordCollate, map_tensors, without_records, without_rows
 from .dali import import_dali
 from .dataset import RecordDataset, SamplesAsDicts
 from .fastpath import FastPath, FastPathOptions, LoaderStats
@@ -181,7 +181,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def explain(self) -> str:
         """What this loader does, in a few lines: who decides the order, who does the work."""
         transform = [f"transform: {line}" for line in self._translation.lines]
-        return "\n".join([self._order.description, *transform, f"work: {self._path.description}"])
+        reads = [f"reads: {self.dataset.description}"] if isinstance(self.dataset, RecordDataset) else []
+        return "\n".join([self._order.description, *reads, *transform, f"work: {self._path.description}"])
 
     def _others_order(self) -> Order:
         if isinstance(self.dataset, IterableDataset):
@@ -215,8 +216,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             return TorchPath(self._torchs_loader(dataset, by_torch, **batching), fed)
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
-        makes_empty_batches, with_valid = collate_fn is None, self.tail == "pad"
-        fetch = FetchSamples(dataset, collate, batched, makes_empty_batches, per_sample, with_valid)
+        empty_of = None if collate_fn is not None else without_rows if dataset is self.dataset else without_records
+        fetch = FetchSamples(dataset, collate, batched, empty_of, per_sample, with_valid=self.tail == "pad")
         return SamplePath(
             fetch,
             self.num_workers,

@@ -1,20 +1,25 @@
 """`RecordDataset`: a converted data set as a torch Dataset, read from the node-local copy where there is one."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
 from stagein.finding import find_staged
 from stagein.formats import Dataset, Manifest
 from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.record_reader import RecordReader
+from stagein.formats.schema import BFLOAT16, Field
+from stagein.formats.values import from_rows
 from stagein.leases import ReaderLease
 
 _JPEG_START = b"\xff\xd8"
-Sample = dict[str, NDArray[Any]]
+Sample = dict[str, Any]
 
 
 class RecordDataset(torch.utils.data.Dataset[Any]):
@@ -27,8 +32,9 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
     staged  "auto": read from the copy that `stagein stage` put on this node, if there is one; None: never;
             a path: from the copy there.
 
-    `dataset[i]` is a dict of arrays; an encoded image is decoded to uint8 height x width x 3 (RGB), as stored (an EXIF
-    orientation is not applied). `stagein.loaders.DataLoader` with a `transform` decodes whole batches with DALI instead.
+    `dataset[i]` is a dict of arrays: an encoded image is decoded to uint8 height x width x 3 (RGB), as stored (an EXIF
+    orientation is not applied); other encoded fields are their bytes (uint8); text is a str; bfloat16, which numpy does not
+    have, is a torch tensor. `stagein.loaders.DataLoader` with a `transform` decodes whole batches with DALI instead.
     Raises SourceError where `path` holds no data set, UsageError for a field that it does not have.
     """
 
@@ -59,9 +65,12 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
 
     @property
     def listed_fields(self) -> frozenset[str]:
-        """Fields whose samples differ in shape by nature, or are strings: batches have lists of them."""
-        schema = self.records.schema
-        return frozenset(name for name in self.fields if schema.fields[name].kind in ("ragged", "text"))
+        """Fields whose samples differ in shape by nature, or are strings: batches have lists of them.
+
+        Not images: whether those are of one size is up to the data set, or to a transform.
+        """
+        fields = self.records.schema.fields
+        return frozenset(name for name in self.fields if fields[name].is_variable and not is_image(fields[name]))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,29 +93,52 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """Several samples as dicts, decoded."""
-        samples: list[Sample] = [
-            {name: np.array(self.records.columns[name][index]) for name in self.fields if name in self.records.columns}
-            for index in indices
-        ]
-        primary = self.records.schema.primary
-        if primary in self.fields:
-            for sample, index, stored in zip(samples, indices, self.records.read_records(indices), strict=True):
-                sample[primary] = self._decode(index, stored)
-        return [{name: sample[name] for name in self.fields} for sample in samples]
+        values = {name: self._read_field(name, indices) for name in self.fields}
+        return [{name: values[name][row] for name in self.fields} for row in range(len(indices))]
+
+    def _read_field(self, name: str, indices: Sequence[int]) -> list[Any]:
+        if name in self.records.columns:
+            rows = self.records.columns[name]
+            values: list[Any] = [np.array(rows[index]) for index in indices]
+        else:
+            reader = self.records.readers[name]
+            stored = zip(indices, reader.read_records(indices), strict=True)
+            values = [self._decode(name, reader, index, content) for index, content in stored]
+        if self.records.schema.fields[name].array_dtype_name == BFLOAT16:  # a type that numpy does not have
+            return [torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) for value in values]
+        return values
+
+    @property
+    def description(self) -> str:
+        """Where records are read from, for `DataLoader.explain`."""
+        records = self.records
+        if records.staged_path is None:
+            return f"the source {records.path}"
+        shards = records.manifest.shards
+        here = len(shards) if records.staged_shards is None else sum(s.file in records.staged_shards for s in shards)
+        left = f"; {len(records.left_shards)} of its shards turned out to be bad" if records.left_shards else ""
+        return f"the staged copy {records.staged_path}, {here} of {len(shards)} shards, the others from {records.path}{left}"
 
     def place(self, index: int) -> str:
         """Where a sample is stored, for error messages: record number and shard."""
         shard = self.records.manifest.shards[int(self.records.index.shard[index])]
         return f"record {index} in {self.records.path / shard.file}"
 
-    def _decode(self, index: int, stored: NDArray[np.uint8]) -> NDArray[Any]:
-        field = self.records.schema.primary_field
-        if field.kind == "tensor":
-            return self.records.decode(stored)
+    def _decode(self, name: str, reader: RecordReader, index: int, stored: NDArray[np.uint8]) -> Any:
+        field = reader.field
+        if field.codec is not None:
+            return reader.decode(stored)
+        if not is_image(field):
+            return from_rows(field, stored)
         image = _decode_image(stored)
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")
         return image
+
+
+def is_image(field: Field) -> bool:
+    """Whether records of a field are image files, decoded to height x width x channel."""
+    return field.kind == "encoded" and len(field.shape) == 3
 
 
 class SamplesAsDicts(torch.utils.data.Dataset[Sample]):
@@ -134,7 +166,11 @@ def _open(path: Path, staged: Literal["auto"] | Path | str | None) -> tuple[Data
     copy = find_staged(Manifest.load(path).id)
     if copy is None:
         return Dataset(path), None
-    return Dataset(path, staged_path=copy.path, staged_shards=copy.files), copy.lease
+    try:
+        return Dataset(path, staged_path=copy.path, staged_shards=copy.files), copy.lease
+    except SourceError as error:
+        warnings.warn(f"{error}. The source is read instead", RuntimeWarning, stacklevel=3)
+        return Dataset(path), None
 
 
 def _decode_image(stored: NDArray[np.uint8]) -> NDArray[np.uint8] | None:

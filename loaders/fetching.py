@@ -16,7 +16,6 @@ import torch.utils.data
 from stagein.formats.errors import StageinError, UsageError
 from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
-from .collate import without_rows
 from .sampler import Step
 from .worker_info import ThreadInfo, introduce_thread
 
@@ -56,23 +55,23 @@ class TransformedCollate:
 class FetchSamples:
     """The samples of a map-style data set, transformed one by one, and collated.
 
-    makes_empty_batches  a rank that has no sample in a step gets a batch without rows, in the image of the first sample;
-                         else it gets what `collate` makes of an empty list.
-    with_valid           samples, which are dicts, say under `valid` whether they count or are padding.
+    empty_of    what a rank gets that has no sample in a step: made from a batch of the first sample. None: it gets what
+                `collate` makes of an empty list.
+    with_valid  samples, which are dicts, say under `valid` whether they count or are padding.
     """
 
     dataset: Any
     collate: Callable[[Any], Any]
     batched: bool
-    makes_empty_batches: bool
+    empty_of: Callable[[Any], Any] | None = None
     transform: Callable[[Any], Any] | None = None
     with_valid: bool = False
 
     def __call__(self, step: Step) -> Any:
         if not self.batched:
             return self.collate(self._transformed(self.dataset[step.indices]))
-        if not step.indices and self.makes_empty_batches:
-            return without_rows(self.collate(self._samples([0], num_valid=0)))
+        if not step.indices and self.empty_of is not None:
+            return self.empty_of(self.collate(self._samples([0], num_valid=0)))
         return self.collate(self._samples(step.indices, step.num_valid))
 
     def _samples(self, indices: list[Any], num_valid: int) -> list[Any]:

@@ -1,0 +1,65 @@
+"""Reading records from a nearer copy of the shards, and from the source where a shard of the copy turns out to be bad."""
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ChecksumError, SourceError
+from .index import RecordIndex
+from .record_reader import RecordReader
+from .schema import Field
+
+Result = TypeVar("Result")
+
+
+class FallbackReader(RecordReader):
+    """A `RecordReader` of the files `near`; a shard that is missing, unreadable, cut off or damaged there is left for good,
+    with one warning, for its place in `source`. Errors of the source are raised.
+    """
+
+    def __init__(self, field: Field, index: RecordIndex, near: Sequence[Path], source: Sequence[Path]) -> None:
+        super().__init__(field, index, near)
+        self._source = tuple(source)
+        self._changing = threading.Lock()
+        self.left: dict[Path, str] = {}
+        """Why each shard was left."""
+
+    def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
+        return self._falling_back(records, lambda: super(FallbackReader, self).read_records(records, buffer))
+
+    def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
+        return self._falling_back(records, lambda: super(FallbackReader, self).read_tensors(records, out))
+
+    def _falling_back(self, records: Sequence[int], read: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                return read()
+            except (SourceError, ChecksumError):
+                if not self._leave_bad_shards(records):
+                    raise
+
+    def _leave_bad_shards(self, records: Sequence[int]) -> bool:
+        """Whether reading these records again can go better: no error of theirs is one of the source."""
+        with self._changing:
+            shards = list(self._shards)
+            for record in np.unique(np.asarray(records, dtype=np.int64)).tolist():
+                shard = int(self.index.shard[record])
+                try:
+                    RecordReader.read_records(self, [record])
+                except (SourceError, ChecksumError) as error:
+                    if self._shards[shard] == self._source[shard]:
+                        return False
+                    shards[shard] = self._source[shard]
+                    self.left.setdefault(self._shards[shard], str(error))
+            for path in (near for near, now in zip(self._shards, shards, strict=True) if near != now):
+                warnings.warn(
+                    f"{self.left[path]}. It is read from the source from now on", RuntimeWarning, stacklevel=2
+                )
+            # Threads in the middle of a read keep the files that were open before.
+            RecordReader.__init__(self, self.field, self.index, shards)
+            return True
