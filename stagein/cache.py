@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -360,15 +360,46 @@ def allocate(descriptor: int, nbytes: int) -> None:
             os.ftruncate(descriptor, nbytes)
 
 
-def check_destination(to: Path, source: Path, node: str) -> None:
-    """Refuse a destination that is missing, cannot be written, or lies inside the source. Raises UsageError."""
+def check_destination(to: Path, source: Path, node: str, *, must_be_local: bool) -> None:
+    """Refuse a destination that is missing, cannot be written, or lies inside the source. Raises UsageError.
+
+    must_be_local  refuse the file system of the source, too: many nodes would write there what they have just read.
+    """
     if not to.is_dir():
         raise UsageError(f"the destination {to} on node {node} is not a folder: make it first, or name another one")
     if to.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"the destination {to} lies inside the source {source}: choose a folder outside it")
+    if must_be_local and to.stat().st_dev == source.stat().st_dev:
+        raise UsageError(
+            f"the destination {to} on node {node} is on the file system of the source {source}: name a folder on the node's own disk"
+        )
     if not os.access(to, os.W_OK | os.X_OK) or os.statvfs(to).f_flag & os.ST_RDONLY:
         raise UsageError(
             f"the destination {to} on node {node} cannot be written: choose another, or have it made writable"
+        )
+
+
+def mount_of(to: Path) -> Path:
+    """The mount point of the file system that a destination lies on."""
+    folder = to.resolve()
+    while not folder.is_mount():
+        folder = folder.parent
+    return folder
+
+
+def refuse_odd_mounts(to: str, mounts: Mapping[str, Path]) -> None:
+    """Refuse a destination whose disk is mounted on some nodes only: elsewhere the data would fill another disk.
+
+    mounts  the mount point of the destination by node.
+    """
+    nodes_of: dict[str, list[str]] = {}
+    for node, mount in mounts.items():
+        nodes_of.setdefault(str(mount).replace(node, "{node}"), []).append(node)
+    if len(nodes_of) > 1:
+        (odd, odd_nodes), *_, (usual, usual_nodes) = sorted(nodes_of.items(), key=lambda item: len(item[1]))
+        raise UsageError(
+            f"the destination {to} lies on the disk mounted at {odd} on node {odd_nodes[0]}, but on the one at {usual} on node "
+            f"{usual_nodes[0]}: its own disk is not mounted everywhere; have it mounted, or name another destination"
         )
 
 

@@ -7,6 +7,7 @@ is there (`node_copy.py`), move the rest (`ring.py`), publish. Every step either
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -28,14 +29,14 @@ from stagein.formats.errors import (
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 
 from . import inventory
-from .cache import Store, check_destination, expand_node
+from .cache import Store, check_destination, expand_node, mount_of, refuse_odd_mounts
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
 from .finding import note_destination, note_use
 from .node_copy import NodeCopy
 from .receipt import NodeReceipt, Receipt
 from .ring import Engine, Neighbours, Progress, Pulse, Transfer
 from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work, stored_bytes
-from .world import Communicator, connect
+from .world import NODE_VARIABLE, Communicator, connect
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -72,7 +73,7 @@ def stage(
     progress         called on each rank with the bytes it has finished and has to finish.
 
     Raises a StageinError on every rank: UsageError, SourceError, NoSpaceError, ChecksumError, InterruptedRunError (after
-    SIGTERM or SIGINT; resumable). A WatchdogError ends all ranks of an MPI job with exit code 75.
+    SIGTERM, SIGINT or SIGUSR1; resumable). A WatchdogError ends all ranks of an MPI job with exit code 75.
     """
     communicator = _join(world, timeout_seconds)
     try:
@@ -134,6 +135,7 @@ class _Job:
         with self._all.together():
             self._check_source()
         space = self._look_at_destination()
+        self._check_mounts(to)
         self._evicted_bytes = 0
         if make_room:
             self._make_room(space, policy)
@@ -196,10 +198,26 @@ class _Job:
         space = None
         with self._all.together():
             if self._leads:
-                check_destination(self._store.to, self._source, self._world.node_name)
+                node = self._world.node_name
+                check_destination(self._store.to, self._source, node, must_be_local=self._has_real_nodes)
                 free_bytes, held_bytes = self._store.free_bytes(), self._store.held_bytes()
                 space = NodeSpace(self._world.node_name, self._world.local_size, free_bytes, held_bytes)
         return [space for space in self._all.gather_all(space) if space is not None]
+
+    @property
+    def _has_real_nodes(self) -> bool:
+        """Whether there are several nodes, and not one machine that plays them."""
+        return self._world.nodes > 1 and NODE_VARIABLE not in os.environ
+
+    def _check_mounts(self, to: str) -> None:
+        """The destination is on its own disk on every node, or a sentence says where it is not."""
+        if not self._has_real_nodes:
+            return
+        mount = (self._world.node_name, mount_of(self._store.to)) if self._leads else None
+        mounts = dict(filter(None, self._all.gather_all(mount)))
+        with self._all.together():
+            if self._world.rank == 0:
+                refuse_odd_mounts(to, mounts)
 
     def _make_room(self, space: Sequence[NodeSpace], policy: Policy) -> None:
         """Evict other data sets where this one would not fit, planned as if every node had all the room it could need."""
@@ -297,12 +315,16 @@ def _add_up(transfers: Sequence[Transfer]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM and SIGINT instead of dying from them; yields a question to ask now and then."""
+    """Note the signals that end a job instead of dying from them; yields a question to ask now and then."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     stopped = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGUSR1,
+    )  # the last is what mpirun passes on, and Slurm sends in time
     previous = [signal.signal(number, lambda *_: stopped.set()) for number in signals]
     try:
         yield stopped.is_set

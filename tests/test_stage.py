@@ -505,6 +505,22 @@ def test_sigterm_on_one_rank_stops_all_resumably(source: Path, node_disks: str) 
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGUSR1", ExitCode.INTERRUPTED), ("SIGTERM", 1)])
+def test_a_signal_to_the_launcher_stops_all_resumably(source: Path, node_disks: str, name: str, exit_code: int) -> None:
+    """Open MPI's mpirun hands SIGUSR1 on; a SIGTERM it handles itself, and says 1 whatever the ranks say."""
+    command = [sys.executable, RANK, source, node_disks, "--policy", "replicate", "--slow-seconds", "0.3"]
+    disks = [expand_node(node_disks, node) for node in "ab"]
+    with start_ranks(2, *command, nodes="ab") as launcher:
+        while not all(journaled_chunks(source, disk) for disk in disks):
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        os.kill(launcher.pid, getattr(signal, name))
+        assert launcher.wait(timeout=20) == exit_code
+    result, report = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
+    assert report is not None and all(node["reused_bytes"] > 0 for node in report["receipt"]["nodes"]), result.stderr
+
+
+@pytest.mark.mpi
 def test_ranks_that_share_no_chunk_hear_of_a_failure_at_once(source: Path, to: Path) -> None:
     result, _ = stage_over_ranks(source, str(to), "aaa", "--signal", "SIGTERM", "--slow-seconds", 0.1)
     assert result.returncode == ExitCode.INTERRUPTED

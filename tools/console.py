@@ -49,8 +49,12 @@ def print_table(table: "Table") -> None:
     """A Rich table, as wide as it needs to be where there is no terminal to fit."""
     from rich.console import Console
 
-    console = Console()
-    (console if console.is_terminal else Console(width=110)).print(table)
+    from stagein.world import started_by_mpi
+
+    on_terminal = (
+        sys.stdout.isatty() and not started_by_mpi()
+    )  # mpirun gives its ranks a terminal, whatever it writes to
+    (Console() if on_terminal else Console(width=110, force_terminal=False)).print(table)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ LOCAL = "/mnt/local"
 """Where a node sees its own disk."""
 _AGENT = Path(__file__).with_name("agent")
 _NETWORK = "10.77.0"
+_BRIDGE_ADDRESS = "02:00:00:00:00:01"
+"""Its own, as it would otherwise take that of a node, and lose it with the node."""
 _NEEDED = ("ip", "mount", "nsenter", "unshare")
 
 
@@ -133,7 +135,7 @@ class Cluster:
         )
         self._login = _Namespaces(
             ["--net", "--uts", "--mount"],
-            f"hostname login; ip link set lo up; ip link add br0 type bridge; ip addr add {_NETWORK}.254/24 dev br0\n"
+            f"hostname login; ip link set lo up; ip link add br0 address {_BRIDGE_ADDRESS} type bridge; ip addr add {_NETWORK}.254/24 dev br0\n"
             f"ip link set br0 up\n{hosts}",
         )
         try:
@@ -163,6 +165,13 @@ class Cluster:
         for node in self.nodes:
             node.close()
         self._login.close()
+
+    def end(self, launcher: subprocess.Popen[str]) -> None:
+        """Kill a launcher, and whatever runs on the nodes."""
+        launcher.kill()
+        for pid in [pid for node in self.nodes for pid in node.processes()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def cut(self, node: Node) -> None:
         """Pull the node's network cable."""
@@ -200,8 +209,4 @@ class Cluster:
             try:
                 yield launcher
             finally:
-                launcher.kill()
-                for node in self.nodes:
-                    for pid in node.processes():
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
+                self.end(launcher)
