@@ -61,8 +61,10 @@ class FinishedShard:
     large_fields: dict[str, FinishedField]
     ragged_columns: dict[str, ColumnPart]
     columns: dict[str, NDArray[np.generic]]
-    skipped: tuple[RefusedRecord, ...] = ()
+    skipped: tuple[RefusedRecord, ...]
     """What was left out of it, on request."""
+    counts: dict[str, int]
+    """What its records were counted under, added up."""
 
 
 def finish_shard(
@@ -72,13 +74,14 @@ def finish_shard(
     content: ShardContent,
     layout: ShardLayout,
     skipped: tuple[RefusedRecord, ...] = (),
+    counts: Mapping[str, int] | None = None,
 ) -> FinishedShard:
     """Write and publish shard `number` of the data set growing in `folder`; one without records has no files.
 
     Raises OSError as the file system does.
     """
     if not content.records:
-        return FinishedShard(0, {}, {}, {}, skipped)
+        return FinishedShard(0, {}, {}, {}, skipped, dict(counts or {}))
     large = {}
     for name, field in content.large_fields.items():
         entry, offset = write_shard_file(folder, number, first, name, content, layout)
@@ -87,7 +90,7 @@ def finish_shard(
         name: ColumnPart(np.frombuffer(field.payload, np.uint8), field.nbytes, field.crc32c)
         for name, field in content.ragged_columns.items()
     }
-    return FinishedShard(content.records, large, ragged, dict(content.columns), skipped)
+    return FinishedShard(content.records, large, ragged, dict(content.columns), skipped, dict(counts or {}))
 
 
 def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, layout: ShardLayout) -> FinishedShard:
@@ -202,6 +205,7 @@ def journal_shard(folder: Path, number: int, fingerprint: str, shard: FinishedSh
         "ragged_columns": list(shard.ragged_columns),
         "columns": list(shard.columns),
         "skipped": [(refused.name, refused.reason) for refused in shard.skipped],
+        "counts": shard.counts,
     }
     content = io.BytesIO()
     np.savez(content, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays, **shard.columns)  # type: ignore[arg-type]
@@ -243,6 +247,7 @@ def _shard_from_journal(head: Any, content: Mapping[str, NDArray[Any]]) -> Finis
         },
         {name: content[name] for name in head["columns"]},
         tuple(RefusedRecord(name, reason) for name, reason in head["skipped"]),
+        head["counts"],
     )
 
 

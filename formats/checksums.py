@@ -20,6 +20,11 @@ def crc32c(data: Buffer) -> int:
     return int(google_crc32c.value(data if isinstance(data, bytes) else np.asarray(data)))
 
 
+def crc32c_extend(before: int, data: Buffer) -> int:
+    """The crc32c of `data` behind bytes whose crc32c is `before`."""
+    return int(google_crc32c.extend(before, data if isinstance(data, bytes) else np.asarray(data)))
+
+
 def chunk_sum(data: Buffer) -> bytes:
     """The 16 bytes of xxh3_128 of one chunk of a file, big-endian as the xxHash specification prints it."""
     return xxhash.xxh3_128_digest(data)

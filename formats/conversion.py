@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Converted:
     manifest: Manifest
     skipped: tuple[RefusedRecord, ...]
     reused_shards: int
+    counts: Mapping[str, int]
+    """What sources count about their records (`SourceRecord.counts`), added up."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,10 @@ def carry_out(
             manifest = growing.publish(layout, shards, plan.origin, skipped)
     finally:
         growing.close()
-    return Converted(manifest, skipped, sum(result.reused for result in results))
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(shard.counts)
+    return Converted(manifest, skipped, sum(result.reused for result in results), counts)
 
 
 def settled_schema(source: Source, codec: Codec | Literal["auto"] | None) -> Schema:

@@ -59,7 +59,7 @@ class Dataset:
     @property
     def fields(self) -> Mapping[str, Field]:
         """What a record holds, by name."""
-        return self.schema.fields
+        return self.schema.record_fields
 
     @property
     def schema(self) -> Schema:
@@ -126,6 +126,8 @@ class Dataset:
             for number in numbers
         ]
         for name, reader in self.readers.items():
+            if name not in self.fields:
+                continue
             for record, stored in zip(records, reader.read_records(numbers), strict=True):
                 record[name] = reader.decode(stored) if reader.field.codec else from_rows(reader.field, stored)
         return records

@@ -45,17 +45,15 @@ class CutJpegs:
         return self.content[self.start[number] : self.stop[number]]
 
 
-def needed_rows(
-    windows: NDArray[np.int64], mcu_height: NDArray[np.int64], mcu_rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The MCU rows that windows [n, 4] need of images of so many MCU rows of this height, as (first, stop) [n] each.
+@kernel
+def needed_rows(top: int, height: int, mcu_height: int, mcu_rows: int) -> tuple[int, int]:
+    """The MCU rows that a window needs of an image of `mcu_rows` rows of `mcu_height` pixels, as (first, stop).
 
-    Any row is in range; a window that lies outside its image gets the row next to it.
+    A window that lies outside its image gets the row next to it.
     """
-    margin = np.where(mcu_height > BLOCK_PIXELS, _MARGIN_SAMPLES * mcu_height // BLOCK_PIXELS, 0)
-    top, bottom = windows[:, 0] - margin, windows[:, 0] + windows[:, 2] + margin
-    first = np.clip(top // mcu_height, 0, mcu_rows - 1)
-    stop = np.clip(-(-bottom // mcu_height), first + 1, mcu_rows)
+    margin = _MARGIN_SAMPLES * mcu_height // BLOCK_PIXELS if mcu_height > BLOCK_PIXELS else 0
+    first = min(max((top - margin) // mcu_height, 0), mcu_rows - 1)
+    stop = max(min(-(-(top + height + margin) // mcu_height), mcu_rows), first + 1)
     return first, stop
 
 

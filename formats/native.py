@@ -1,7 +1,8 @@
 """Native kernels: functions that numba compiles once, keeps on disk, and runs off the GIL.
 
-Kernels do not check bounds of arrays by themselves: whoever writes one does. Import a module with kernels where it is
-used: numba takes half a second to load.
+Kernels do not check bounds of arrays by themselves: whoever writes one does, and tries it with NUMBA_BOUNDSCHECK=1. Import a
+module with kernels where it is used: numba takes half a second to load. What is kept on disk is made anew when the
+module of a kernel changes, not when one that it calls lies in another module that does: touch both.
 """
 
 from collections.abc import Callable

@@ -40,6 +40,7 @@ class Field(BaseModel):
     dims      names of the extents, such as ("height", "width", "channel").
     codec     for `tensor`: how records are compressed; None: they are stored as they are.
     storage   `shards`: in shard files, read record by record; `column`: whole, in one file. None: follows from its size.
+    rows_of   the JPEG field whose MCU rows this one lists (`jpeg_rows`): an index for readers, no part of a record.
     meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
     """
 
@@ -52,6 +53,7 @@ class Field(BaseModel):
     dims: tuple[str, ...] | None = None
     codec: Codec | None = None
     storage: Storage | None = None
+    rows_of: str | None = None
     meta: dict[str, object] = pydantic_field(default_factory=dict)
 
     @field_validator("dtype")
@@ -179,6 +181,11 @@ class Schema(BaseModel):
     @property
     def primary_field(self) -> Field:
         return self.fields[self.primary]
+
+    @property
+    def record_fields(self) -> dict[str, Field]:
+        """The fields that users see: all but those that list rows of others."""
+        return {name: field for name, field in self.fields.items() if field.rows_of is None}
 
     @property
     def columns(self) -> dict[str, Field]:

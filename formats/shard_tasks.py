@@ -1,5 +1,6 @@
 """Making one shard of a conversion, here or in another process: everything that takes is in a task, everything made in a result."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +47,19 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
         return ShardResult(task.plan, finished, reused=True)
     builder = ShardBuilder(task.layout.schema, buffers, task.plan.records, task.plan.payload_bytes)
     bad: list[RefusedRecord] = []
+    counts: Counter[str] = Counter()
     for place, record in enumerate(task.part.read(builder.room)):
         try:
             if isinstance(record, RefusedRecord):
                 bad.append(record)
             else:
                 builder.add(record.values)
+                counts.update(record.counts)
         except BadValueError as error:
             bad.append(RefusedRecord(f"record {task.plan.first + place}", str(error)))
         builder.forget()
     if bad and not task.skip_bad:
         return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
-    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad))
+    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
     journal_shard(task.folder, number, mark, shard)
     return ShardResult(task.plan, shard, reused=False)

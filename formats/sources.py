@@ -25,10 +25,12 @@ field before the record is yielded, it gives the same place again, at the size a
 class SourceRecord:
     """A record as it is read: the fields for which room was asked are in it; `values` are all others.
 
-    Small fields are easiest given as values; what is large is read into room, where it is not copied again.
+    Small fields are easiest given as values; what is large is read into room, where it is not copied again. `counts` are
+    added up over all records of a conversion, to be reported at its end.
     """
 
     values: Mapping[str, Value] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

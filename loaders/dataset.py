@@ -48,8 +48,8 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
     ) -> None:
         self.as_tuples = as_tuples
         self.records, self._lease = _open(Path(path), staged)
-        self.fields = tuple(self.records.schema.fields if fields is None else fields)
-        unknown = [name for name in self.fields if name not in self.records.schema.fields]
+        self.fields = tuple(self.records.fields if fields is None else fields)
+        unknown = [name for name in self.fields if name not in self.records.fields]
         if unknown:
             raise UsageError(f"{path} has no field {unknown[0]!r}: it has {', '.join(self.records.schema.fields)}")
 

@@ -19,17 +19,18 @@ SEEKABLE = {name: make_seekable(content) for name, content in variants(HEIGHT, W
 
 def cut(image: SeekableJpeg, windows: list[tuple[int, int, int, int]]) -> CutJpegs:
     """Cut windows out of one image, from no more than the pieces that the plan names."""
-    numbers = np.array(windows, np.int64)
     rows = len(image.piece_ends) - 1
-    first, stop = needed_rows(numbers, np.full(len(windows), image.mcu_height), np.full(len(windows), rows))
+    planned = [needed_rows(top, height, image.mcu_height, rows) for top, _, height, _ in windows]
     header = image.content[: image.piece_ends[0]]
     parts, starts = [], []
-    for a, b in zip(first.tolist(), stop.tolist(), strict=True):
+    for first, stop in planned:
         starts.append(sum(map(len, parts)))
-        parts += [header, image.content[image.piece_ends[a] : image.piece_ends[b]]]
+        parts += [header, image.content[image.piece_ends[first] : image.piece_ends[stop]]]
     start = np.array(starts, np.int64)
     rows_stop = np.append(start[1:], sum(map(len, parts)))
-    return cut_windows(np.concatenate(parts), start, start + len(header), rows_stop, first, stop - first, numbers)
+    first_row, stop_row = np.array(planned).T
+    places = start, start + len(header), rows_stop, first_row, stop_row - first_row
+    return cut_windows(np.concatenate(parts), *places, np.array(windows, np.int64))
 
 
 def window_of(
@@ -119,19 +120,22 @@ def test_a_cut_is_small_and_has_no_metadata() -> None:
     assert len(cut(big, [(100, 100, 100, 100)])[0]) < 0.2 * len(big.content)
 
 
-def test_plan_names_the_rows_of_a_window_and_its_margin() -> None:
-    windows = np.array([(0, 0, 83, 9), (20, 0, 8, 9), (16, 0, 16, 9), (20, 0, 11, 9), (82, 0, 1, 9), (200, 0, 1, 1)])
-    first, stop = needed_rows(windows, np.full(6, 16), np.full(6, 6))
-    assert list(zip(first.tolist(), stop.tolist(), strict=True)) == [(0, 6), (1, 2), (0, 3), (1, 3), (4, 6), (5, 6)]
-    first, stop = needed_rows(windows, np.full(6, 8), np.full(6, 11))
-    assert list(zip(first.tolist(), stop.tolist(), strict=True)) == [
-        (0, 11),
-        (2, 4),
-        (2, 4),
-        (2, 4),
-        (10, 11),
-        (10, 11),
-    ]
+@pytest.mark.parametrize(
+    ("top", "height", "of_16", "of_8"),
+    [
+        (0, 83, (0, 6), (0, 11)),
+        (20, 8, (1, 2), (2, 4)),
+        (16, 16, (0, 3), (2, 4)),
+        (20, 11, (1, 3), (2, 4)),
+        (82, 1, (4, 6), (10, 11)),
+        (200, 1, (5, 6), (10, 11)),
+    ],
+)
+def test_plan_names_the_rows_of_a_window_and_its_margin(
+    top: int, height: int, of_16: tuple[int, int], of_8: tuple[int, int]
+) -> None:
+    assert needed_rows(top, height, 16, 6) == of_16
+    assert needed_rows(top, height, 8, 11) == of_8
 
 
 def test_a_file_without_rows_comes_whole() -> None:

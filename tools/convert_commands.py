@@ -38,6 +38,16 @@ class ConvertOptions:
     shard_bytes: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
     ] = 256 << 20
+    seekable_jpeg: Annotated[
+        bool, typer.Option("--seekable-jpeg", help="Let loaders decode crops alone: restart markers, no pixel changed.")
+    ] = False
+    image_max_side: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Shrink images whose longer side is above this.")
+    ] = None
+    image_quality: Annotated[
+        int | None,
+        typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that makes them smaller."),
+    ] = None
     workers: Workers = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be a record, and list it.")] = (
         False

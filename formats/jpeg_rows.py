@@ -1,0 +1,156 @@
+"""The table of MCU rows of a field of seekable JPEGs: which bytes of a record a crop window needs, and their sums.
+
+It is a field of its own, a ragged column of uint32 [rows, 2] beside the image, so that HDF5 and Zarr show it, and staging
+and verification treat it as any other. A seekable JPEG has (mcu_height, 0), then (end, crc32c) for its header and for each
+of its MCU rows: where that piece ends in the record, and the crc32c of the record up to there, so that the crc32c of any run
+of pieces is known from the two at its ends. An image that is kept as it came has no rows.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checksums import crc32c_extend
+from .errors import SourceError
+from .index import RecordIndex, load_column
+from .jpeg_cut import needed_rows
+from .jpeg_restart import SeekableJpeg
+from .manifest import Manifest
+from .native import kernel, signed
+from .schema import Field, Schema
+
+_ENTRY = Field(kind="tensor", dtype="uint32", shape=(2,))
+NO_ROWS = np.empty((0, 2), np.uint32)
+"""The rows of an image that is no seekable JPEG."""
+
+
+def rows_name(name: str) -> str:
+    """The field that lists the MCU rows of the field `name`."""
+    return f"{name}_rows"
+
+
+def rows_field(name: str) -> Field:
+    """The schema of the table of the field `name`."""
+    return Field(
+        kind="ragged", dtype="uint32", shape=(None, 2), dims=("piece", "end_crc32c"), storage="column", rows_of=name
+    )
+
+
+def seekable_fields(schema: Schema) -> dict[str, str]:
+    """The fields of a schema that hold seekable JPEGs, and the names of their tables."""
+    return {field.rows_of: name for name, field in schema.fields.items() if field.rows_of is not None}
+
+
+def list_rows(image: SeekableJpeg) -> NDArray[np.uint32]:
+    """The table of one image."""
+    table = np.empty((1 + len(image.piece_ends), 2), np.uint32)
+    table[0] = image.mcu_height, 0
+    table[1:, 0] = image.piece_ends
+    start = before = 0
+    for piece, end in enumerate(image.piece_ends.tolist(), start=1):
+        before = table[piece, 1] = crc32c_extend(int(before), image.content[start:end])
+        start = end
+    return table
+
+
+class WindowReads(NamedTuple):
+    """What to read of n records for a window each: two ranges of a record, of its header and of its MCU rows, [n, 2].
+
+    start, nbytes   where a range starts in its record, and its bytes; 0 bytes for the header where it is read with the rows
+                    behind it, and where the record is no seekable JPEG and is read whole.
+    before, after   the crc32c of the record up to where the range starts and up to where it ends.
+    header_bytes    [n], bytes of the header, 0 for a record that is read whole.
+    first_row, num_rows   [n], the MCU rows; no rows for a record that is read whole.
+    """
+
+    start: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    before: NDArray[np.uint32]
+    after: NDArray[np.uint32]
+    header_bytes: NDArray[np.int64]
+    first_row: NDArray[np.int64]
+    num_rows: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, count: int) -> "WindowReads":
+        """Room for the reads of `count` records."""
+        ranges, sums = np.empty((2, count, 2), np.int64), np.empty((2, count, 2), np.uint32)
+        return cls(*ranges, *sums, *np.empty((3, count), np.int64))
+
+
+class RowTables:
+    """The tables of all records of a field, mapped: all processes of a node share one copy in memory."""
+
+    def __init__(self, folder: Path, manifest: Manifest, name: str) -> None:
+        """Map the tables of the field `name` of the data set in `folder`. Raises SourceError for those that cannot be."""
+        table = rows_name(name)
+        self._place = f"the table {table} of {folder}"
+        index = RecordIndex.load(folder, manifest, table)
+        self._offset, self._nbytes = index.offset, index.nbytes
+        entries = int((index.offset + index.nbytes).max(initial=0)) // _ENTRY.record_bytes
+        self._entries: NDArray[np.uint32] = load_column(folder, table, _ENTRY, entries).view(np.uint32)
+
+    def plan(self, records: NDArray[np.int64], windows: NDArray[np.int64], index: RecordIndex) -> WindowReads:
+        """What to read of these records for these windows [n, 4] (top, left, height, width); `index` is that of the images.
+
+        Raises SourceError when a table leads out of its record.
+        """
+        reads = WindowReads.empty(len(records))
+        entry_bytes = _ENTRY.record_bytes
+        failed = _plan_reads(
+            self._entries,
+            self._offset[records].astype(np.int64) // entry_bytes,
+            self._nbytes[records].astype(np.int64) // entry_bytes,
+            index.nbytes[records].astype(np.int64),
+            index.crc32c[records],
+            np.ascontiguousarray(windows, np.int64),
+            *reads,
+        )
+        if failed >= 0:
+            raise SourceError(
+                f"{self._place} does not fit record {int(records[failed])}: run `stagein verify` on the data set"
+            )
+        return reads
+
+
+@kernel
+def _plan_reads(
+    entries: NDArray[np.uint32],
+    first_entry: NDArray[np.int64],
+    num_entries: NDArray[np.int64],
+    record_bytes: NDArray[np.int64],
+    record_crc32c: NDArray[np.uint32],
+    windows: NDArray[np.int64],
+    start: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    before: NDArray[np.uint32],
+    after: NDArray[np.uint32],
+    header_bytes: NDArray[np.int64],
+    first_row: NDArray[np.int64],
+    num_rows: NDArray[np.int64],
+) -> int:
+    """Fill the arrays of a WindowReads; returns the first record that its table does not fit, or -1."""
+    for number in range(len(windows)):
+        table = entries[first_entry[number] : first_entry[number] + num_entries[number]]
+        start[number] = nbytes[number] = 0
+        before[number] = after[number] = 0
+        if len(table) < 3:
+            nbytes[number, 1], after[number, 1] = record_bytes[number], record_crc32c[number]
+            header_bytes[number] = first_row[number] = num_rows[number] = 0
+            continue
+        if table[0, 0] == 0:
+            return number
+        first, stop = needed_rows(windows[number, 0], windows[number, 2], signed(table[0, 0]), len(table) - 2)
+        header_bytes[number], first_row[number], num_rows[number] = table[1, 0], first, stop - first
+        after[number, 1], end = table[1 + stop, 1], signed(table[1 + stop, 0])
+        if first > 0:
+            nbytes[number, 0], after[number, 0] = table[1, 0], table[1, 1]
+            start[number, 1], before[number, 1] = table[1 + first, 0], table[1 + first, 1]
+        nbytes[number, 1] = end - start[number, 1]
+        if not 0 < header_bytes[number] <= start[number, 1] + nbytes[number, 1] <= record_bytes[number]:
+            return number
+        if nbytes[number, 1] <= 0 or nbytes[number, 0] > start[number, 1]:
+            return number
+    return -1
