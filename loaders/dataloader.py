@@ -56,7 +56,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                   batches are filled up, and `valid` (bool [batch]) says which rows count. `drop_last` drops them.
     decode_threads  DALI's threads; by default the cores of this process, divided by the ranks of this node.
 
-    Over a RecordDataset without `generator`, and over any map-style data set when distributed, the order is that of
+    Over a RecordDataset without `generator`, and over any map-style data set that is divided, the order is that of
     `order.py`: the same global batches whatever the number of ranks, each sample once an epoch, equally many steps on
     every rank. Else it is torch's, index by index. `iter()` is a new epoch. With `collate_fn`, a RecordDataset's batches
     are taken apart into samples again, after the transform. `persistent_workers` keeps threads, or the DALI pipeline,
@@ -334,12 +334,14 @@ def _own_order(
             )
         _refuse_pad_without_own_order(tail)
         return None
+    is_divided = distributed is not None and distributed is not False
     if isinstance(sampler, OwnSampler) and batch_sampler is None:
+        is_divided = True
         # Some framework makes this loader anew, with the sampler that it found in another.
         order = sampler.own.order
         share, seed, shuffle = Share(order.rank, order.world_size), order.seed, order.shuffle
     elif sampler is not None or batch_sampler is not None:
-        if distributed and not divides_already(sampler, batch_sampler):
+        if is_divided and not divides_already(sampler, batch_sampler):
             raise UsageError(
                 "distributed= divides the loader's own batches: leave it out beside sampler and batch_sampler"
             )
@@ -347,7 +349,8 @@ def _own_order(
         return None
     else:
         share = find_share(distributed)
-    if share.world_size == 1 and (not isinstance(dataset, RecordDataset) or generator is not None):
+    # Divided among one rank, it is the same order still: a run on several ranks can go on there.
+    if not is_divided and (not isinstance(dataset, RecordDataset) or generator is not None):
         _refuse_pad_without_own_order(tail)
         return None
     if generator is not None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.data
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
     Dataset,
@@ -772,3 +774,34 @@ def test_no_warning_for_more_threads_than_cores():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(DataLoader(TensorDataset(torch.arange(4)), num_workers=64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(0, 1000),
+    before=st.tuples(st.integers(1, 70), st.integers(1, 8)),
+    after=st.tuples(st.integers(1, 70), st.integers(1, 8)),
+    steps=st.integers(0, 8),
+    shuffle=st.booleans(),
+)
+def test_a_divided_epoch_goes_on_at_any_world_and_has_every_sample_once(samples, before, after, steps, shuffle):
+    def load(batch_size, world_size, state=None, steps=None):
+        loaded, states, lengths = [], [], set()
+        for rank in range(world_size):
+            loader = DataLoader(
+                Numbers(samples), batch_size, shuffle=shuffle, distributed=(rank, world_size), seed=samples
+            )
+            if state is not None:
+                loader.load_state_dict(state)
+            batches = iter(loader)
+            own = [next(batches) for _ in range(min(steps, len(loader)))] if steps is not None else list(batches)
+            loaded += [number for batch in own for number in batch.tolist()]
+            lengths.add(len(own))
+            states.append(loader.state_dict())
+        assert len(lengths) == 1
+        assert all(each == states[0] for each in states)
+        return loaded, states[0]
+
+    first, state = load(*before, steps=steps)
+    rest, _ = load(*after, state=state)
+    assert sorted(first + rest) == list(range(samples))

@@ -1,5 +1,6 @@
 """The loader inside Lightning, Accelerate and HF Trainer, and in scripts written for torch, with the import changed."""
 
+import gc
 import warnings
 from itertools import chain
 
@@ -328,3 +329,47 @@ def test_a_loader_in_the_manner_of_timm():
         assert batches[0][0].dtype == torch.float32
         assert torch.allclose(batches[0][0][:, 0, 0, 0] * 3 + 2, batches[0][1].float())
     del loader
+
+
+# --- wrappers that read ahead of their caller ---
+
+
+@pytest.mark.parametrize("own_order", [False, True])
+def test_a_prefetching_wrapper_goes_on_where_its_caller_was(own_order, dataset):
+    """torchdata's Prefetcher is batches ahead, in a thread of its own; it keeps the state that goes with each batch."""
+    nodes = pytest.importorskip("torchdata.nodes")
+
+    class LoaderNode(nodes.BaseNode):
+        def reset(self, initial_state=None):
+            super().reset(initial_state)
+            if own_order:
+                self.loader = DataLoader(
+                    dataset, 8, shuffle=True, transform=image_train(8), device="cpu", num_workers=2
+                )
+            else:
+                generator = torch.Generator().manual_seed(3)
+                self.loader = DataLoader(NumberedImages(), 3, shuffle=True, num_workers=2, generator=generator)
+            if initial_state is not None:
+                self.loader.load_state_dict(initial_state)
+            self.batches = iter(self.loader)
+
+        def next(self):
+            return labels_of(next(self.batches)).tolist()
+
+        def get_state(self):
+            return self.loader.state_dict()
+
+    def make():
+        return nodes.Loader(nodes.Prefetcher(LoaderNode(), prefetch_factor=3))
+
+    whole = list(make())
+    interrupted = make()
+    batches = iter(interrupted)
+    first = [next(batches) for _ in range(2)]
+    state = interrupted.state_dict()
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert first + list(resumed) == whole
+    assert len(whole) > 5
+    del batches, interrupted, resumed
+    gc.collect()  # its threads end with it

@@ -1,5 +1,6 @@
 """Real ranks that load together: an error on one of them is raised by all, or ends the job; none is left waiting."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,7 @@ pytestmark = pytest.mark.mpi
 RANK = Path(__file__).parent / "loader_rank.py"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("collective", ["mpi", "gloo"])
+@pytest.mark.parametrize(("collective", "workers"), [("mpi", 2), ("gloo", 0)])
 def test_an_error_on_one_rank_is_raised_by_all_in_place_of_the_same_batch(collective, workers, tmp_path):
     # Global batch 3 is samples 24 … 31: sample 29 is rank 1's.
     done = run_ranks(2, sys.executable, RANK, collective, "yes", workers, 29, env={"MEETING_FILE": tmp_path / "meet"})
@@ -30,3 +30,45 @@ def test_an_error_in_the_first_batch_that_nobody_catches_ends_the_job_with_its_e
     assert done.returncode == 5, (done.returncode, done.stderr)
     assert "record 5 is damaged" in done.stderr
     assert time.monotonic() - started < 30
+
+
+def test_worker_processes_beside_mpi_do_not_take_themselves_for_ranks():
+    done = run_ranks(2, sys.executable, Path(__file__).parent / "worker_process_rank.py", "spawn")
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("loaded"))
+    assert lines == ["loaded 0 1 4 5 8 9", "loaded 2 3 6 7 10 11"]
+
+
+def test_worker_processes_are_not_forked_from_ranks():
+    done = run_ranks(2, sys.executable, Path(__file__).parent / "worker_process_rank.py", "fork")
+    assert done.returncode != 0
+    assert "worker processes cannot be forked once MPI has started" in done.stderr
+
+
+MESH = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+import torch.testing._internal.distributed.fake_pg
+from stagein.formats.errors import UsageError
+from stagein.loaders import DataLoader
+
+for rank in range(4):
+    dist.init_process_group("fake", rank=rank, world_size=4, store=dist.HashStore())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    loader = DataLoader(list(range(9)), 2, shuffle=True, distributed=mesh["dp"], seed=1)
+    print("loaded", *(number for batch in loader for number in batch.tolist()))
+    try:
+        DataLoader(list(range(9)), 2, distributed=mesh)
+    except UsageError as error:
+        print("refused", error)
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_of_one_replica_of_the_model_get_the_same_batches():
+    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("loaded")]
+    assert loaded[0] == loaded[1] != loaded[2] == loaded[3]
+    assert sorted(map(int, loaded[0] + loaded[2])) == list(range(9))
+    assert done.stdout.count("give the one that the data are divided along, such as mesh['dp']") == 4
