@@ -114,7 +114,8 @@ def convert(
     """
     refuse_bad_records(source, skip_bad=skip_bad)
     plan = plan_conversion(source, container=container, codec=codec, shard_bytes=shard_bytes, chunk_bytes=chunk_bytes)
-    with _signals_as_errors(target), start_workers(min(workers, len(plan.shards))) as executor:
+    executor = start_workers(min(workers, len(plan.shards)))
+    with signals_as_errors(target):
         return carry_out(plan, target, executor, skip_bad=skip_bad, overwrite=overwrite, on_progress=on_progress)
 
 
@@ -132,18 +133,21 @@ def refuse_bad_records(source: Source, *, skip_bad: bool) -> None:
 def carry_out(
     plan: ConversionPlan,
     target: Path,
-    executor: ShardExecutor,
+    executor: AbstractContextManager[ShardExecutor],
     *,
     skip_bad: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Converted:
-    """Have `executor` make the shards of a plan, and publish the data set `target`. Raises as `convert` does."""
+    """Have `executor` make the shards of a plan, and publish the data set `target`. Raises as `convert` does.
+
+    The executor is entered when work begins; on leaving after a failure it must be at rest, for others may write then.
+    """
     source, layout = plan.source, plan.layout
     with _os_errors_as_sentences(target):
         growing = GrowingDataset(target, overwrite=overwrite)
     try:
-        with _os_errors_as_sentences(target):
+        with _os_errors_as_sentences(target), executor as shard_makers:
             tasks = (
                 ShardTask(
                     shard,
@@ -154,7 +158,7 @@ def carry_out(
                 )
                 for shard in plan.shards
             )
-            results = _run_tasks(tasks, record_nbytes(source), executor, on_progress)
+            results = _run_tasks(tasks, record_nbytes(source), shard_makers, on_progress)
             bad = [refused for result in results for refused in result.bad]
             if bad:
                 raise _refusal(source, bad)
@@ -243,8 +247,8 @@ def _os_errors_as_sentences(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_as_errors(target: Path) -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise InterruptedRunError in the main thread."""
+def signals_as_errors(target: Path) -> Iterator[None]:
+    """Inside, in the main thread, SIGTERM and SIGINT raise InterruptedRunError: the conversion into `target` can resume."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -55,7 +55,7 @@ class ShardWorkers:
     def submit(self, task: ShardTask) -> Future[ShardResult]:
         try:
             return self._pool.submit(_make_shard_in_worker, task)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, EOFError, OSError):  # the latter when the process that starts them was killed
             raise worker_lost() from None
 
     def __enter__(self) -> Self:
@@ -64,6 +64,9 @@ class ShardWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         """End the processes at once, whatever they are at."""
         processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)

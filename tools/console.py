@@ -2,14 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LOG_INTERVAL_SECONDS = 10.0
+_LOG_INTERVAL_SECONDS = 5.0
+_RATE_SECONDS = 60.0
+"""The time left follows from the last minute: what an earlier run had finished goes by much faster than the rest."""
 
 
 def say(text: str) -> None:
@@ -57,33 +60,44 @@ def print_table(table: "Table") -> None:
     (Console() if on_terminal else Console(width=110, force_terminal=False)).print(table)
 
 
+class ShowProgress(Protocol):
+    """Shows how far something is: bytes done, bytes in all, and whatever else is worth saying."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def progress_bytes(description: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how far something is; yields a function to call with (bytes done, bytes in all) as often as wanted."""
+def progress_bytes(description: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
+    """Show how far something is; yields a function to call as often as wanted."""
     if quiet:
-        yield lambda done, total: None
+        yield lambda done, total, note="": None
     elif sys.stderr.isatty():
-        with _bar(description) as update:
-            yield update
+        with _bar(description) as show:
+            yield show
     else:
         yield _PlainProgress(description)
 
 
 @contextmanager
-def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(description: str) -> Iterator[ShowProgress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
+        task = progress.add_task(description, total=None, note="")
+
+        def show(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield show
 
 
 class _PlainProgress:
@@ -92,19 +106,24 @@ class _PlainProgress:
     def __init__(self, description: str) -> None:
         self._description = description
         self._start = self._last = time.monotonic()
+        self._recent = deque([(self._start, 0)])
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         finished = done >= total
         if not finished and now - self._last < _LOG_INTERVAL_SECONDS:
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
+        then, done_then = (self._start, 0) if finished else self._recent[0]
+        rate = (done - done_then) / max(now - then, 1e-9)
+        self._recent.append((now, done))
+        if now - then > _RATE_SECONDS:
+            self._recent.popleft()
         left = (
             f"done in {seconds_text(now - self._start)}"
             if finished
             else f"{seconds_text((total - done) / max(rate, 1))} left"
         )
         share = 100 * done / total if total else 100
-        line = f"{self._description}: {share:.0f} % of {bytes_text(total)}, {bytes_text(rate)}/s, {left}"
-        print(line, file=sys.stderr, flush=True)
+        parts = [f"{share:.0f} % of {bytes_text(total)}", f"{bytes_text(rate)}/s", note, left]
+        print(f"{self._description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)

@@ -1,49 +1,142 @@
-"""`stagein convert`: pack a source into a data set of shards."""
+"""`stagein convert`: pack a source into a data set of shards, or several, with the cores of all ranks that mpirun started."""
 
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal
 
 from stagein.formats.codecs import Codec
-from stagein.formats.conversion import Converted, Progress, convert
-from stagein.formats.errors import UsageError
+from stagein.formats.conversion import (
+    ConversionPlan,
+    Converted,
+    Progress,
+    carry_out,
+    plan_conversion,
+    refuse_bad_records,
+    signals_as_errors,
+    start_workers,
+)
+from stagein.formats.errors import ExitCode, StageinError, UsageError, WatchdogError
+from stagein.formats.manifest import MANIFEST_NAME, Manifest
+from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
 from stagein.formats.source_images import BYTES_AFTER, BYTES_BEFORE, change_images
+from stagein.formats.source_selection import select, split
 from stagein.formats.sources import Source, record_nbytes
+from stagein.shard_ranks import RankPool, follow
+from stagein.world import Communicator, connect
 
-from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
-from .convert_commands import ConvertOptions
+from .console import bytes_text, complain, count_text, print_table, progress_bytes, say, seconds_text
+from .convert_commands import ConvertOptions, parse_split
+from .info import schema_table
 
 _LISTED_SKIPPED = 20
+_SPLIT = "{split}"
+
+Executors = Callable[[int], AbstractContextManager[ShardExecutor]]
+"""Who makes so many shards."""
 
 
 def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> None:
-    """Convert the source that `scan` finds into the data set `target`. Raises StageinError."""
-    start = time.monotonic()
-    source = scan()
+    """Convert the source that `scan` finds into the data set `target`; the first rank alone prints.
+
+    Raises StageinError, on every rank.
+    """
+    communicator = connect().within(options.timeout)
+    if communicator.world.size > 1:
+        _run_on_ranks(communicator, scan, target, options)
+        return
+    workers = options.workers or usable_cores()
+    with signals_as_errors(target):
+        _convert(scan, target, options, lambda shards: start_workers(min(workers, shards)))
+
+
+def _run_on_ranks(
+    communicator: Communicator, scan: Callable[[], Source], target: Path, options: ConvertOptions
+) -> None:
+    workers = ShardWorkers(options.workers or _cores_of_this_rank(communicator))
+    with workers, _noted_signals() as stopping_signal:
+        try:
+            if communicator.world.rank == 0:
+                pool = RankPool(communicator, workers)
+                pool.lead(lambda: _convert(scan, target, options, lambda shards: pool), stopping_signal)
+            else:
+                follow(communicator, workers, stopping_signal)
+        except WatchdogError as error:
+            complain(str(error))
+            communicator.abort(error.exit_code)
+        except StageinError:  # every rank has one
+            raise
+        except BaseException:  # a bug on one rank: the others would wait for it
+            traceback.print_exc()
+            communicator.abort(ExitCode.FAILED)
+
+
+def _convert(scan: Callable[[], Source], target: Path, options: ConvertOptions, executors: Executors) -> None:
+    found = select(scan(), limit=options.limit, shuffle_seed=options.shuffle_seed)
+    source = with_changed_images(found, options)
+    refuse_bad_records(source, skip_bad=options.skip_bad)
+    plans = _plans(source, target, options)
+    if options.dry_run:
+        _report_plans(plans, options)
+        return
     if not options.json:
-        say(f"{source.name}: {count_text(len(source.nbytes), 'record')}, {bytes_text(record_nbytes(source).sum())}")
-    source = with_changed_images(source, options)
-    with progress_bytes("converting", quiet=options.json) as update:
+        say(f"{found.name}: {count_text(len(found.nbytes), 'record')}, {bytes_text(record_nbytes(found).sum())}")
+    reports = [_carry_out(plan, path, options, executors) for path, plan in plans.items()]
+    if options.json:
+        say(json.dumps(reports[0] if options.split is None else {"targets": reports}))
+
+
+def _plans(source: Source, target: Path, options: ConvertOptions) -> dict[Path, ConversionPlan]:
+    """What is to be written where: one data set, or one a part of the split."""
+    codec = parse_codec(options.codec)
+    parts = {target: source}
+    if options.split is not None:
+        if _SPLIT not in target.name:
+            raise UsageError(f"{target} does not say where the parts go: write {_SPLIT} in its name, as my-{_SPLIT}.st")
+        shares = split(source, parse_split(options.split), options.shuffle_seed or 0)
+        parts = {target.with_name(target.name.replace(_SPLIT, name)): part for name, part in shares.items()}
+    return {
+        path: plan_conversion(part, container=options.container.value, codec=codec, shard_bytes=options.shard_bytes)
+        for path, part in parts.items()
+    }
+
+
+def _carry_out(plan: ConversionPlan, target: Path, options: ConvertOptions, executors: Executors) -> dict[str, Any]:
+    """Make one data set and say so; returns the report for --json."""
+    start = time.monotonic()
+    description = "converting" if options.split is None else f"converting {target.name}"
+    if options.split is not None and not options.overwrite and _is_done(plan, target):
+        if not options.json:
+            say(f"{target} is complete already")
+        return {"target": str(target), "id": Manifest.load(target).id, "complete": True}
+    with progress_bytes(description, quiet=options.json) as update:
 
         def on_progress(progress: Progress) -> None:
-            update(progress.nbytes, progress.total_bytes)
+            rate = progress.records / max(time.monotonic() - start, 1e-9)
+            note = f"{progress.records:,} of {count_text(progress.total_records, 'record')}, {rate:,.0f} records/s"
+            update(progress.nbytes, progress.total_bytes, note)
 
-        converted = convert(
-            source,
+        converted = carry_out(
+            plan,
             target,
-            container=options.container.value,
-            codec=parse_codec(options.codec),
-            shard_bytes=options.shard_bytes,
-            workers=options.workers or usable_cores(),
+            executors(len(plan.shards)),
             skip_bad=options.skip_bad,
             overwrite=options.overwrite,
             on_progress=on_progress,
         )
-    _report(target, converted, time.monotonic() - start, options.json)
+    return _report(target, converted, time.monotonic() - start, options)
+
+
+def _is_done(plan: ConversionPlan, target: Path) -> bool:
+    """Whether an earlier run of the same command got as far as to complete this part of the split."""
+    return (target / MANIFEST_NAME).exists() and plan.is_done_by(Manifest.load(target))
 
 
 def parse_codec(text: str) -> Codec | Literal["auto"] | None:
@@ -79,25 +172,77 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -> None:
-    manifest = converted.manifest
-    if as_json:
-        say(
-            json.dumps(
-                {
-                    "target": str(target),
-                    "id": manifest.id,
-                    "records": manifest.num_records,
-                    "shards": manifest.num_shards,
-                    "nbytes": manifest.nbytes,
-                    "seconds": round(seconds, 3),
-                    "reused_shards": converted.reused_shards,
-                    "counts": converted.counts,
-                    "skipped": [asdict(refused) for refused in converted.skipped],
-                }
-            )
-        )
+def _cores_of_this_rank(communicator: Communicator) -> int:
+    """Its share of the cores that it may use, which other ranks of its node may use as well."""
+    mine = communicator.world.node_name, sorted(os.sched_getaffinity(0))
+    return max(1, len(mine[1]) // communicator.gather_all(mine).count(mine))
+
+
+@contextmanager
+def _noted_signals() -> Iterator[Callable[[], str | None]]:
+    """Inside, SIGTERM, SIGINT and SIGUSR1 are noted; yields a function that names the one that came, if one did."""
+    names: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield lambda: names[0] if names else None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report_plans(plans: dict[Path, ConversionPlan], options: ConvertOptions) -> None:
+    if options.json:
+        listed = [
+            {
+                "target": str(target),
+                "records": len(plan.source.nbytes),
+                "nbytes": int(record_nbytes(plan.source).sum()),
+                "shards": len(plan.shards),
+                "container": plan.layout.container,
+                "schema": plan.layout.schema.model_dump(mode="json"),
+                "skipped": [asdict(refused) for refused in plan.source.refused],
+            }
+            for target, plan in plans.items()
+        ]
+        say(json.dumps(listed[0] if options.split is None else {"targets": listed}))
         return
+    for target, plan in plans.items():
+        records, nbytes, shards = len(plan.source.nbytes), int(record_nbytes(plan.source).sum()), len(plan.shards)
+        say(
+            f"{target}: would be {count_text(records, 'record')}, {bytes_text(nbytes)} before compression, "
+            f"in {count_text(shards, 'shard')} of {plan.layout.container}"
+        )
+    plan = next(iter(plans.values()))
+    if plan.source.refused:
+        say(f"  {count_text(len(plan.source.refused), 'thing')} in the source would be left out")
+    print_table(schema_table(plan.layout.schema))
+
+
+def _report(target: Path, converted: Converted, seconds: float, options: ConvertOptions) -> dict[str, Any]:
+    manifest = converted.manifest
+    if not options.json:
+        _say_converted(target, converted, seconds)
+    return {
+        "target": str(target),
+        "id": manifest.id,
+        "records": manifest.num_records,
+        "shards": manifest.num_shards,
+        "nbytes": manifest.nbytes,
+        "seconds": round(seconds, 3),
+        "records_per_second": round(manifest.num_records / seconds, 1),
+        "bytes_per_second": round(manifest.nbytes / seconds),
+        "reused_shards": converted.reused_shards,
+        "counts": converted.counts,
+        "skipped": [asdict(refused) for refused in converted.skipped],
+    }
+
+
+def _say_converted(target: Path, converted: Converted, seconds: float) -> None:
+    manifest = converted.manifest
     if converted.skipped:
         complain(
             f"{len(converted.skipped)} things were left out, as asked; they are listed in {target / 'skipped.tsv'}"
@@ -107,8 +252,9 @@ def _report(target: Path, converted: Converted, seconds: float, as_json: bool) -
     _say_counts(converted.counts)
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
     say(
-        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'shard')}{reused}, {bytes_text(manifest.nbytes)}, "
-        f"in {seconds_text(seconds)} ({bytes_text(manifest.nbytes / seconds)}/s), id {manifest.id[:12]}"
+        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'shard')}{reused}, "
+        f"{bytes_text(manifest.nbytes)}, in {seconds_text(seconds)} ({bytes_text(manifest.nbytes / seconds)}/s, "
+        f"{manifest.num_records / seconds:,.0f} records/s), id {manifest.id[:12]}"
     )
 
 

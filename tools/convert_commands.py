@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Json, Workers, parse_size
+from .options import Json, parse_size
 
 if TYPE_CHECKING:
     from stagein.formats.sources import Source
@@ -48,13 +49,28 @@ class ConvertOptions:
         int | None,
         typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that makes them smaller."),
     ] = None
-    workers: Workers = None
+    limit: Annotated[int | None, typer.Option(min=0, help="Take the first LIMIT records only.")] = None
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Shuffle the records by this seed, before --limit takes the first.")
+    ] = None
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=SHARE,…",
+            help="Deal the records at random to several data sets, as train=0.9,val=0.1; TARGET holds {split}, their name.",
+        ),
+    ] = None
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of each rank.  [default: all cores]")] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be a record, and list it.")] = (
         False
     )
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
     ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="With mpirun: seconds without a sign of life of a rank, after which all end.")
+    ] = 300.0
     json: Json = False
 
 
@@ -71,6 +87,23 @@ def parse_fields(texts: list[str] | None) -> dict[str, str] | None:
         if not all(text.partition("=")):
             raise typer.BadParameter(f"{text!r} is not of the form NAME=PLACE", param_hint="--field")
     return dict(text.split("=", 1) for text in texts) if texts else None
+
+
+def parse_split(text: str) -> dict[str, Fraction]:
+    """train=0.9,val=0.1 as shares by name, exactly as they are written."""
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        name, _, share = part.strip().partition("=")
+        try:
+            value = Fraction(share)
+        except (ValueError, ZeroDivisionError):
+            value = None
+        if value is None or not name or "/" in name or name in shares:
+            raise typer.BadParameter(
+                f"{text!r} is not of the form NAME=SHARE,NAME=SHARE, such as train=0.9,val=0.1", param_hint="--split"
+            )
+        shares[name] = value
+    return shares
 
 
 def _kind(name: str) -> Callable[[Callable[..., "Source"]], Callable[..., "Source"]]:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+from rich.table import Table
+
 from stagein.formats.manifest import Manifest
-from stagein.formats.schema import Field
+from stagein.formats.schema import Field, Schema
 
 from .console import bytes_text, count_text, print_table, say
 
@@ -17,8 +19,6 @@ def run(path: Path, *, as_json: bool) -> None:
         summary |= {"path": str(path), "num_shards": manifest.num_shards, "nbytes": manifest.nbytes}
         say(json.dumps(summary))
         return
-    from rich.table import Table
-
     payload = sum(shard.nbytes for shard in manifest.shards)
     mean = payload / manifest.num_records if manifest.num_records else 0
     say(
@@ -30,11 +30,16 @@ def run(path: Path, *, as_json: bool) -> None:
     smaller = f" ({primary.record_bytes / mean:.2f} times smaller than uncompressed)" if primary.codec and mean else ""
     say(f"  record     {bytes_text(mean)} on average{smaller}")
     say(f"  sums       crc32c of every record, xxh3_128 of every {bytes_text(manifest.chunk_bytes)} of every file")
+    print_table(schema_table(manifest.record_schema))
+
+
+def schema_table(schema: Schema) -> Table:
+    """The fields of a record, one a row."""
     table = Table("field", "kind", "dtype", "shape", "more")
-    for name, field in manifest.record_schema.fields.items():
-        mark = " (primary)" if name == manifest.record_schema.primary else ""
+    for name, field in schema.fields.items():
+        mark = " (primary)" if name == schema.primary else ""
         table.add_row(name + mark, field.kind, field.dtype, _shape_text(field), _meta_text(field))
-    print_table(table)
+    return table
 
 
 def _shape_text(field: Field) -> str:
