@@ -20,13 +20,21 @@ from numpy.typing import NDArray
 
 from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all
 from .errors import UsageError
-from .index import ROW_DTYPE, index_fields
+from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
 from .schema import Field
 from .shards import FieldContent, ShardContent, ShardLayout, write_shard_file
 from .sources import RefusedRecord
-from .zarr_view import GROUP_DOCUMENT, column_chunk_path, column_document, document, link_paths, shards_document
+from .zarr_view import (
+    GROUP_DOCUMENT,
+    column_chunk_path,
+    column_document,
+    document,
+    link_paths,
+    shards_document,
+    starting_rows,
+)
 
 JOURNAL_FOLDER = "journal"
 _READ_BYTES = 16 << 20
@@ -321,20 +329,23 @@ def _write_index(files: "_FileWriter", layout: ShardLayout, name: str, shards: S
         sizes = [nbytes for nbytes, _ in parts]
         offsets = _offsets_of_column(sizes)
         numbers = [np.zeros(len(nbytes), np.uint32) for nbytes in sizes]
-        rows = [offset // np.uint64(field.row_bytes) for offset in offsets]
+        rows = [starting_rows(field, offset, 0, 0) for offset in offsets]
         sums = [crc32c for _, crc32c in parts]
     else:
         finished = [shard.large_fields[name] for shard in shards]
         sizes, sums = [each.nbytes for each in finished], [each.crc32c for each in finished]
         offsets = [each.offset for each in finished]
         numbers = [np.full(shard.records, number, np.uint32) for number, shard in enumerate(shards)]
-        rows = [_zarr_rows(field, each, number * layout.capacity[name]) for number, each in enumerate(finished)]
+        rows = [
+            starting_rows(field, each.offset, each.entry.data_offset, number * layout.capacity[name])
+            for number, each in enumerate(finished)
+        ]
     files.write(f"index/{name}/zarr.json", [document(GROUP_DOCUMENT)])
     arrays: dict[str, Any] = {"shard": numbers, "offset": offsets, "nbytes": sizes, "crc32c": sums}
     for path, declared in index_fields(name).items():
         files.write_column(path, declared, arrays[path.rpartition("/")[2]])
     if "zarr" in layout.container or name in layout.schema.ragged_columns:
-        files.write_column(f"index/{name}/row", Field(kind="tensor", dtype=ROW_DTYPE), rows)
+        files.write_column(f"index/{name}/row", ROW_FIELD, rows)
 
 
 def _offsets_of_column(sizes: Sequence[NDArray[np.uint32]]) -> list[NDArray[np.uint64]]:
@@ -344,14 +355,6 @@ def _offsets_of_column(sizes: Sequence[NDArray[np.uint32]]) -> list[NDArray[np.u
         offsets.append(_starts(nbytes) + np.uint64(first))
         first += int(nbytes.sum(dtype=np.uint64))
     return offsets
-
-
-def _zarr_rows(field: Field, finished: FinishedField, first_row: int) -> NDArray[np.uint64]:
-    """At which row of the Zarr array each record of a shard starts, when the shard starts at row `first_row`."""
-    if not field.is_variable:
-        return np.arange(first_row, first_row + len(finished.nbytes), dtype=np.uint64)
-    in_payload = finished.offset - np.uint64(finished.entry.data_offset)
-    return in_payload // np.uint64(field.row_bytes) + np.uint64(first_row)
 
 
 def _shard_rows(field: Field, finished: FinishedField, records: int) -> int:

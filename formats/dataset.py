@@ -43,7 +43,7 @@ class Dataset:
     def __init__(
         self, path: Path | str, *, staged_path: Path | None = None, staged_shards: Collection[str] | None = None
     ) -> None:
-        """Raises SourceError, one sentence, when `path` holds no data set that can be trusted."""
+        """Raises SourceError or ChecksumError, one sentence, when `path` holds no data set that can be trusted."""
         self.path = Path(path)
         self.staged_path = staged_path
         self.staged_shards = None if staged_shards is None else frozenset(staged_shards)
@@ -51,8 +51,7 @@ class Dataset:
         self.readers = {name: self._open_reader(name, field) for name, field in self.schema.indexed_fields.items()}
         """The fields that are read record by record: the large ones, and small ones whose records differ in size."""
         self.columns: dict[str, NDArray[np.generic]] = {
-            name: load_column(self._root, name, field, self.manifest.num_records)
-            for name, field in self.schema.columns.items()
+            name: load_column(self._root, name, field, self.manifest) for name, field in self.schema.columns.items()
         }
         """The small fields of a fixed shape, whole: [num_records, *shape] each."""
 

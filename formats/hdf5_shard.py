@@ -147,6 +147,12 @@ def read_small(path: Path, name: str) -> NDArray[np.generic] | None:
         return found
 
 
+def read_attributes(path: Path) -> dict[str, object]:
+    """The attributes of a shard file."""
+    with h5py.File(path, "r", locking=False) as file:
+        return dict(file.attrs)
+
+
 def payload_offset(path: Path, name: str) -> int:
     """Where the payload of a shard lies in the file, in bytes."""
     with h5py.File(path, "r", locking=False) as file:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SourceError
+from .checksums import chunk_sums
+from .errors import ChecksumError, SourceError
 from .manifest import Manifest
 from .schema import Field
 from .zarr_view import column_chunk_path, column_from_chunk
 
 _DTYPES = {"shard": "uint32", "offset": "uint64", "nbytes": "uint32", "crc32c": "uint32"}
-ROW_DTYPE = "uint64"
+ROW_FIELD = Field(kind="tensor", dtype="uint64")
 
 
 def index_fields(name: str) -> dict[str, Field]:
@@ -39,11 +40,12 @@ class RecordIndex:
     def load(cls, folder: Path, manifest: Manifest, name: str) -> "RecordIndex":
         """Map the index of the field `name` of the data set in `folder`.
 
-        Raises SourceError for a missing file, one of a wrong size, and an index that leads out of the field's files.
+        Raises SourceError for a missing file, one of a wrong size, and an index that leads out of the field's files, and
+        ChecksumError for a damaged one.
         """
         prefix = f"index/{name}/"
         arrays: dict[str, Any] = {
-            path.removeprefix(prefix): load_column(folder, path, field, manifest.num_records)
+            path.removeprefix(prefix): load_column(folder, path, field, manifest)
             for path, field in index_fields(name).items()
         }
         index = cls(**arrays)
@@ -69,12 +71,19 @@ class RecordIndex:
                 )
 
 
-def load_column(folder: Path, name: str, field: Field, num_records: int) -> NDArray[np.generic]:
-    """Map one column, [num_records, *shape]. Raises SourceError for a missing file or one of a wrong size."""
-    path = folder / column_chunk_path(name, field)
-    if num_records == 0:
+def load_column(folder: Path, name: str, field: Field, manifest: Manifest) -> NDArray[np.generic]:
+    """Map one column of the data set in `folder`, [num_records, *shape], and check the sums of its file.
+
+    All of it is read for that, once, at the speed of memory where it is there already: a flipped bit in an index or a label
+    would otherwise be believed. Raises SourceError for a missing file or one of a wrong size, ChecksumError for damage.
+    """
+    if manifest.num_records == 0:
         return column_from_chunk(b"", field, 0)
-    expected = num_records * field.record_bytes
+    file = column_chunk_path(name, field)
+    path, expected = folder / file, manifest.num_records * field.record_bytes
+    entry = next((entry for entry in manifest.files if entry.file == file), None)
+    if entry is None or entry.nbytes != expected:
+        raise SourceError(f"{folder}: its manifest lists no {file} of {expected} bytes: convert the data set again")
     try:
         content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
@@ -83,4 +92,8 @@ def load_column(folder: Path, name: str, field: Field, num_records: int) -> NDAr
         ) from None
     if len(content) != expected:
         raise SourceError(f"{path} has {len(content)} bytes instead of {expected}: run `stagein verify {folder}`")
-    return column_from_chunk(content, field, num_records)
+    if b"".join(chunk_sums([content], manifest.chunk_bytes)).hex() != entry.xxh3_128:
+        raise ChecksumError(
+            f"{path} is damaged: its xxh3_128 is not what the manifest says; restore it from a good copy"
+        )
+    return column_from_chunk(content, field, manifest.num_records)

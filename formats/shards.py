@@ -441,19 +441,24 @@ def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hd
                 -1, *declared.row_shape
             )
             small |= _hdf5_places(column, declared, values)
-    attributes = {
-        "stagein_format": "stagein-shard",
-        "stagein_version": np.asarray(FORMAT_VERSION, dtype=np.uint16),
-        "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
-        "field": name,
-        "num_records": np.uint64(content.records),
-        "checksum": "crc32c",
-    }
+    attributes = shard_attributes(schema, name, content.records)
     rows = content.records if not field.is_variable else len(mine.payload) // field.row_bytes
     dtypes = {path: BFLOAT16 for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16}
     return hdf5_shard.Hdf5Structure(
         f"{name}/data", (rows, *field.row_shape), field.stored_dtype.name, small, attributes, dtypes
     )
+
+
+def shard_attributes(schema: Schema, name: str, records: int) -> dict[str, object]:
+    """The HDF5 attributes of a shard file of the field `name`."""
+    return {
+        "stagein_format": "stagein-shard",
+        "stagein_version": np.asarray(FORMAT_VERSION, dtype=np.uint16),
+        "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
+        "field": name,
+        "num_records": np.uint64(records),
+        "checksum": "crc32c",
+    }
 
 
 def _hdf5_places(name: str, field: Field, content: FieldContent) -> dict[str, NDArray[np.generic]]:

@@ -1,10 +1,14 @@
 """Verification: every sum, count, index entry and link of a data set, and both container views, checked by reading them."""
 
+import dataclasses
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +16,10 @@ from numpy.typing import NDArray
 from . import hdf5_shard, zarr_view
 from .checksums import chunk_sum, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, StageinError
-from .index import RecordIndex, load_column
+from .index import ROW_FIELD, RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
-from .shards import ShardLayout, hdf5_count_name
+from .schema import Field
+from .shards import ShardLayout, hdf5_count_name, shard_attributes
 
 _READ_BYTES = 16 << 20
 
@@ -39,7 +44,7 @@ class VerifyReport:
     files: int = 0
     nbytes: int = 0
     sums: int = 0
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def error(self, path: Path) -> StageinError | None:
         """The problems as one error: ChecksumError when any byte is wrong, SourceError when files are missing; else None."""
@@ -60,24 +65,11 @@ def verify(
     """
     manifest = Manifest.load(path)
     report = VerifyReport(manifest)
-    indexes: dict[str, RecordIndex] = {}
-    for name in manifest.record_schema.indexed_fields:
-        try:
-            indexes[name] = RecordIndex.load(path, manifest, name)
-        except SourceError as error:
-            report.problems.append(Problem(f"index/{name}", str(error)))
-    for name, column in manifest.record_schema.columns.items():
-        try:
-            load_column(path, name, column, manifest.num_records)
-        except SourceError as error:
-            report.problems.append(Problem(name, str(error)))
-    names = manifest.record_schema.indexed_fields
-    records = {part.file: part for name in names for part in manifest.parts_of(name)}
+    tables = _Tables(path, manifest)
+    report.problems += tables.problems
+    parts = {part.file: part for name in manifest.record_schema.indexed_fields for part in manifest.parts_of(name)}
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [
-            pool.submit(_verify_file, path, records.get(entry.file, entry), manifest, indexes)
-            for entry in manifest.all_files()
-        ]
+        jobs = [pool.submit(_verify_file, tables, parts.get(entry.file, entry)) for entry in manifest.all_files()]
         for job in as_completed(jobs):
             entry, problems = job.result()
             report.files += 1
@@ -88,19 +80,70 @@ def verify(
             on_progress(report.nbytes, manifest.nbytes)
     report.problems += _link_problems(path, manifest)
     if not report.problems:
-        report.problems += _zarr_problems(path, manifest)
+        report.problems += _zarr_problems(tables)
     report.problems.sort(key=lambda problem: (problem.file, problem.text))
     return report
 
 
-def _verify_file(
-    path: Path, entry: FileEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
-) -> tuple[FileEntry, list[Problem]]:
+class _Tables:
+    """What a data set says about its records outside the shards: their indexes and columns, as far as they can be trusted."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.problems: list[Problem] = []
+        self.indexes: dict[str, RecordIndex] = {}
+        self.columns: dict[str, NDArray[np.generic]] = {}
+        for name in manifest.record_schema.indexed_fields:
+            with self._noting(f"index/{name}"):
+                self.indexes[name] = RecordIndex.load(path, manifest, name)
+        for name, field in manifest.record_schema.columns.items():
+            with self._noting(name):
+                self.columns[name] = load_column(path, name, field, manifest)
+
+    @contextmanager
+    def _noting(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (SourceError, ChecksumError) as error:
+            self.problems.append(Problem(file, str(error), isinstance(error, ChecksumError)))
+
+    def rows_in_shard(self, entry: ShardEntry, name: str) -> dict[str, NDArray[np.generic]]:
+        """The small data sets that the file of a shard has about the field `name`, as the tables say they are."""
+        field, mine = self.manifest.record_schema.fields[name], slice(entry.first, entry.first + entry.records)
+        if name in self.columns:
+            return {name: self.columns[name][mine].view(field.stored_dtype)}
+        index = self.indexes.get(name)
+        if index is None:
+            return {}
+        offset, nbytes, row_bytes = index.offset[mine], index.nbytes[mine], np.uint64(field.row_bytes)
+        small: dict[str, NDArray[np.generic]] = {}
+        start = np.uint64(entry.data_offset)
+        if name == entry.field:
+            small[f"{name}/crc32c"] = index.crc32c[mine]
+        else:  # a ragged column: its rows stand in this file too
+            start = offset[0] if len(offset) else np.uint64(0)
+            stop = int(offset[-1]) + int(nbytes[-1]) if len(offset) else 0
+            small[f"{name}/data"] = self._column_rows(name, field, int(start), stop)
+        if field.is_variable:
+            small[f"{name}/offset"] = (offset - start) // row_bytes
+            small[hdf5_count_name(name, field)] = nbytes.astype(np.uint64) // row_bytes
+        return small
+
+    def _column_rows(self, name: str, field: Field, start: int, stop: int) -> NDArray[np.generic]:
+        content = np.zeros(stop - start, np.uint8)
+        with open(self.path / zarr_view.column_chunk_path(name, field), "rb", buffering=0) as file:
+            pread_exactly(file.fileno(), content.data, start)
+        return content.view(field.stored_dtype).reshape(-1, *field.row_shape)
+
+
+def _verify_file(tables: _Tables, entry: FileEntry) -> tuple[FileEntry, list[Problem]]:
+    path = tables.path / entry.file
     try:
-        index = indexes.get(entry.field) if isinstance(entry, ShardEntry) else None
-        problems = list(_content_problems(path / entry.file, entry, manifest, index))
-        if isinstance(entry, ShardEntry) and entry.field in manifest.record_schema.large_fields and not problems:
-            problems = list(_container_problems(path / entry.file, entry, manifest, indexes))
+        index = tables.indexes.get(entry.field) if isinstance(entry, ShardEntry) else None
+        problems = list(_content_problems(path, entry, tables.manifest, index))
+        if isinstance(entry, ShardEntry) and entry in tables.manifest.shards and not problems:
+            problems = list(_container_problems(path, entry, tables))
     except OSError as error:
         reason = (
             "it is missing" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error.strerror or error}"
@@ -146,17 +189,18 @@ def _record_problems(descriptor: int, entry: ShardEntry, index: RecordIndex) -> 
             yield Problem(entry.file, f"record {record} is damaged (crc32c)", damage=True)
 
 
-def _container_problems(
-    path: Path, entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
-) -> Iterator[Problem]:
-    """What HDF5 and Zarr see of a shard file is what the index says."""
-    index = indexes.get(entry.field)
+def _container_problems(path: Path, entry: ShardEntry, tables: _Tables) -> Iterator[Problem]:
+    """What HDF5 and Zarr see of a shard file is what the tables say."""
+    manifest, index = tables.manifest, tables.indexes.get(entry.field)
     if "hdf5" in manifest.container:
-        yield from _hdf5_problems(path, entry, manifest, indexes)
+        try:
+            yield from list(_hdf5_problems(path, entry, tables))
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # the library raises any of them
+            yield Problem(entry.file, f"HDF5 cannot read it: {str(error).splitlines()[0]}", damage=True)
     if "zarr" in manifest.container and index is not None:
         layout = ShardLayout(manifest.record_schema, manifest.container, manifest.capacity, manifest.chunk_bytes)
         mine = slice(entry.first, entry.first + entry.records)
-        payload_bytes = _payload_bytes(index, mine, entry, manifest)
+        payload_bytes = _payload_bytes(index, entry, manifest)
         expected = layout.zarr_index(
             entry.field, entry.data_offset, payload_bytes, index.offset[mine], index.nbytes[mine]
         )
@@ -166,18 +210,22 @@ def _container_problems(
                 yield Problem(entry.file, "its Zarr shard index does not describe its payload")
 
 
-def _payload_bytes(index: RecordIndex, records: slice, entry: ShardEntry, manifest: Manifest) -> int:
+def _payload_bytes(index: RecordIndex, entry: ShardEntry, manifest: Manifest) -> int:
     """Size of the padded payload of a field whose records differ in size: it ends with the last record."""
-    end = int((index.offset[records] + index.nbytes[records]).max(initial=entry.data_offset))
+    mine = slice(entry.first, entry.first + entry.records)
+    end = int((index.offset[mine] + index.nbytes[mine]).max(initial=entry.data_offset))
     return zarr_view.padded_bytes(manifest.record_schema.fields[entry.field], end - entry.data_offset)
 
 
-def _hdf5_problems(
-    path: Path, entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
-) -> Iterator[Problem]:
-    schema, name, index = manifest.record_schema, entry.field, indexes.get(entry.field)
-    data, mine = f"{name}/data", slice(entry.first, entry.first + entry.records)
-    if schema.fields[name].codec is None:
+def _hdf5_problems(path: Path, entry: ShardEntry, tables: _Tables) -> Iterator[Problem]:
+    """Attributes, place of the payload and every small data set of a shard file."""
+    schema, index = tables.manifest.record_schema, tables.indexes.get(entry.field)
+    data, mine = f"{entry.field}/data", slice(entry.first, entry.first + entry.records)
+    attributes: dict[str, Any] = dict(hdf5_shard.read_attributes(path))
+    for name, expected in shard_attributes(schema, entry.field, entry.records).items():
+        if name not in attributes or not np.array_equal(attributes[name], np.asarray(expected)):
+            yield Problem(entry.file, f"its HDF5 attribute {name} is {attributes.get(name)}, not {expected}")
+    if schema.fields[entry.field].codec is None:
         offset = hdf5_shard.payload_offset(path, data)
         if offset != entry.data_offset:
             yield Problem(entry.file, f"HDF5 has the payload at byte {offset}, the manifest at {entry.data_offset}")
@@ -185,33 +233,14 @@ def _hdf5_problems(
         places = np.stack([index.offset[mine], index.nbytes[mine].astype(np.uint64)], axis=1)
         if not np.array_equal(hdf5_shard.chunk_places(path, data), places):
             yield Problem(entry.file, "its HDF5 chunks are not where the record index says")
-    for small, expected in _expected_small(entry, manifest, indexes).items():
-        found = hdf5_shard.read_small(path, small)
-        if found is None or found.shape[:1] != (entry.records,):
-            yield Problem(entry.file, f"its HDF5 data set {small} does not have one element a record")
-        elif expected is not None and not np.array_equal(found, expected):
-            yield Problem(entry.file, f"its HDF5 data set {small} differs from the record index")
-
-
-def _expected_small(
-    entry: ShardEntry, manifest: Manifest, indexes: Mapping[str, RecordIndex]
-) -> dict[str, NDArray[np.generic] | None]:
-    """The small data sets of a shard file with one element a record, and their content, where an index says it."""
-    schema, mine = manifest.record_schema, slice(entry.first, entry.first + entry.records)
-    index = indexes.get(entry.field)
-    small: dict[str, NDArray[np.generic] | None] = {
-        f"{entry.field}/crc32c": None if index is None else index.crc32c[mine]
-    }
-    names = [entry.field]
-    if entry.field == schema.primary:
-        small |= dict.fromkeys(schema.columns)
-        names += list(schema.ragged_columns)
-    for name in names:
-        field, index = schema.fields[name], indexes.get(name)
-        if field.is_variable:
-            count = None if index is None else index.nbytes[mine] // field.row_bytes
-            small |= {hdf5_count_name(name, field): count, f"{name}/offset": None}
-    return small
+    columns = [*schema.columns, *schema.ragged_columns] if entry.field == schema.primary else []
+    for field in [entry.field, *columns]:
+        for name, rows in tables.rows_in_shard(entry, field).items():
+            found = hdf5_shard.read_small(path, name)
+            if found is None:
+                yield Problem(entry.file, f"it has no HDF5 data set {name}")
+            elif (found.dtype, found.shape) != (rows.dtype, rows.shape) or found.tobytes() != rows.tobytes():
+                yield Problem(entry.file, f"its HDF5 data set {name} is not what the data set has for its records")
 
 
 def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -220,18 +249,52 @@ def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(name, f"it is not a link to {target}")
 
 
-def _zarr_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    """zarr-python opens every array, with the schema's shape and type."""
+def _zarr_problems(tables: _Tables) -> Iterator[Problem]:
+    """The Zarr documents and the rows of records are what the schema and the shards say, and zarr-python opens every array."""
     import zarr
 
-    schema = manifest.record_schema
+    path, manifest = tables.path, tables.manifest
     group = zarr.open_group(path, mode="r")
-    names = [*schema.columns, *schema.ragged_columns]
-    for name in [*names, *(schema.large_fields if "zarr" in manifest.container else ())]:
-        field, array = schema.fields[name], group.get(name)
-        if not isinstance(array, zarr.Array):
+    for name, expected in _zarr_documents(tables).items():
+        if json.loads((path / name / "zarr.json").read_bytes()) != json.loads(zarr_view.document(expected)):
+            yield Problem(f"{name}/zarr.json", "it does not describe what the data set has")
+        elif not isinstance(group.get(name), zarr.Array):
             yield Problem(f"{name}/zarr.json", "Zarr finds no array there")
-        elif (array.dtype.name, array.shape[1:]) != (field.stored_dtype.name, field.row_shape) or (
-            name in schema.columns and array.shape[0] != manifest.num_records
-        ):
-            yield Problem(f"{name}/zarr.json", f"Zarr has {array.dtype.name} {array.shape}, the schema {field}")
+    for name in manifest.record_schema.indexed_fields:
+        if "zarr" in manifest.container or name in manifest.record_schema.ragged_columns:
+            rows = load_column(path, f"index/{name}/row", ROW_FIELD, manifest)
+            if not np.array_equal(rows, _expected_rows(tables, name)):
+                yield Problem(f"index/{name}/row", "it does not say at which row of the Zarr array each record starts")
+
+
+def _zarr_documents(tables: _Tables) -> dict[str, dict[str, object]]:
+    """The metadata of the Zarr array of every field."""
+    manifest, schema = tables.manifest, tables.manifest.record_schema
+    documents = {name: zarr_view.column_document(field, manifest.num_records) for name, field in schema.columns.items()}
+    for name, field in schema.ragged_columns.items():
+        rows = sum(part.nbytes for part in manifest.parts_of(name)) // field.row_bytes
+        documents[name] = zarr_view.column_document(field, rows)
+    if "zarr" in manifest.container:
+        for name, field in schema.large_fields.items():
+            shards, index = manifest.shards_of(name), tables.indexes[name]
+            rows_of_shards = [
+                _payload_bytes(index, shard, manifest) // field.row_bytes if field.is_variable else shard.records
+                for shard in shards
+            ]
+            documents[name] = zarr_view.shards_document(field, manifest.capacity[name], rows_of_shards)
+    return documents
+
+
+def _expected_rows(tables: _Tables, name: str) -> NDArray[np.uint64]:
+    field, index, capacity = (
+        tables.manifest.record_schema.fields[name],
+        tables.indexes[name],
+        tables.manifest.capacity.get(name, 0),
+    )
+    rows = [
+        zarr_view.starting_rows(
+            field, index.offset[part.first : part.first + part.records], part.data_offset, number * capacity
+        )
+        for number, part in enumerate(tables.manifest.parts_of(name))
+    ]
+    return np.concatenate([np.zeros(0, np.uint64), *rows])

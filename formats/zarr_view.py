@@ -127,6 +127,16 @@ def shards_document(field: Field, capacity: int, shard_rows: Sequence[int]) -> d
     return _array_document(field, (rows, *field.row_shape), (capacity, *field.row_shape), [sharding], _dims(field))
 
 
+def starting_rows(field: Field, offset: NDArray[np.uint64], data_offset: int, first_row: int) -> NDArray[np.uint64]:
+    """At which row of the Zarr array of a field each record of a shard starts.
+
+    `offset` are the places of the records in the file, whose payload starts at `data_offset` and with row `first_row`.
+    """
+    if not field.is_variable:
+        return np.arange(first_row, first_row + len(offset), dtype=np.uint64)
+    return (offset - np.uint64(data_offset)) // np.uint64(field.row_bytes) + np.uint64(first_row)
+
+
 def link_paths(manifest: "Manifest") -> list[tuple[str, str]]:
     """The relative links of the Zarr view, as (path below the data set, target): one a shard file, none without a Zarr view."""
     if "zarr" not in manifest.container:

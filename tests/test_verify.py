@@ -110,7 +110,7 @@ def test_a_missing_shard_alone_is_a_source_error(copy: Path) -> None:
 def test_an_index_that_leads_elsewhere_is_refused_before_it_is_used(copy: Path) -> None:
     index = copy / "index/image/offset/c/0"
     flip(index, 7)  # the top byte of the first offset
-    with pytest.raises(SourceError, match="index"):
+    with pytest.raises(ChecksumError, match="index"):
         Dataset(copy)
     assert any("index" in text for text in problems(copy))
 
