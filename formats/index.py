@@ -72,7 +72,8 @@ class RecordIndex:
 
 
 def load_column(folder: Path, name: str, field: Field, manifest: Manifest) -> NDArray[np.generic]:
-    """Map one column of the data set in `folder`, [num_records, *shape], and check the sums of its file.
+    """Map one column of the data set in `folder`, and check the sums of its file: [num_records, *shape], or all the rows of
+    a ragged one, [rows, *row_shape].
 
     All of it is read for that, once, at the speed of memory where it is there already: a flipped bit in an index or a label
     would otherwise be believed. Raises SourceError for a missing file or one of a wrong size, ChecksumError for damage.
@@ -80,20 +81,20 @@ def load_column(folder: Path, name: str, field: Field, manifest: Manifest) -> ND
     if manifest.num_records == 0:
         return column_from_chunk(b"", field, 0)
     file = column_chunk_path(name, field)
-    path, expected = folder / file, manifest.num_records * field.record_bytes
-    entry = next((entry for entry in manifest.files if entry.file == file), None)
-    if entry is None or entry.nbytes != expected:
-        raise SourceError(f"{folder}: its manifest lists no {file} of {expected} bytes: convert the data set again")
+    path, entry = folder / file, next((entry for entry in manifest.files if entry.file == file), None)
+    num_rows = entry.nbytes // field.row_bytes if entry and field.is_variable else manifest.num_records
+    if entry is None or entry.nbytes != num_rows * field.row_bytes:
+        raise SourceError(f"{folder}: its manifest lists no {file} with a row a record: convert the data set again")
     try:
         content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read ({error.strerror}): copy the data set again, or run `stagein verify {folder}`"
         ) from None
-    if len(content) != expected:
-        raise SourceError(f"{path} has {len(content)} bytes instead of {expected}: run `stagein verify {folder}`")
+    if len(content) != entry.nbytes:
+        raise SourceError(f"{path} has {len(content)} bytes instead of {entry.nbytes}: run `stagein verify {folder}`")
     if b"".join(chunk_sums([content], manifest.chunk_bytes)).hex() != entry.xxh3_128:
         raise ChecksumError(
             f"{path} is damaged: its xxh3_128 is not what the manifest says; restore it from a good copy"
         )
-    return column_from_chunk(content, field, manifest.num_records)
+    return column_from_chunk(content, field, num_rows)

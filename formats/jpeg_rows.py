@@ -89,8 +89,8 @@ class RowTables:
         self._place = f"the table {table} of {folder}"
         index = RecordIndex.load(folder, manifest, table)
         self._offset, self._nbytes = index.offset, index.nbytes
-        entries = int((index.offset + index.nbytes).max(initial=0)) // _ENTRY.record_bytes
-        self._entries: NDArray[np.uint32] = load_column(folder, table, _ENTRY, entries).view(np.uint32)
+        entries = load_column(folder, table, manifest.record_schema.fields[table], manifest)
+        self._entries: NDArray[np.uint32] = entries.view(np.uint32)
 
     def plan(self, records: NDArray[np.int64], windows: NDArray[np.int64], index: RecordIndex) -> WindowReads:
         """What to read of these records for these windows [n, 4] (top, left, height, width); `index` is that of the images.

@@ -150,7 +150,7 @@ def link_paths(manifest: "Manifest") -> list[tuple[str, str]]:
 
 
 def column_from_chunk(
-    content: bytes | memoryview | NDArray[np.uint8], field: Field, num_records: int
+    content: bytes | memoryview | NDArray[np.uint8], field: Field, num_rows: int
 ) -> NDArray[np.generic]:
-    """A small field of a fixed shape as an array [num_records, *shape] over the bytes of its chunk."""
-    return np.frombuffer(content, field.stored_dtype).view(field.array_dtype).reshape(num_records, *field.fixed_shape)
+    """A column as an array of its rows, [num_rows, *row_shape], over the bytes of its chunk."""
+    return np.frombuffer(content, field.stored_dtype).view(field.array_dtype).reshape(num_rows, *field.row_shape)
