@@ -98,6 +98,7 @@ class Store:
         """Make the store's own folder, which also shows that the destination can be written, and clear what the dead left."""
         try:
             self._folder.mkdir(exist_ok=True)
+            fsync_folder(self.to)
         except OSError as error:
             raise destination_error(error, "making", self._folder) from None
         remove_leftovers(self._folder)

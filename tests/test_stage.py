@@ -296,6 +296,16 @@ def test_killed_in_the_middle_and_run_again(source: Path, to: Path) -> None:
     assert receipt.read_bytes == receipt.dataset_bytes - receipt.nodes[0].reused_bytes
 
 
+def test_killed_half_way_the_next_run_moves_half(tmp_path: Path, to: Path) -> None:
+    write_dataset(tmp_path / "larger", (100 * CHUNK_BYTES,) * 3)
+    killed = start_alone(tmp_path / "larger", to, "--signal", "SIGKILL", "--memory-bytes", 1)
+    killed.communicate(timeout=30)
+    assert killed.returncode == -signal.SIGKILL
+    receipt = stage_alone(tmp_path / "larger", to)
+    assert 0.4 * receipt.dataset_bytes < receipt.written_bytes == receipt.read_bytes < 0.55 * receipt.dataset_bytes
+    assert_staged(tmp_path / "larger", to)
+
+
 def test_what_the_journal_says_is_not_believed_without_a_look(source: Path, to: Path) -> None:
     killed = start_alone(source, to, "--signal", "SIGKILL", "--memory-bytes", 1)
     killed.communicate(timeout=30)
