@@ -4,12 +4,13 @@ No HDF5 or Zarr library is involved: those write, verify and inspect; training r
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .fallback_reader import FallbackReader
 from .index import RecordIndex, load_column
@@ -17,6 +18,10 @@ from .manifest import Manifest
 from .record_reader import RecordReader
 from .schema import Field, Schema
 from .values import from_rows
+
+if TYPE_CHECKING:
+    from .jpeg_cut import CutJpegs
+    from .window_reader import WindowBuffers, WindowReader
 
 Record: TypeAlias = dict[str, Any]
 """The fields of a record by name: `tensor` and `ragged` as arrays, `encoded` as the bytes of its file (uint8), `text` as str."""
@@ -135,6 +140,17 @@ class Dataset:
         """The stored bytes of these records of the primary field: see `RecordReader.read_records`."""
         return self.reader.read_records(records, buffer)
 
+    @property
+    def is_seekable(self) -> bool:
+        """Whether the primary field holds seekable JPEGs, so that `read_windows` reads less than whole records."""
+        return any(field.rows_of == self.schema.primary for field in self.schema.fields.values())
+
+    def read_windows(
+        self, records: ArrayLike, windows: ArrayLike, buffers: "WindowBuffers | None" = None
+    ) -> "CutJpegs":
+        """Read of these images of the primary field what a crop window of each needs: see `WindowReader.read`."""
+        return self._window_reader.read(np.asarray(records, np.int64), np.asarray(windows, np.int64), buffers)
+
     def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
         """These records of a `tensor` primary field, decoded: see `RecordReader.read_tensors`."""
         return self.reader.read_tensors(records, out)
@@ -153,6 +169,13 @@ class Dataset:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    @cached_property
+    def _window_reader(self) -> "WindowReader":
+        from .jpeg_rows import RowTables
+        from .window_reader import WindowReader  # its kernels take numba, half a second to load
+
+        return WindowReader(self.reader, RowTables(self._root, self.manifest, self.schema.primary))
 
     @property
     def _root(self) -> Path:

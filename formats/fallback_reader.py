@@ -35,6 +35,24 @@ class FallbackReader(RecordReader):
     def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
         return self._falling_back(records, lambda: super(FallbackReader, self).read_tensors(records, out))
 
+    def read_ranges(
+        self,
+        records: NDArray[np.int64],
+        start: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        before: NDArray[np.uint32],
+        after: NDArray[np.uint32],
+        buffer: NDArray[np.uint8],
+    ) -> None:
+        while True:
+            shards = self._shards
+            try:
+                return super().read_ranges(records, start, nbytes, before, after, buffer)
+            except (SourceError, ChecksumError):
+                # Whole records that are in order say that the fault is not in a shard but in what is known of the range.
+                if not self._leave_bad_shards(records.tolist()) or self._shards == shards:
+                    raise
+
     def _falling_back(self, records: Sequence[int], read: Callable[[], Result]) -> Result:
         while True:
             try:

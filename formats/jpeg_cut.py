@@ -71,7 +71,7 @@ def cut_windows(
 
     source                all pieces: for file i its header at `header_start[i]`, directly followed by its MCU rows.
     rows_start, rows_stop where these rows lie in it; rows_start is the end of the header.
-    first_row, num_rows   which rows they are, as `needed_rows` says; 0 rows: the file is no seekable one, whole, and
+    first_row, num_rows   which rows they are, those of `needed_rows` at least; 0 rows: the file is no seekable one, whole, and
                           comes as it is, with origin (0, 0).
     windows               [n, 4].
     buffer                where to put the files, as large as `source` at least; by default fresh memory.
@@ -177,7 +177,10 @@ def _cut(
             horizontal, vertical = max(horizontal, factors >> 4), max(vertical, factors & 15)
     mcu_width, mcu_height = BLOCK_PIXELS * horizontal, BLOCK_PIXELS * vertical
     mcu_columns, mcu_rows = -(-width // mcu_width), -(-height // mcu_height)
-    if mcu_columns == 0 or mcu_columns % interval or first_row < 0 or first_row + num_rows > mcu_rows:
+    if mcu_columns == 0 or mcu_rows == 0 or mcu_columns % interval or first_row < 0 or first_row + num_rows > mcu_rows:
+        return -1
+    needed_first, needed_stop = needed_rows(window[0], window[2], mcu_height, mcu_rows)
+    if needed_first < first_row or needed_stop > first_row + num_rows:
         return -1
 
     segment_width = interval * mcu_width

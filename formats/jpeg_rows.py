@@ -19,7 +19,7 @@ from .jpeg_cut import needed_rows
 from .jpeg_restart import SeekableJpeg
 from .manifest import Manifest
 from .native import kernel, signed
-from .schema import Field, Schema
+from .schema import Field
 
 _ENTRY = Field(kind="tensor", dtype="uint32", shape=(2,))
 NO_ROWS = np.empty((0, 2), np.uint32)
@@ -36,11 +36,6 @@ def rows_field(name: str) -> Field:
     return Field(
         kind="ragged", dtype="uint32", shape=(None, 2), dims=("piece", "end_crc32c"), storage="column", rows_of=name
     )
-
-
-def seekable_fields(schema: Schema) -> dict[str, str]:
-    """The fields of a schema that hold seekable JPEGs, and the names of their tables."""
-    return {field.rows_of: name for name, field in schema.fields.items() if field.rows_of is not None}
 
 
 def list_rows(image: SeekableJpeg) -> NDArray[np.uint32]:
@@ -84,13 +79,20 @@ class RowTables:
     """The tables of all records of a field, mapped: all processes of a node share one copy in memory."""
 
     def __init__(self, folder: Path, manifest: Manifest, name: str) -> None:
-        """Map the tables of the field `name` of the data set in `folder`. Raises SourceError for those that cannot be."""
+        """Map the tables of the field `name` of the data set in `folder`; without tables, no image has rows.
+
+        Raises SourceError for tables that cannot be read.
+        """
         table = rows_name(name)
         self._place = f"the table {table} of {folder}"
-        index = RecordIndex.load(folder, manifest, table)
-        self._offset, self._nbytes = index.offset, index.nbytes
-        entries = load_column(folder, table, manifest.record_schema.fields[table], manifest)
-        self._entries: NDArray[np.uint32] = entries.view(np.uint32)
+        if table in manifest.record_schema.fields:
+            index = RecordIndex.load(folder, manifest, table)
+            self._offset, self._nbytes = index.offset, index.nbytes
+            self._entries = load_column(folder, table, manifest.record_schema.fields[table], manifest).view(np.uint32)
+        else:
+            self._offset = np.broadcast_to(np.uint64(0), manifest.num_records)
+            self._nbytes = np.broadcast_to(np.uint32(0), manifest.num_records)
+            self._entries = NO_ROWS
 
     def plan(self, records: NDArray[np.int64], windows: NDArray[np.int64], index: RecordIndex) -> WindowReads:
         """What to read of these records for these windows [n, 4] (top, left, height, width); `index` is that of the images.
@@ -98,11 +100,10 @@ class RowTables:
         Raises SourceError when a table leads out of its record.
         """
         reads = WindowReads.empty(len(records))
-        entry_bytes = _ENTRY.record_bytes
         failed = _plan_reads(
             self._entries,
-            self._offset[records].astype(np.int64) // entry_bytes,
-            self._nbytes[records].astype(np.int64) // entry_bytes,
+            self._offset[records].astype(np.int64) // _ENTRY.record_bytes,
+            self._nbytes[records].astype(np.int64) // _ENTRY.record_bytes,
             index.nbytes[records].astype(np.int64),
             index.crc32c[records],
             np.ascontiguousarray(windows, np.int64),

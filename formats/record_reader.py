@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import crc32c, pread_exactly
+from .checksums import crc32c, crc32c_extend, pread_exactly
 from .errors import ChecksumError, SourceError
 from .index import RecordIndex
 from .schema import Field
@@ -70,6 +70,46 @@ class RecordReader:
             views.append(view)
             position = end
         return views
+
+    def read_ranges(
+        self,
+        records: NDArray[np.int64],
+        start: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        before: NDArray[np.uint32],
+        after: NDArray[np.uint32],
+        buffer: NDArray[np.uint8],
+    ) -> None:
+        """Read bytes `start[i]` to `start[i] + nbytes[i]` of the stored record `records[i]` to `buffer`, one range behind the other.
+
+        before, after  the crc32c of the record up to where the range starts and up to where it ends: they are checked.
+
+        Raises ChecksumError or SourceError, naming shard and record.
+        """
+        shards, offsets = self.index.shard[records].tolist(), self.index.offset[records].astype(np.int64) + start
+        ranges = zip(
+            records.tolist(), shards, offsets.tolist(), nbytes.tolist(), before.tolist(), after.tolist(), strict=True
+        )
+        position = 0
+        for record, shard, offset, length, sum_before, sum_after in ranges:
+            if length == 0:
+                continue
+            view = buffer[position : position + length]
+            with self._files.descriptor(shard) as descriptor:
+                try:
+                    got = pread_exactly(descriptor, memoryview(view), offset)
+                except OSError as error:
+                    raise SourceError(f"{self._place(record, shard)} cannot be read: {error.strerror}") from error
+            if got != length:
+                raise SourceError(
+                    f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says"
+                )
+            if crc32c_extend(sum_before, view) != sum_after:
+                raise ChecksumError(
+                    f"{self._place(record, shard)} is damaged: the crc32c of a part of it is not that of its row table; "
+                    f"run `stagein verify` on it and restore the shard"
+                )
+            position += length
 
     def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
         """Read and decode these records of a `tensor` field, in this order: [len(records), *shape].
