@@ -109,7 +109,7 @@ def _infer_field(values: Sequence[Value]) -> Field:
     if isinstance(values[0], str):
         return Field(kind="text")
     if isinstance(values[0], (bytes, bytearray, memoryview)):
-        found = {_encoding(value) for value in values if isinstance(value, (bytes, bytearray, memoryview))}
+        found = {encoding_of(value) for value in values if isinstance(value, (bytes, bytearray, memoryview))}
         is_image = found <= {"jpeg", "png"}
         encoding = found.pop() if len(found) == 1 else "image" if is_image else UNKNOWN_ENCODING
         return Field(kind="encoded", encoding=encoding, shape=(None, None, 3) if is_image else (None,))
@@ -123,7 +123,8 @@ def _infer_field(values: Sequence[Value]) -> Field:
     return Field(kind="ragged", dtype=dtype, shape=(None, *tails.pop()))
 
 
-def _encoding(value: bytes | bytearray | memoryview) -> str:
+def encoding_of(value: bytes | bytearray | memoryview) -> str:
+    """The format of a file's bytes, by how they start: such as `jpeg`, or `bytes` where it is not known."""
     start = bytes(memoryview(value).cast("B")[:16])
     return next((name for signature, name in _SIGNATURES if start.startswith(signature)), UNKNOWN_ENCODING)
 

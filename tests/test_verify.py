@@ -168,12 +168,3 @@ def test_repair_refuses_another_data_set_and_damage_in_both(copy: Path, jpeg_fol
     with pytest.raises(ChecksumError, match=r"chunk 0 of shards/00000\.h5"):
         repair(good, other)
     assert (good / "shards/00000.h5").read_bytes() == before
-
-
-def test_extract_gives_the_file_back(jpeg_dataset_path: Path, jpeg_folder: Path, tmp_path: Path) -> None:
-    result = run("extract", jpeg_dataset_path, 17, "--to", tmp_path)
-    assert result.returncode == 0, result.stderr
-    original = sorted(jpeg_folder.glob("*/*.jpg"))[17]
-    assert (tmp_path / "image-00000017.jpg").read_bytes() == original.read_bytes()
-    assert json.loads(result.stdout.splitlines()[1]) == {"label": 1, "hw": [48, 72]}
-    assert run("extract", jpeg_dataset_path, 85, "--to", tmp_path).returncode == 2

@@ -45,11 +45,15 @@ def _root(
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="A data set.")], json: Json = False) -> None:
-    """Show what a data set holds."""
+def info(
+    path: Annotated[Path, typer.Argument(help="A data set.")],
+    records: Annotated[int, typer.Option(min=0, help="How many of the first records to show.")] = 3,
+    json: Json = False,
+) -> None:
+    """Show what a data set holds: its fields, their sizes, and its first records."""
     from . import info
 
-    info.run(path, as_json=json)
+    info.run(path, records=records, as_json=json)
 
 
 @app.command()
@@ -79,7 +83,7 @@ def extract(
     record: Annotated[int, typer.Argument(help="Number of the record, counted from 0.")],
     to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
 ) -> None:
-    """Give a record back as files: an image as it came, a tensor as .npy, the small fields as JSON."""
+    """Give a record back as files: an image as it came, arrays as .npy, text as .txt, the small fields as JSON."""
     from . import extract
 
     extract.run(dataset, record, to)

@@ -1,0 +1,102 @@
+"""`stagein info` and `stagein extract`: what is in a data set, and a record of it as files again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stagein.formats import Dataset, Field, Schema, Writer
+from stagein.formats.codecs import Codec
+
+
+def run(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stagein.tools.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    schema = Schema(
+        fields={
+            "sound": Field(kind="encoded", encoding="flac"),
+            "volume": Field(kind="tensor", dtype="int16", shape=(16, 20, 20), codec=Codec(name="zstd")),
+            "boxes": Field(kind="ragged", dtype="float32", shape=(None, 4)),
+            "caption": Field(kind="text"),
+            "answer": Field(kind="text", encoding="json"),
+            "weights": Field(kind="tensor", dtype="bfloat16", shape=(3,)),
+            "phase": Field(kind="tensor", dtype="complex64"),
+            "label": Field(kind="tensor", dtype="int64", meta={"classes": ["cat", "dog"]}),
+        }
+    )
+    with Writer(tmp_path / "x.st", schema) as writer:
+        for number in range(7):
+            writer.write(
+                {
+                    "sound": b"fLaC" + bytes(1000),
+                    "volume": np.full((16, 20, 20), number),
+                    "boxes": np.full((number, 4), 0.5, np.float32),
+                    "caption": "schöner Hund " * number,
+                    "answer": json.dumps({"number": number}),
+                    "weights": np.array([0.5, number, -1], ml_dtypes.bfloat16),
+                    "phase": 1j * number,
+                    "label": number % 2,
+                }
+            )
+    return tmp_path / "x.st"
+
+
+def test_info_shows_fields_sizes_and_records(path: Path) -> None:
+    result = run("info", path, "--records", 6)
+    assert result.returncode == 0, result.stderr
+    for text in ("7 records in 1 shard", "16 x 20 x 20", "cat, dog", "? x 4", "bfloat16", "zstd", "flac", "column"):
+        assert text in result.stdout, text
+    first, second = result.stdout.splitlines()[-6:-4]
+    assert first.startswith("0: sound flac of 1.0 kB, volume int16 [16, 20, 20], boxes [], caption ''")
+    assert second.endswith("weights [0.5, 1.0, -1.0], phase 1j, label 1")
+    assert "boxes float32 [5, 4], caption 'schöner Hund" in result.stdout
+    summary = json.loads(run("info", path, "--json").stdout)
+    stored = int(Dataset(path).readers["volume"].index.nbytes.sum())
+    assert summary["sizes"]["volume"] == {"stored_bytes": stored, "raw_bytes": 7 * 16 * 20 * 20 * 2}
+    assert summary["sizes"]["boxes"]["stored_bytes"] == sum(range(7)) * 16
+
+
+def test_info_of_a_data_set_with_a_damaged_record(path: Path) -> None:
+    dataset = Dataset(path)
+    shard = path / dataset.manifest.shards[0].file
+    shard.chmod(0o644)
+    with open(shard, "r+b") as file:
+        file.seek(int(dataset.index.offset[1]))
+        file.write(b"X")
+    result = run("info", path)
+    assert result.returncode == 0
+    assert "record 1 cannot be shown: record 1 in" in result.stderr
+    assert "\n2: sound" in result.stdout
+
+
+def test_extract_gives_every_field_back_as_a_file(path: Path, tmp_path: Path) -> None:
+    to = tmp_path / "out"
+    result = run("extract", path, 5, "--to", to)
+    assert result.returncode == 0, result.stderr
+    assert (to / "sound-00000005.flac").read_bytes() == b"fLaC" + bytes(1000)
+    assert np.array_equal(np.load(to / "volume-00000005.npy"), np.full((16, 20, 20), 5, np.int16))
+    assert np.array_equal(np.load(to / "boxes-00000005.npy"), np.full((5, 4), 0.5, np.float32))
+    assert (to / "caption-00000005.txt").read_text() == "schöner Hund " * 5
+    assert json.loads((to / "answer-00000005.json").read_text()) == {"number": 5}
+    assert np.load(to / "phase-00000005.npy") == 5j
+    small = {"weights": [0.5, 5.0, -1.0], "label": 1}
+    assert json.loads((to / "record-00000005.json").read_text()) == small
+    assert json.loads(result.stdout.splitlines()[-1]) == small
+    assert sorted(map(str, to.iterdir())) == sorted(result.stdout.splitlines()[:-1])
+
+
+def test_extract_gives_the_image_back(jpeg_dataset_path: Path, jpeg_folder: Path, tmp_path: Path) -> None:
+    result = run("extract", jpeg_dataset_path, 17, "--to", tmp_path)
+    assert result.returncode == 0, result.stderr
+    original = sorted(jpeg_folder.glob("*/*.jpg"))[17]
+    assert (tmp_path / "image-00000017.jpg").read_bytes() == original.read_bytes()
+    assert json.loads(result.stdout.splitlines()[-1]) == {"label": 1, "hw": [48, 72]}
+    assert run("extract", jpeg_dataset_path, 85, "--to", tmp_path).returncode == 2
