@@ -1,11 +1,12 @@
 """From sample ids to what a graph is fed: the part of loading that the reader threads do."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stagein.formats.errors import StageinError
 
@@ -14,7 +15,7 @@ from .graphs import Columns, Graph, SampleBatch
 from .order import RankBatch
 
 _STAND_IN = np.zeros(1, dtype=np.int64)
-"""Read in place of an empty batch, which DALI cannot run; its row is not delivered."""
+"""Read in place of an empty batch; its row is not delivered."""
 
 
 @dataclass(frozen=True)
@@ -31,52 +32,98 @@ class BatchTask:
 
 
 @dataclass(frozen=True)
+class RowFailure:
+    """A row of a batch that cannot be made: its record cannot be read or decoded. `error` names record and shard."""
+
+    row: int
+    error: StageinError
+
+
+@dataclass(frozen=True)
 class HostBatch:
     """A batch as read.
 
-    inputs    what DALI is fed, by name: an array `[batch, ...]`, or a list of arrays that differ in size.
+    ids       the samples in it: those of the task, but for bad ones that were replaced.
+    inputs    what a graph is fed, by name: an array `[batch, ...]`, or a list of arrays that differ in size.
     ready     fields that need no graph, `[batch, ...]` each.
     num_rows  how many rows of both, from the first, are to be delivered.
     read_s, num_bytes  what reading it took.
     """
 
     task: BatchTask
+    ids: NDArray[np.int64]
     inputs: dict[str, Any]
     ready: Columns
     num_rows: int
     read_s: float
     num_bytes: int
 
-    @property
-    def num_inputs(self) -> int:
-        """Rows in every input; more than `num_rows` where a stand-in was read."""
-        return len(next(iter(self.inputs.values())))
-
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads batches of `dataset` and works out what `graph` needs to know of them. Called from several threads at once."""
+    """Reads batches of `dataset` and works out what `graph` needs to know of them. Called from several threads at once.
+
+    on_failure       see `engine.OnFailure`.
+    read_for_empty   read a stand-in for a batch without samples: DALI cannot run an empty one.
+    """
 
     dataset: RecordDataset
     graph: Graph
     seed: int
+    on_failure: Callable[[BatchTask, NDArray[np.int64], Sequence[RowFailure]], NDArray[np.int64]]
+    read_for_empty: bool
 
-    def __call__(self, task: BatchTask) -> HostBatch:
-        """Raises the data set's StageinError with the epoch and the batch put in front."""
+    def read(self, task: BatchTask) -> HostBatch:
+        """Raises the StageinErrors of `on_failure`."""
+        return self._read(task, _STAND_IN if self.read_for_empty and not len(task.rows.ids) else task.rows.ids)
+
+    def repair(self, batch: HostBatch, failures: Sequence[RowFailure]) -> HostBatch:
+        """The batch again, with what `on_failure` says in place of the rows that failed."""
+        return self._read(batch.task, self.on_failure(batch.task, batch.ids, failures))
+
+    def _read(self, task: BatchTask, ids: NDArray[np.int64]) -> HostBatch:
         started = time.perf_counter()
-        ids = task.rows.ids if len(task.rows.ids) else _STAND_IN
-        records = self.dataset.records
-        try:
-            stored = records.read_records(ids)  # type: ignore[arg-type]
-            columns = {name: np.asarray(column[ids]) for name, column in records.columns.items()}
-            plan = self.graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
-        except StageinError as error:
-            raise type(error)(f"{task.place}: {error}") from error
+        primary = self.dataset.records.schema.primary
+        ids, stored, columns = self._read_replacing(task, ids)
+        plan = self.graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
         unwanted = columns.keys() - set(self.dataset.fields)
-        fed = {name: np.ascontiguousarray(value) for name, value in plan.fed.items() if name not in unwanted}
+        fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
-        inputs = {records.schema.primary: stored, **fed}
-        return HostBatch(task, inputs, ready, len(task.rows.ids), time.perf_counter() - started, sum(map(len, stored)))
+        num_rows, num_bytes = len(task.rows.ids), sum(map(len, stored))
+        return HostBatch(task, ids, {primary: stored, **fed}, ready, num_rows, time.perf_counter() - started, num_bytes)
+
+    def _read_replacing(
+        self, task: BatchTask, ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], Columns]:
+        """The samples read, with others in place of those that cannot be; their records, and their other fields."""
+        try:
+            return ids, *self._read_fields(ids)
+        except StageinError:
+            while failures := self._failures(ids):
+                ids = self.on_failure(task, ids, failures)
+            return ids, *self._read_fields(ids)
+
+    def _read_fields(self, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], Columns]:
+        """The stored records of the primary field; the small fields, and what else was asked for."""
+        records = self.dataset.records
+        columns = {name: self.dataset.rows(name, ids) for name in records.columns}
+        others = [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
+        columns |= {name: self.dataset.rows(name, ids) for name in others}
+        return records.read_records(ids), columns  # type: ignore[arg-type]
+
+    def _failures(self, ids: NDArray[np.int64]) -> list[RowFailure]:
+        """Read the samples one by one: those that cannot be."""
+        failures = []
+        for row in range(len(ids)):
+            try:
+                self._read_fields(ids[row : row + 1])
+            except StageinError as error:
+                failures.append(RowFailure(row, error))
+        return failures
+
+
+def _contiguous(value: Any) -> Any:
+    return np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
 
 
 def tasks_of(epoch: int, first_number: int, batches: Iterable[RankBatch | Sequence[int]]) -> Iterator[BatchTask]:

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,24 +16,27 @@ from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
+from .bad_records import Replacement
 from .collate import RecordCollate, map_tensors, without_records, without_rows
-from .dali import import_dali
 from .dataset import RecordDataset, SamplesAsDicts
-from .fastpath import FastPath, FastPathOptions, LoaderStats
+from .engine import EngineOptions, raise_first
+from .fastpath import FastPath, LoaderStats, ReadOptions
 from .fetching import FedSteps, FetchSamples, TransformedCollate
 from .frameworks import GraphCollate, view_for_accelerate
 from .graphs import Graph
 from .in_step import InStep, next_loader_number
 from .iterable_order import IterableOrder
 from .iteration import LoaderIterator
-from .paths import Path, RecordPath, SamplePath, TorchPath
+from .paths import LoadingPath, RecordPath, SamplePath, TorchPath
+from .record_fetching import FetchRecords
 from .sampler import GlobalOrder, Order, OwnOrder, OwnSampler, framework_sampler
 from .sampler_order import SamplerOrder
 from .share import Distributed, Share, divides_already, find_share, refuse_undivided
+from .tensor_engine import delivers_tensors
 from .transforms import understand
+from .worker_info import MAX_SEED
 
 _DEFAULT_PREFETCH_FACTOR = 2
-_MAX_SEED = 2**63 - 1
 
 
 class DataLoader(torch.utils.data.DataLoader[Any]):
@@ -55,6 +59,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     tail          "share": the last samples are shared out, so a rank's last batch can be smaller, even empty; "pad":
                   batches are filled up, and `valid` (bool [batch]) says which rows count. `drop_last` drops them.
     decode_threads  DALI's threads; by default the cores of this process, divided by the ranks of this node.
+    on_error      what a record that cannot be read or decoded does: "raise", or "replace": the next good record of the data set
+                  takes its place, so that steps stay as many. At most `error_budget` records on this rank; each gets a
+                  warning and a line of JSON in the file `quarantine` (shard, record, node, reason).
 
     Over a RecordDataset without `generator`, and over any map-style data set that is divided, the order is that of
     `order.py`: the same global batches whatever the number of ranks, each sample once an epoch, equally many steps on
@@ -89,10 +96,14 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         distributed: Distributed = None,
         tail: Literal["share", "pad"] = "share",
         decode_threads: int | None = None,
+        on_error: Literal["raise", "replace"] = "raise",
+        error_budget: int = 100,
+        quarantine: os.PathLike[str] | str | None = None,
     ) -> None:
         # As they were given, under the names of the arguments: frameworks make loaders anew from such attributes.
         self.transform, self.device, self.seed, self.distributed = transform, device, seed, distributed
         self.tail, self.decode_threads = tail, decode_threads
+        self.on_error, self.error_budget, self.quarantine = on_error, error_budget, quarantine
         self._translation = understand(transform, dataset)
         _refuse_misplaced(self, dataset, drop_last)
         if self._translation.graph is not None and collate_fn is None:
@@ -129,6 +140,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._is_accelerate_prepared = own is not None
         """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
         self._number = next_loader_number() if own is not None and own.order.world_size > 1 else None
+        self._replacement = _replacement(self, dataset)
         is_default = collate_fn in (None, default_collate, default_convert) or isinstance(collate_fn, GraphCollate)
         self._path = self._choose_path(None if is_default else collate_fn)
 
@@ -176,7 +188,12 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     def stats(self) -> LoaderStats:
         """Seconds, batches, samples and bytes so far, on this rank."""
-        return replace(self._path.stats)
+        dataset, replacement = self.dataset, self._replacement
+        return replace(
+            self._path.stats,
+            left_shards=len(dataset.records.left_shards) if isinstance(dataset, RecordDataset) else 0,
+            bad_records=0 if replacement is None else replacement.num_bad,
+        )
 
     def explain(self) -> str:
         """What this loader does, in a few lines: who decides the order, who does the work."""
@@ -190,10 +207,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         samples = len(self.dataset) if hasattr(self.dataset, "__len__") else None
         return SamplerOrder(self._index_sampler, self._auto_collation, samples, self.in_order)
 
-    def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> Path:
+    def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> LoadingPath:
         """`collate_fn`: the user's own, None where it is torch's default."""
         graph, per_sample = self._translation.graph, self._translation.per_sample
-        if graph is not None:
+        if graph is not None or (per_sample is None and self._needs_only_reading()):
             return self._record_path(graph, collate_fn)
         dataset, batched, collate = self.dataset, self._auto_collation, self.collate_fn
         if isinstance(dataset, RecordDataset):
@@ -207,17 +224,26 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             batching: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": self.drop_last}
             return TorchPath(self._torchs_loader(dataset, by_torch, **batching), fed=None)
         if self.multiprocessing_context is not None:
-            if self.tail == "pad":
-                raise UsageError(
-                    "tail='pad' is honoured in threads, not in processes: leave multiprocessing_context out"
-                )
+            threads_only = {"tail='pad'": self.tail == "pad", "on_error='replace'": self._replacement is not None}
+            for name in (name for name, given in threads_only.items() if given):
+                raise UsageError(f"{name} is honoured in threads, not in processes: leave multiprocessing_context out")
             fed = FedSteps()
             batching = {"batch_sampler": fed} if batched else {"batch_size": None, "sampler": fed}
             return TorchPath(self._torchs_loader(dataset, by_torch, **batching), fed)
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
-        empty_of = None if collate_fn is not None else without_rows if dataset is self.dataset else without_records
-        fetch = FetchSamples(dataset, collate, batched, empty_of, per_sample, with_valid=self.tail == "pad")
+        if dataset is self.dataset:
+            fetch = FetchSamples(dataset, collate, batched, without_rows if collate_fn is None else None, per_sample)
+        else:
+            fetch = FetchRecords(
+                dataset,
+                collate,
+                batched,
+                empty_of=without_records if collate_fn is None else None,
+                transform=per_sample,
+                with_valid=self.tail == "pad",
+                on_failure=self._replacement or raise_first,
+            )
         return SamplePath(
             fetch,
             self.num_workers,
@@ -228,37 +254,46 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             self.worker_init_fn,
         )
 
-    def _record_path(self, graph: Graph, collate_fn: Callable[[Any], Any] | None) -> RecordPath:
+    def _needs_only_reading(self) -> bool:
+        """Whether records are batches as they are, and threads may read them."""
+        dataset = self.dataset
+        return isinstance(dataset, RecordDataset) and delivers_tensors(dataset) and self.multiprocessing_context is None
+
+    def _record_path(self, graph: Graph | None, collate_fn: Callable[[Any], Any] | None) -> RecordPath:
         """The fast path. Raises UsageError for arguments that it cannot honour."""
         assert isinstance(self.dataset, RecordDataset)
-        refused = {
-            "worker_init_fn=": self.worker_init_fn is not None,
-            "multiprocessing_context=": self.multiprocessing_context is not None,
-            "timeout= without num_workers": self.timeout > 0 and self.num_workers == 0,
-        }
-        for name, given in refused.items():
-            if given:
-                raise UsageError(f"{name} is not honoured beside transform=: leave one of the two out")
-        import_dali()
+        if self.multiprocessing_context is not None:
+            raise UsageError(
+                "multiprocessing_context= is not honoured beside a graph, which runs in threads: leave it out"
+            )
+        if self.timeout > 0 and not self.num_workers:
+            raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
         device = _delivery_device(self.device)
-        options = FastPathOptions(
-            num_readers=self.num_workers,
-            batches_per_reader=self.prefetch_factor or _DEFAULT_PREFETCH_FACTOR,
-            read_timeout_s=self.timeout,
+        reading = ReadOptions(
+            self.num_workers, self.prefetch_factor or _DEFAULT_PREFETCH_FACTOR, self.timeout, self.worker_init_fn
+        )
+        options = EngineOptions(
             decode_threads=_decode_threads(self.decode_threads),
             device=device,
             pin_memory=self.pin_memory and device.type == "cpu" and torch.cuda.is_available(),
-            keep_pipeline=self.persistent_workers,
+            keep_between_epochs=self.persistent_workers,
         )
-        fast_path = FastPath(self.dataset, graph, self.seed, options)
-        return RecordPath(fast_path, collate_fn, self._auto_collation, self.tail == "pad", self.dataset.shaped)
+        on_failure = self._replacement or raise_first
+        return RecordPath(
+            FastPath(self.dataset, graph, self.seed, reading, options, on_failure),
+            collate_fn,
+            self._auto_collation,
+            with_valid=self.tail == "pad",
+            shaped=self.dataset.shaped,
+            replacement=self._replacement,
+        )
 
     def _torchs_loader(
         self, dataset: Any, collate: Callable[[Any], Any], **batching: Any
     ) -> torch.utils.data.DataLoader[Any]:
         """A loader of torch's that does the work of this one."""
         # An order of our own draws nothing from torch's global generator, and neither do its workers' seeds.
-        generator = self.generator if self._own is None else torch.Generator().manual_seed(self.seed & _MAX_SEED)
+        generator = self.generator if self._own is None else torch.Generator().manual_seed(self.seed & MAX_SEED)
         return torch.utils.data.DataLoader(
             dataset,
             **batching,
@@ -276,7 +311,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def _draw_base_seed(self) -> int:
         """What the workers' seeds start from: drawn as torch draws it, or following from the seed of an order of our own."""
         if self._own is not None:
-            return self.seed & _MAX_SEED
+            return self.seed & MAX_SEED
         return int(torch.empty((), dtype=torch.int64).random_(generator=self.generator).item())
 
     def _finisher(self) -> Callable[[Any], Any]:
@@ -397,6 +432,23 @@ def _refuse_misplaced(loader: DataLoader, dataset: object, drop_last: bool) -> N
         raise UsageError("tail='pad' needs a RecordDataset: only its batches have a place for `valid`")
     if loader.decode_threads is not None and loader._translation.graph is None:
         raise UsageError("decode_threads= needs a graph: everything else is decoded by the workers, see num_workers")
+
+
+def _replacement(loader: DataLoader, dataset: object) -> Replacement | None:
+    """What replaces bad records; None where they are errors. Raises UsageError for arguments that do not fit together."""
+    if loader.on_error not in ("raise", "replace"):
+        raise UsageError(f"on_error={loader.on_error!r} is not known: it is 'raise' or 'replace'")
+    if loader.on_error == "raise":
+        if loader.quarantine is not None:
+            raise UsageError("quarantine= lists records that were replaced: give on_error='replace', or leave it out")
+        return None
+    if not isinstance(dataset, RecordDataset):
+        raise UsageError(
+            "on_error='replace' needs a RecordDataset: only its records can be told from errors of a script"
+        )
+    if loader.error_budget < 0:
+        raise UsageError(f"error_budget={loader.error_budget} is not a number of records: it is at least 0")
+    return Replacement(dataset, loader.error_budget, None if loader.quarantine is None else Path(loader.quarantine))
 
 
 def _decode_threads(asked: int | None) -> int:

@@ -98,15 +98,21 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
 
     def _read_field(self, name: str, indices: Sequence[int]) -> list[Any]:
         if name in self.records.columns:
-            rows = self.records.columns[name]
-            values: list[Any] = [np.array(rows[index]) for index in indices]
-        else:
-            reader = self.records.readers[name]
-            stored = zip(indices, reader.read_records(indices), strict=True)
-            values = [self._decode(name, reader, index, content) for index, content in stored]
-        if self.records.schema.fields[name].array_dtype_name == BFLOAT16:  # a type that numpy does not have
-            return [torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) for value in values]
-        return values
+            return list(self.rows(name, indices))
+        reader = self.records.readers[name]
+        stored = zip(indices, reader.read_records(indices), strict=True)
+        return [typed(reader.field, self._decode(reader, index, content)) for index, content in stored]
+
+    def rows(self, name: str, indices: Sequence[int] | NDArray[np.int64]) -> Any:
+        """A field of several samples, not decoded: an array `[len(indices), ...]`, a tensor where numpy has no such type; a
+        list where they differ in shape, of files as bytes, arrays or strings."""
+        field = self.records.schema.fields[name]
+        if name in self.records.columns:
+            return typed(field, np.asarray(self.records.columns[name][np.asarray(indices, dtype=np.int64)]))
+        reader = self.records.readers[name]
+        if field.kind == "tensor":
+            return typed(field, reader.read_tensors(indices))  # type: ignore[arg-type]
+        return [typed(field, from_rows(field, stored)) for stored in reader.read_records(indices)]  # type: ignore[arg-type]
 
     @property
     def description(self) -> str:
@@ -124,7 +130,7 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         shard = self.records.manifest.shards[int(self.records.index.shard[index])]
         return f"record {index} in {self.records.path / shard.file}"
 
-    def _decode(self, name: str, reader: RecordReader, index: int, stored: NDArray[np.uint8]) -> Any:
+    def _decode(self, reader: RecordReader, index: int, stored: NDArray[np.uint8]) -> Any:
         field = reader.field
         if field.codec is not None:
             return reader.decode(stored)
@@ -134,6 +140,13 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")
         return image
+
+
+def typed(field: Field, value: Any) -> Any:
+    """A value of a field as what it is: a torch tensor for bfloat16, which numpy does not have."""
+    if field.array_dtype_name != BFLOAT16:
+        return value
+    return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
 
 
 def is_image(field: Field) -> bool:

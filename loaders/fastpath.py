@@ -1,21 +1,19 @@
-"""The fast path: reader threads, a DALI pipeline that runs ahead of the caller, and tensors on DALI's own memory."""
+"""The fast path: reader threads that run ahead, and an engine that makes tensors of what they read."""
 
-import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import torch
 
 from stagein.formats.errors import StageinError
 
-from .batches import BatchReader, BatchTask, HostBatch
+from .batches import BatchTask, HostBatch
+from .dali_engine import DaliEngine
 from .dataset import RecordDataset
+from .engine import Batch, Delivered, Engine, EngineOptions, OnFailure, raise_first
 from .graphs import Graph
-from .pipeline import GraphPipeline
 from .reading import ReadAhead, TaskTimeoutError
-
-Batch = dict[str, torch.Tensor]
+from .tensor_engine import TensorEngine
+from .worker_info import MAX_SEED, Introduced
 
 
 @dataclass
@@ -23,8 +21,10 @@ class LoaderStats:
     """What a loader did since it was made, on this rank.
 
     read_s        seconds that threads spent reading and planning, added up over the threads.
-    read_wait_s   seconds that the caller waited for reading.
+    read_wait_s   seconds that the caller waited for reading, or for workers.
     graph_wait_s  seconds that the caller waited for decoding and the rest of the graph.
+    left_shards   files of the staged copy that turned out to be bad and are read from the source.
+    bad_records   distinct records that others took the place of.
     """
 
     batches: int = 0
@@ -33,71 +33,68 @@ class LoaderStats:
     read_s: float = 0.0
     read_wait_s: float = 0.0
     graph_wait_s: float = 0.0
+    left_shards: int = 0
+    bad_records: int = 0
 
 
 @dataclass(frozen=True)
-class FastPathOptions:
-    """How much is done ahead, by how many threads, and where batches are delivered."""
+class ReadOptions:
+    """How much is read ahead, and by how many threads."""
 
     num_readers: int
     """0: the caller reads."""
     batches_per_reader: int
-    read_timeout_s: float
-    decode_threads: int
-    device: torch.device
-    pin_memory: bool
-    """Deliver in page-locked memory what is delivered on the CPU."""
-    keep_pipeline: bool
-    """Build the DALI pipeline once, not once an epoch."""
+    timeout_s: float
+    worker_init_fn: Callable[[int], None] | None = None
+    """Called in each reader thread before it reads, with the thread's number."""
 
 
 class FastPath:
-    """Runs the batches of a `RecordDataset` through a graph."""
+    """The batches of a `RecordDataset`, by the engine that fits it and its graph.
 
-    def __init__(self, dataset: RecordDataset, graph: Graph, seed: int, options: FastPathOptions) -> None:
-        self.options = options
+    graph       None: fields are delivered as they are; all of them must be tensors (`delivers_tensors`).
+    on_failure  what becomes of records that cannot be read or decoded.
+    """
+
+    def __init__(
+        self,
+        dataset: RecordDataset,
+        graph: Graph | None,
+        seed: int,
+        reading: ReadOptions,
+        options: EngineOptions,
+        on_failure: OnFailure = raise_first,
+    ) -> None:
         self.stats = LoaderStats()
-        self._dataset, self._graph = dataset, graph
-        self._reader = BatchReader(dataset, graph, seed)
-        self._idle_pipeline: GraphPipeline | None = None
+        self.device = options.device
+        self._dataset, self._reading, self._seed = dataset, reading, seed
+        self._engine = _choose_engine(dataset, graph, seed, options, on_failure)
+
+    @property
+    def description(self) -> str:
+        """Who does what, for `DataLoader.explain`."""
+        readers = "the caller reads" if not self._reading.num_readers else f"{self._reading.num_readers} reader threads"
+        return f"{readers}, {self._engine.description}, batches on {self.device}"
 
     def run(self, tasks: Iterator[BatchTask]) -> Iterator[tuple[BatchTask, Batch]]:
         """Each task with its batch, in order. Threads and pipeline end with the iterator, however it ends."""
-        options = self.options
-        num_ahead = options.num_readers * options.batches_per_reader
-        reads = ReadAhead(tasks, self._reader, options.num_readers, num_ahead, options.read_timeout_s)
+        reading = self._reading
+        num_ahead = reading.num_readers * reading.batches_per_reader
+        load: Callable[[BatchTask], HostBatch] = self._engine.load
+        if reading.worker_init_fn is not None and reading.num_readers:
+            load = Introduced(load, self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
+        reads = ReadAhead(tasks, load, reading.num_readers, num_ahead, reading.timeout_s)
         join_timeout_s = None
         try:
-            yield from self._transform(self._timed(reads))
+            yield from self._count(self._engine.transform(self._timed(reads)))
         except TaskTimeoutError as error:
             join_timeout_s = 0.0  # that thread hangs, and may do so for ever
-            raise _timeout_error(error.task, self._dataset, options.read_timeout_s) from None
+            raise _timeout_error(error.task, self._dataset, reading.timeout_s) from None
         finally:
             reads.close(join_timeout_s)
 
-    def _transform(self, batches: Iterator[HostBatch]) -> Iterator[tuple[BatchTask, Batch]]:
-        """Through one pipeline, and through a larger one from a batch on that has more rows than any before."""
-        options = self.options
-        pipeline, self._idle_pipeline = self._idle_pipeline, None
-        try:
-            first = next(batches, None)
-            while first is not None:
-                if pipeline is None or pipeline.max_rows < first.num_inputs:
-                    if pipeline is not None:
-                        pipeline.close()
-                    pipeline = GraphPipeline(
-                        self._graph, first, first.num_inputs, options.device, options.decode_threads
-                    )
-                yield from self._deliver(pipeline.run(itertools.chain([first], batches), self._row_place))
-                first = pipeline.take_back()
-            if options.keep_pipeline:
-                self._idle_pipeline, pipeline = pipeline, None
-        finally:
-            if pipeline is not None:
-                pipeline.close()
-
-    def _deliver(self, transformed: Iterator[tuple[HostBatch, Batch]]) -> Iterator[tuple[BatchTask, Batch]]:
-        """The same batches, pinned where that was asked for, and counted."""
+    def _count(self, transformed: Iterator[Delivered]) -> Iterator[tuple[BatchTask, Batch]]:
+        """The same batches; what they took goes into the statistics."""
         stats = self.stats
         while True:
             started, read_wait_s = time.perf_counter(), stats.read_wait_s
@@ -106,16 +103,11 @@ class FastPath:
             if delivered is None:
                 return
             host, batch = delivered
-            if self.options.pin_memory:
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             stats.batches += 1
             stats.samples += host.task.rows.num_valid
             stats.bytes_read += host.num_bytes
             stats.read_s += host.read_s
             yield host.task, batch
-
-    def _row_place(self, batch: HostBatch, row: int) -> str:
-        return self._dataset.place(int(batch.task.rows.ids[row]))
 
     def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
         """The same batches; the time that the caller waits for each goes into the statistics."""
@@ -126,6 +118,14 @@ class FastPath:
             if batch is None:
                 return
             yield batch
+
+
+def _choose_engine(
+    dataset: RecordDataset, graph: Graph | None, seed: int, options: EngineOptions, on_failure: OnFailure
+) -> Engine:
+    if graph is None:
+        return TensorEngine(dataset, options, on_failure)
+    return DaliEngine(dataset, graph, seed, options, on_failure)
 
 
 def _timeout_error(task: object, dataset: RecordDataset, timeout_s: float) -> StageinError:

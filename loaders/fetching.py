@@ -69,15 +69,19 @@ class FetchSamples:
 
     def __call__(self, step: Step) -> Any:
         if not self.batched:
-            return self.collate(self._transformed(self.dataset[step.indices]))
+            (sample,) = self._samples(step, [step.indices], num_valid=1)
+            return self.collate(sample)
         if not step.indices and self.empty_of is not None:
-            return self.empty_of(self.collate(self._samples([0], num_valid=0)))
-        return self.collate(self._samples(step.indices, step.num_valid))
+            return self.empty_of(self.collate(self._samples(step, [0], num_valid=0)))
+        return self.collate(self._samples(step, step.indices, step.num_valid))
 
-    def _samples(self, indices: list[Any], num_valid: int) -> list[Any]:
-        fetch_many = getattr(self.dataset, "__getitems__", None)
-        fetched = [self.dataset[index] for index in indices] if fetch_many is None else fetch_many(indices)
-        samples = [self._transformed(sample) for sample in fetched]
+    def fetch(self, step: Step, indices: list[Any]) -> list[Any]:
+        """The samples as the data set has them."""
+        fetch_many = getattr(self.dataset, "__getitems__", None) if self.batched else None
+        return [self.dataset[index] for index in indices] if fetch_many is None else list(fetch_many(indices))
+
+    def _samples(self, step: Step, indices: list[Any], num_valid: int) -> list[Any]:
+        samples = [self._transformed(sample) for sample in self.fetch(step, indices)]
         if not self.with_valid:
             return samples
         return [{**sample, "valid": np.bool_(row < num_valid)} for row, sample in enumerate(samples)]

@@ -62,15 +62,28 @@ class Graph(Protocol):
 
 @dataclass(frozen=True)
 class FunctionGraph:
-    """A user's function from nodes to nodes; it is given all small fields."""
+    """A user's function from nodes to nodes; it is given all fields that DALI has a type for, the others go past it."""
 
     function: Callable[[Nodes], Nodes]
 
     def plan(self, batch: SampleBatch) -> HostPlan:
-        return HostPlan(fed=batch.columns, ready={})
+        fed = {name: rows for name, rows in batch.columns.items() if _has_dali_type(rows)}
+        return HostPlan(fed, ready={name: rows for name, rows in batch.columns.items() if name not in fed})
 
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
-        return self.function(nodes)
+        try:
+            return self.function(nodes)
+        except KeyError as error:
+            raise UsageError(
+                f"the transform asks for field {error}, DALI was given {', '.join(nodes)}: it has no text, bfloat16 and complex"
+            ) from error
+
+
+def _has_dali_type(rows: Any) -> bool:
+    """DALI reads complex numbers as if they were real, has no text, and no bfloat16 that numpy could hand it."""
+    if isinstance(rows, list):
+        return all(map(_has_dali_type, rows))
+    return isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf"
 
 
 @dataclass(frozen=True)

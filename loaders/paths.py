@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .bad_records import Replacement
 from .batches import BatchTask
 from .collate import rows_as_samples
 from .fastpath import FastPath, LoaderStats
@@ -32,7 +33,7 @@ class Deliveries(Protocol):
     def close(self) -> None: ...
 
 
-class Path(Protocol):
+class LoadingPath(Protocol):
     """One way from steps to batches."""
 
     @property
@@ -135,6 +136,7 @@ class RecordPath:
     batched     False: one sample is delivered at a time, without the batch dimension.
     with_valid  batches, or the samples that collate_fn gets, say under `valid` whether they count or are padding.
     shaped      what is made of the dict of a batch, or of a sample, at last.
+    replacement  knows which records are bad; None: bad records are errors.
     """
 
     fast_path: FastPath
@@ -142,6 +144,7 @@ class RecordPath:
     batched: bool
     with_valid: bool
     shaped: Callable[[dict[str, Any]], Any]
+    replacement: Replacement | None
 
     @property
     def stats(self) -> LoaderStats:
@@ -149,8 +152,7 @@ class RecordPath:
 
     @property
     def description(self) -> str:
-        options = self.fast_path.options
-        return f"{options.num_readers} reader threads, DALI with {options.decode_threads} threads, batches on {options.device}"
+        return self.fast_path.description
 
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
         return _RecordDeliveries(self, epoch.steps())
@@ -177,12 +179,14 @@ class _RecordDeliveries:
         for step in self._steps:
             ids = np.asarray(step.indices if self._path.batched else [step.indices], dtype=np.int64)
             self._taken.append(step)
+            if self._path.replacement is not None:
+                ids = self._path.replacement.good(ids)
             yield BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
 
     def _collated(self, step: Step, batch: dict[str, Any]) -> Any:
         path = self._path
         if path.with_valid:
-            rows = torch.arange(len(step.indices), device=path.fast_path.options.device)
+            rows = torch.arange(len(step.indices), device=path.fast_path.device)
             batch = {**batch, "valid": rows < step.num_valid}
         if path.batched and path.collate_fn is None:
             return path.shaped(batch)

@@ -7,9 +7,9 @@ import torch
 import torch.utils.dlpack
 
 from .dali import import_dali
-from .fastpath import Batch
+from .dali_pipeline import QUEUE_DEPTH
+from .engine import Batch
 from .graphs import ImageOutput
-from .pipeline import QUEUE_DEPTH
 
 
 def dali_file_reader(images: Path, batch_size: int, threads: int, output: ImageOutput) -> Iterator[Batch]:

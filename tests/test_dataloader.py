@@ -388,10 +388,12 @@ def test_torchs_arguments_stand_in_torchs_order():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"worker_init_fn": print, "num_workers": 1}, "worker_init_fn= is not honoured beside transform="),
-        ({"multiprocessing_context": "spawn", "num_workers": 1}, "multiprocessing_context= is not honoured beside"),
+        (
+            {"multiprocessing_context": "spawn", "num_workers": 1},
+            "multiprocessing_context= is not honoured beside a graph",
+        ),
         ({"generator": torch.Generator(), "distributed": (0, 2)}, "generator= cannot order samples that ranks divide"),
-        ({"timeout": 3}, "timeout= without num_workers is not honoured"),
+        ({"timeout": 3}, "timeout= limits the wait for workers"),
         ({"tail": "wrap"}, "tail='wrap' is not known"),
         ({"tail": "pad", "drop_last": True}, "leave one of them out"),
         ({"tail": "pad", "sampler": [1], "shuffle": None}, "tail='pad' fills up batches of the loader's own order"),

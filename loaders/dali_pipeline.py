@@ -15,30 +15,45 @@ import torch.utils.dlpack
 
 from stagein.formats.errors import SourceError, StageinError, UsageError
 
-from .batches import HostBatch
+from .batches import HostBatch, RowFailure
 from .dali import import_dali
+from .engine import Delivered
 from .graphs import Graph
 
 QUEUE_DEPTH = 2
 """Batches that DALI works on ahead of the caller."""
 
-Delivered = tuple[HostBatch, dict[str, torch.Tensor]]
+
+class RowsFailedError(Exception):
+    """Some rows of a batch cannot be decoded. The batch, and those after it, are not delivered: see `take_back`."""
+
+    def __init__(self, batch: HostBatch, failures: list[RowFailure]) -> None:
+        super().__init__(failures[0].error)
+        self.batch, self.failures = batch, failures
 
 
 class GraphPipeline:
-    """A graph built for batches like `example`, of at most `max_rows` rows."""
+    """A graph built for batches like `example`, of at most `max_rows` rows; `row_place` names a record for errors."""
 
-    def __init__(self, graph: Graph, example: HostBatch, max_rows: int, device: torch.device, num_threads: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        example: HostBatch,
+        max_rows: int,
+        device: torch.device,
+        num_threads: int,
+        row_place: Callable[[HostBatch, int], str],
+    ) -> None:
         self.max_rows = max_rows
-        self._graph, self._device = graph, device
+        self._graph, self._device, self._row_place = graph, device, row_place
         self._source = _Source(tuple(example.inputs), max_rows)
         self._pipeline, self._output_names = _build(graph, self._source, device, num_threads)
 
-    def run(self, batches: Iterator[HostBatch], row_place: Callable[[HostBatch, int], str]) -> Iterator[Delivered]:
-        """Each batch with its tensors, until `batches` ends, or has one of more than `max_rows` rows: see `take_back`.
+    def run(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
+        """Each batch with its tensors, until `batches` ends, fails, or has one of more than `max_rows` rows.
 
-        An exception of `batches` is raised after the batches before it. Raises SourceError for a record that cannot be
-        decoded, named by `row_place`, and UsageError for a field whose rows differ in shape.
+        What was taken of `batches` and not delivered is had from `take_back`. Raises RowsFailedError for records that
+        cannot be decoded, UsageError for a field whose rows differ in shape, StageinError for a graph that fails as a whole.
         """
         source = self._source
         source.start(batches)
@@ -49,42 +64,43 @@ class GraphPipeline:
             try:
                 outputs = self._pipeline.run(stream)
             except StopIteration:
-                break
+                return
             except RuntimeError as error:
                 cause = error.with_traceback(None)  # its frames would keep the pipeline and its threads alive
-                raise self._explain(source.in_flight[0], cause, row_place) from cause
+                batch = source.in_flight.popleft()
+                if failures := self._failures(batch):
+                    raise RowsFailedError(batch, failures) from cause
+                raise StageinError(
+                    f"{batch.task.place}: the graph failed on the batch as a whole: {_reason(cause)}"
+                ) from cause
             batch = source.in_flight.popleft()
             tensors = {name: _as_tensor(name, output) for name, output in zip(self._output_names, outputs, strict=True)}
-            tensors |= {name: torch.from_numpy(value).to(self._device) for name, value in batch.ready.items()}
+            tensors |= {name: _on_device(value, self._device) for name, value in batch.ready.items()}
             yield batch, {name: tensor[: batch.num_rows] for name, tensor in tensors.items()}
-        if source.failure is not None:
-            raise source.failure
 
-    def take_back(self) -> HostBatch | None:
-        """The batch that was too large for this pipeline, if that is why `run` ended."""
-        batch, self._source.too_large = self._source.too_large, None
-        return batch
+    def take_back(self) -> Iterator[HostBatch]:
+        """What `run` took and did not deliver; then the exception of its iterator, if that is how it ended."""
+        return self._source.take_back()
 
     def close(self) -> None:
         """End DALI's threads and forget what is in flight."""
         self._pipeline = None
 
-    def _explain(
-        self, batch: HostBatch, error: RuntimeError, row_place: Callable[[HostBatch, int], str]
-    ) -> StageinError:
+    def _failures(self, batch: HostBatch) -> list[RowFailure]:
         """DALI says that a batch failed, not which record of it: run them one by one."""
+        failures = []
         for row in range(batch.num_rows):
             single = _Source(tuple(batch.inputs), 1)
-            single.start(iter([replace(batch, inputs={name: [values[row]] for name, values in batch.inputs.items()})]))
+            inputs = {name: [values[row]] for name, values in batch.inputs.items()}
+            single.start(iter([replace(batch, ids=batch.ids[row : row + 1], inputs=inputs)]))
             single.top_up()
             pipeline, _ = _build(self._graph, single, self._device, num_threads=1)
             try:
                 pipeline.run()
-            except RuntimeError as single_error:
-                return SourceError(
-                    f"{batch.task.place}: {row_place(batch, row)} cannot be decoded: {_reason(single_error)}"
-                )
-        return StageinError(f"{batch.task.place}: the graph failed on the batch as a whole: {_reason(error)}")
+            except RuntimeError as error:
+                place = self._row_place(batch, row)
+                failures.append(RowFailure(row, SourceError(f"{place} cannot be decoded: {_reason(error)}")))
+        return failures
 
 
 class _Source:
@@ -97,27 +113,34 @@ class _Source:
         self.names = names
         self.max_rows = max_rows
         self.in_flight: deque[HostBatch] = deque()
-        self.failure: Exception | None = None
+        self._failure: Exception | None = None
         """Raised by `batches`; due once the batches before it are delivered."""
-        self.too_large: HostBatch | None = None
+        self._too_large: HostBatch | None = None
         self._waiting: deque[HostBatch] = deque()
         self._batches: Iterator[HostBatch] = iter(())
 
     def start(self, batches: Iterator[HostBatch]) -> None:
         self._batches = batches
 
+    def take_back(self) -> Iterator[HostBatch]:
+        batches = [*self.in_flight, *self._waiting, *filter(None, [self._too_large])]
+        failure, self._failure, self._too_large = self._failure, None, None
+        self.in_flight.clear()
+        self._waiting.clear()
+        return _then_raise(batches, failure)
+
     def top_up(self) -> None:
         """Have as many batches waiting as DALI asks for when it runs next; none after the last one."""
-        while len(self._waiting) + len(self.in_flight) < QUEUE_DEPTH and not self.failure and not self.too_large:
+        while len(self._waiting) + len(self.in_flight) < QUEUE_DEPTH and not self._failure and not self._too_large:
             try:
                 batch = next(self._batches)
             except StopIteration:
                 return
             except Exception as error:
-                self.failure = error
+                self._failure = error
                 return
-            if batch.num_inputs > self.max_rows:
-                self.too_large = batch
+            if len(batch.ids) > self.max_rows:
+                self._too_large = batch
                 return
             self._waiting.append(batch)
 
@@ -152,6 +175,12 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
     return pipeline, tuple(outputs)
 
 
+def _then_raise(batches: list[HostBatch], failure: Exception | None) -> Iterator[HostBatch]:
+    yield from batches
+    if failure is not None:
+        raise failure
+
+
 def _as_tensor(name: str, output: Any) -> torch.Tensor:
     """A DALI output as a tensor on the same memory."""
     if not output.is_dense_tensor():
@@ -159,6 +188,13 @@ def _as_tensor(name: str, output: Any) -> torch.Tensor:
             f"the rows of {name!r} differ in shape: let the transform resize or pad them, or leave the field out"
         )
     return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A field that went past DALI: a tensor, or a list of what cannot be one."""
+    if isinstance(value, list):
+        return [each if isinstance(each, str) else _on_device(each, device) for each in value]
+    return torch.as_tensor(value).to(device)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,0 +1,88 @@
+"""What becomes of records that cannot be read or decoded: an error, or a substitute and a line in the quarantine file."""
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.errors import StageinError
+from stagein.world import node_name
+
+from .batches import BatchTask, RowFailure
+from .dataset import RecordDataset
+from .engine import failed_batch
+
+
+class Replacement:
+    """The `OnFailure` that lets another record take the place of a bad one, so that the steps stay as many.
+
+    It is the next good record of the data set, whichever rank meets the bad one, and when: a run that resumes, or has
+    another number of ranks, gets the same.
+
+    error_budget  distinct bad records that this rank lets pass; one more is an error.
+    quarantine    a file that gets a line of JSON for each: data set, record, shard, node, reason. Several ranks may write to one
+                  file. None: only a warning is given.
+    """
+
+    def __init__(self, dataset: RecordDataset, error_budget: int, quarantine: Path | None) -> None:
+        self._dataset, self._error_budget, self._quarantine = dataset, error_budget, quarantine
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bad(self) -> int:
+        return len(self._bad)
+
+    def __call__(self, task: BatchTask, ids: NDArray[np.int64], failures: Sequence[RowFailure]) -> NDArray[np.int64]:
+        with self._lock:
+            for failure in failures:
+                self._note(task, int(ids[failure.row]), failure.error)
+            return self._good(ids)
+
+    def good(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same ids, with substitutes for those that are known to be bad."""
+        if not self._bad:
+            return ids
+        with self._lock:
+            return self._good(ids)
+
+    def _good(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([self._substitute(record) for record in ids.tolist()], dtype=np.int64)
+
+    def _substitute(self, record: int) -> int:
+        samples = len(self._dataset)
+        return next(other % samples for other in range(record, record + samples) if other % samples not in self._bad)
+
+    def _note(self, task: BatchTask, record: int, error: StageinError) -> None:
+        if record in self._bad:
+            return
+        if len(self._bad) >= min(self._error_budget, len(self._dataset) - 1):
+            sentence = f"{error}. It is bad record number {len(self._bad) + 1}, error_budget={self._error_budget} lets no more pass"
+            raise failed_batch(task, type(error)(sentence)) from error
+        self._bad.add(record)
+        records = self._dataset.records
+        line = {
+            "dataset": records.manifest.id,
+            "record": record,
+            "shard": records.manifest.shards[int(records.index.shard[record])].file,
+            "node": node_name(),
+            "reason": str(error),
+        }
+        if self._quarantine is not None:
+            _append(self._quarantine, json.dumps(line) + "\n")
+        warnings.warn(f"{error}. Record {self._substitute(record)} takes its place", RuntimeWarning, stacklevel=2)
+
+
+def _append(path: Path, line: str) -> None:
+    """One write: lines of several processes do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

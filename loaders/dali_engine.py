@@ -1,0 +1,62 @@
+"""The engine for DALI graphs: a user's on any device, the ready ones where there is a GPU."""
+
+import itertools
+from collections.abc import Iterator
+
+from .batches import BatchReader, BatchTask, HostBatch
+from .dali import import_dali
+from .dali_pipeline import GraphPipeline, RowsFailedError
+from .dataset import RecordDataset
+from .engine import Delivered, EngineOptions, OnFailure
+from .graphs import Graph
+
+
+class DaliEngine:
+    """Runs batches through a DALI pipeline. Raises UsageError where there is no DALI."""
+
+    def __init__(
+        self, dataset: RecordDataset, graph: Graph, seed: int, options: EngineOptions, on_failure: OnFailure
+    ) -> None:
+        import_dali()
+        self._dataset, self._graph, self._options = dataset, graph, options
+        self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=True)
+        self._idle_pipeline: GraphPipeline | None = None
+
+    @property
+    def description(self) -> str:
+        return f"DALI with {self._options.decode_threads} threads"
+
+    def load(self, task: BatchTask) -> HostBatch:
+        return self._reader.read(task)
+
+    def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
+        """Through one pipeline, and through a larger one from a batch on that has more rows than any before."""
+        pipeline, self._idle_pipeline = self._idle_pipeline, None
+        try:
+            while (first := next(batches, None)) is not None:
+                if pipeline is None or pipeline.max_rows < len(first.ids):
+                    if pipeline is not None:
+                        pipeline.close()
+                    pipeline = self._build(first)
+                try:
+                    yield from pipeline.run(itertools.chain([first], batches))
+                    repaired = []
+                except RowsFailedError as failed:
+                    repaired = [self._reader.repair(failed.batch, failed.failures)]
+                batches = itertools.chain(repaired, pipeline.take_back(), batches)
+                if repaired:
+                    pipeline.close()  # in an unknown state
+                    pipeline = None
+            if self._options.keep_between_epochs:
+                self._idle_pipeline, pipeline = pipeline, None
+        finally:
+            if pipeline is not None:
+                pipeline.close()
+
+    def _build(self, example: HostBatch) -> GraphPipeline:
+        options, dataset = self._options, self._dataset
+
+        def row_place(batch: HostBatch, row: int) -> str:  # no method: pipeline and engine would keep each other alive
+            return dataset.place(int(batch.ids[row]))
+
+        return GraphPipeline(self._graph, example, len(example.ids), options.device, options.decode_threads, row_place)

@@ -1,0 +1,41 @@
+"""The samples of a RecordDataset one by one, with others in place of bad ones where that is wanted."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.errors import StageinError
+
+from .batches import BatchTask, RowFailure
+from .engine import OnFailure, raise_first
+from .fetching import FetchSamples
+from .order import RankBatch
+from .sampler import Step
+
+
+@dataclass(frozen=True)
+class FetchRecords(FetchSamples):
+    """`FetchSamples` of records: what becomes of bad ones is up to `on_failure`."""
+
+    on_failure: OnFailure = raise_first
+
+    def fetch(self, step: Step, indices: list[Any]) -> list[Any]:
+        try:
+            return super().fetch(step, indices)
+        except StageinError:
+            ids = np.asarray(indices, dtype=np.int64)
+            task = BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
+            while failures := self._failures(step, ids):
+                ids = self.on_failure(task, ids, failures)
+            return super().fetch(step, ids.tolist())
+
+    def _failures(self, step: Step, ids: NDArray[np.int64]) -> list[RowFailure]:
+        failures = []
+        for row, sample in enumerate(ids.tolist()):
+            try:
+                super().fetch(step, [sample])
+            except StageinError as error:
+                failures.append(RowFailure(row, error))
+        return failures
