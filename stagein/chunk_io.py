@@ -63,10 +63,21 @@ class ChunkReader:
         """
         place = self._table.place(chunk)
         self._fill(place, buffer)
-        if chunk_sum(buffer) != place.chunk_sum:
+        if not self._is_right(place, buffer):
             os.posix_fadvise(self._open.descriptor(place.file), place.offset, place.nbytes, os.POSIX_FADV_DONTNEED)
             self._fill(place, buffer)
-            check_sum(place, buffer, f"the source {self._root / place.name}")
+            if not self._is_right(place, buffer):
+                check_sum(place, buffer, f"the source {self._root / place.name}")
+
+    def check(self, chunk: int, buffer: memoryview) -> bool:
+        """Whether a chunk that came over the network is whole; when it is not, it is read from the source as by `read`."""
+        if self._is_right(self._table.place(chunk), buffer):
+            return True
+        self.read(chunk, buffer)
+        return False
+
+    def _is_right(self, place: Place, buffer: memoryview) -> bool:
+        return chunk_sum(buffer) == place.chunk_sum
 
     def close(self) -> None:
         self._open.close()
@@ -107,14 +118,9 @@ class ChunkWriter:
         self._note = note
         self._open = OpenFile(lambda file: os.open(root / table.files[file].file, os.O_WRONLY | os.O_NOFOLLOW))
 
-    def write(self, chunk: int, buffer: memoryview, *, arrived: bool) -> None:
-        """Write chunk number `chunk`; one that `arrived` over the network is verified first.
-
-        Raises ChecksumError when it was damaged on the way; NoSpaceError when the disk is full.
-        """
+    def write(self, chunk: int, buffer: memoryview) -> None:
+        """Write chunk number `chunk`. Raises NoSpaceError when the disk is full."""
         place = self._table.place(chunk)
-        if arrived:
-            check_sum(place, buffer, f"{place.name} as it arrived over the network")
         try:
             descriptor = self._open.descriptor(place.file)
             pwrite_all(descriptor, buffer, place.offset)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
 from pydantic import BaseModel, ConfigDict
 
 from .stage_plan import ChosenPolicy
+
+Resource: TypeAlias = Literal["disk", "source", "network"]
+
+_AS_LONG = 1.05
+"""A send takes as long as its receiver lets it wait: the network is the cause only when it was busy for longer than the rest."""
 
 
 class NodeReceipt(BaseModel):
     """One node's part.
 
-    Phases are in wall-clock seconds; `read_seconds` and `write_seconds` are what the helper threads of all ranks spent, together.
-    `verified_chunks` counts checks at the source and on arrival; `reused_bytes` were on the node already,
+    Phases are in wall-clock seconds. `source_seconds`, `network_seconds` and `disk_seconds` are those of the transfer in which a
+    read, a send or a write was under way, of the rank where that was longest. `verified_chunks` counts checks at the source
+    and on arrival, `damaged_chunks` those that came damaged and were read from the source instead; `reused_bytes` were on the node already,
     `evicted_bytes` of other data sets made room.
     """
 
@@ -29,8 +38,10 @@ class NodeReceipt(BaseModel):
     reused_bytes: int
     evicted_bytes: int
     verified_chunks: int
-    read_seconds: float
-    write_seconds: float
+    damaged_chunks: int
+    source_seconds: float
+    network_seconds: float
+    disk_seconds: float
     prepare_seconds: float
     transfer_seconds: float
     publish_seconds: float
@@ -46,8 +57,23 @@ class NodeReceipt(BaseModel):
         return self.written_bytes / 1e9 / self.seconds if self.seconds else 0.0
 
 
+class Bound(BaseModel):
+    """What the time of a stage-in hung on: the resource that was busy for longest, and where.
+
+    At the rate at which it served, nothing could have been faster than `seconds`; `percent` is the share of them in the time
+    of transfer and publication. The disk is busy too while files are made durable.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    resource: Resource
+    node: str
+    seconds: float
+    percent: float
+
+
 class Receipt(BaseModel):
-    """The whole job. `moved_nothing` says that every node had its copy already."""
+    """The whole job. `moved_nothing` says that every node had its copy already; there is no bound then."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,9 +81,11 @@ class Receipt(BaseModel):
     dataset_id: str
     source: str
     policy: ChosenPolicy
+    copies: int
     dataset_bytes: int
     moved_nothing: bool
     seconds: float
+    bound: Bound | None
     nodes: tuple[NodeReceipt, ...]
 
     @property
@@ -71,3 +99,17 @@ class Receipt(BaseModel):
 
     def to_bytes(self) -> bytes:
         return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def find_bound(nodes: Sequence[NodeReceipt]) -> Bound | None:
+    """The resource that was busy for longest, None when nothing was moved."""
+    seconds = max(node.transfer_seconds + node.publish_seconds for node in nodes)
+    if not seconds or not any(node.written_bytes for node in nodes):
+        return None
+    busy: list[tuple[float, Resource, str]] = []
+    for node in nodes:
+        busy.append((node.disk_seconds + node.publish_seconds, "disk", node.node))
+        busy.append((node.source_seconds, "source", node.node))
+        busy.append((node.network_seconds / _AS_LONG, "network", node.node))
+    longest, resource, where = max(busy, key=lambda entry: entry[0])
+    return Bound(resource=resource, node=where, seconds=longest, percent=100 * longest / seconds)

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,16 @@ from stagein.formats.manifest import FileEntry, Manifest
 from .world import World
 
 Policy: TypeAlias = Literal["auto", "replicate", "partition"]
-ChosenPolicy: TypeAlias = Literal["replicate", "partition"]
+ChosenPolicy: TypeAlias = Literal["replicate", "partition", "copies"]
 Chunks: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
+Hops: TypeAlias = NDArray[np.int32]
 
 BLOCK_BYTES = 4096
 """Every file is counted in whole blocks of this size, as file systems keep them."""
+
+MINIMUM_BUFFERS = 4
+MAXIMUM_BUFFERS = 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class ChunkTable:
         chosen[list(files)] = True
         return chosen[self.file_of]
 
+    def chunks_of(self, files: Sequence[int]) -> Chunks:
+        """Numbers of the chunks of these files, file after file."""
+        nothing = [np.zeros(0, np.int64)]
+        return np.concatenate(nothing + [np.arange(self.first[file], self.first[file + 1]) for file in files])
+
     @property
     def longest_bytes(self) -> int:
         """Bytes of the largest chunk."""
@@ -101,32 +110,48 @@ class NodeSpace:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Which files end where: `shared` ones on every node, `owned[n]` on node n only. Files are numbers in manifest order."""
+    """Which files end where. Files are numbers in manifest order.
+
+    policy      replicate (every node gets every shard), partition (one node) or copies (`copies` of them).
+    shared      files on every node; their chunks are dealt to the nodes to read.
+    first_read  by node, the shards that it reads; they end there and on the next `copies - 1` nodes of the ring.
+    ring        node numbers in the order in which chunks are passed on.
+    """
 
     policy: ChosenPolicy
+    copies: int
     nodes: tuple[NodeSpace, ...]
     shared: tuple[int, ...]
-    owned: tuple[tuple[int, ...], ...]
+    first_read: tuple[tuple[int, ...], ...]
+    ring: tuple[int, ...]
 
     def files_of(self, node: int) -> tuple[int, ...]:
         """The files that node number `node` will hold."""
-        return tuple(sorted(self.shared + self.owned[node]))
+        position = self.ring.index(node)
+        readers = [self.ring[position - distance] for distance in range(self.copies if any(self.first_read) else 0)]
+        return tuple(sorted(self.shared + tuple(file for reader in readers for file in self.first_read[reader])))
 
     @cached_property
     def rings(self) -> int:
         """Ranks of each node that pass chunks on to the next node; ranks above that help only with their own node's files."""
         return min(node.ranks for node in self.nodes)
 
+    def hops(self, table: ChunkTable) -> Hops:
+        """For each chunk, how many times it is passed on to the next node."""
+        of_files = np.full(len(table.files), self.copies - 1, dtype=np.int32)
+        of_files[list(self.shared)] = len(self.nodes) - 1
+        return of_files[table.file_of]
+
     def summary(self, manifest: Manifest) -> PlanSummary:
         """What `--dry-run` shows, for data that is nowhere yet: what is held already will not be read again."""
         table = ChunkTable(manifest)
-        traveling = _by_size(table, table.of_files(self.shared))
+        sizes = [entry.nbytes for entry in table.files]
+        traveling = _whole_first(table, np.flatnonzero(table.of_files(self.shared)))
         nodes = []
         for number, node in enumerate(self.nodes):
             shared_bytes = table.total_bytes(_dealt(traveling, number, len(self.nodes)))
-            owned_bytes = sum(table.files[file].nbytes for file in self.owned[number])
             files = self.files_of(number)
-            gets_bytes = sum(table.files[file].nbytes for file in files)
+            gets_bytes, reads_bytes = sum(sizes[file] for file in files), sum(sizes[f] for f in self.first_read[number])
             nodes.append(
                 NodeSummary(
                     name=node.name,
@@ -134,10 +159,10 @@ class StagePlan:
                     gets_bytes=gets_bytes,
                     held_bytes=node.held_bytes,
                     free_bytes=node.free_bytes,
-                    reads_bytes=shared_bytes + owned_bytes,
+                    reads_bytes=shared_bytes + reads_bytes,
                 )
             )
-        return PlanSummary(dataset_id=manifest.id, policy=self.policy, nodes=tuple(nodes))
+        return PlanSummary(dataset_id=manifest.id, policy=self.policy, copies=self.copies, nodes=tuple(nodes))
 
 
 class NodeSummary(BaseModel):
@@ -150,12 +175,18 @@ class NodeSummary(BaseModel):
     free_bytes: int
     reads_bytes: int
 
+    @property
+    def receives_bytes(self) -> int:
+        """What comes to it from other nodes."""
+        return self.gets_bytes - self.reads_bytes
+
 
 class PlanSummary(BaseModel):
     """A plan in numbers."""
 
     dataset_id: str
     policy: ChosenPolicy
+    copies: int
     nodes: tuple[NodeSummary, ...]
 
 
@@ -163,36 +194,96 @@ class PlanSummary(BaseModel):
 class RankWork:
     """What one rank does.
 
-    by_origin  chunks that travel its ring, by the node that reads them, in the order in which they are sent; every one of
-               them passes this rank. Empty for a rank outside the rings.
+    position   its node's place in the ring.
+    by_origin  chunks that travel its ring and come to this rank, by the place in the ring of the node that reads them, in the
+               order in which that one sends them; at `position` those that it reads itself. Empty for a rank outside the rings.
     local      chunks it reads for its own node alone.
+    hops       for every chunk of the data set, how many times it is passed on.
     """
 
+    position: int
     by_origin: tuple[Chunks, ...]
     local: Chunks
+    hops: Hops
 
-    def reads(self, node: int) -> Chunks:
-        """The chunks that this rank, on node number `node`, reads from the source."""
-        return np.concatenate([self.by_origin[node], self.local]) if self.by_origin else self.local
+    @property
+    def traveling(self) -> Chunks:
+        """The chunks that this rank reads and sends to the next node."""
+        return self.by_origin[self.position] if self.by_origin else self.local[:0]
+
+    @property
+    def reads(self) -> Chunks:
+        """The chunks that this rank reads from the source."""
+        return np.concatenate([self.traveling, self.local])
 
 
-def make_plan(manifest: Manifest, nodes: Sequence[NodeSpace], policy: Policy) -> StagePlan:
-    """Choose the files of every node. `auto` replicates where every node has the room, and partitions where one has not.
+def make_plan(
+    manifest: Manifest, nodes: Sequence[NodeSpace], policy: Policy = "auto", copies: int | None = None
+) -> StagePlan:
+    """Choose the files of every node.
+
+    policy  auto: `copies` copies of each shard; without that number as many as there is room for, one for every node at best.
+    copies  with the policy auto only: how many nodes get each shard.
 
     Raises NoSpaceError, naming need, room and node, when the data set does not fit.
     """
     if policy not in ("auto", "replicate", "partition"):
         raise UsageError(f"policy {policy!r} is unknown: choose auto, replicate or partition")
-    files = tuple(manifest.all_files())
-    needs = [stored_bytes(entry) for entry in files]
+    if copies is not None and (policy != "auto" or not 1 <= copies <= len(nodes)):
+        raise UsageError(
+            f"{copies} copies of each shard on {len(nodes)} nodes with the policy {policy} cannot be: choose the policy auto "
+            f"and 1 to {len(nodes)} copies"
+        )
+    needs = [stored_bytes(entry) for entry in manifest.all_files()]
     short = [node for node in nodes if node.room_bytes < sum(needs)]
-    if policy == "replicate" and short:
-        _refuse(short[0], sum(needs))
-    if policy == "replicate" or (policy == "auto" and not short):
-        return StagePlan("replicate", tuple(nodes), tuple(range(len(files))), ((),) * len(nodes))
-    shards = len(manifest.shards)
-    owned = _deal_by_bytes(needs[:shards], sum(needs[shards:]), nodes)
-    return StagePlan("partition", tuple(nodes), tuple(range(shards, len(files))), owned)
+    if policy == "replicate" or copies == len(nodes) or (policy == "auto" and copies is None and not short):
+        if short:
+            _refuse(short[0], sum(needs))
+        return _replicated(nodes, len(needs))
+    if policy == "partition" or copies is not None:
+        return _dealt_out(manifest, nodes, needs, copies or 1)
+    return _most_copies(manifest, nodes, needs)
+
+
+def _replicated(nodes: Sequence[NodeSpace], num_files: int) -> StagePlan:
+    ring = tuple(range(len(nodes)))
+    return StagePlan("replicate", len(nodes), tuple(nodes), tuple(range(num_files)), ((),) * len(nodes), ring)
+
+
+def _dealt_out(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int], copies: int) -> StagePlan:
+    """The plan that puts each shard on exactly `copies` nodes, and the other files on all."""
+    num_shards = len(manifest.shards)
+    policy: ChosenPolicy = "partition" if copies == 1 else "copies"
+    by_room = sorted(range(len(nodes)), key=lambda number: -nodes[number].room_bytes)  # those with room side by side
+    for ring in (tuple(range(len(nodes))), tuple(by_room)):
+        try:
+            first_read = _deal_by_bytes(needs[:num_shards], sum(needs[num_shards:]), nodes, copies, ring)
+        except NoSpaceError:
+            if copies == 1 or ring == tuple(by_room):
+                raise
+            continue
+        shared = tuple(range(num_shards, len(needs)))
+        return StagePlan(policy, copies, tuple(nodes), shared, first_read, ring)
+    raise AssertionError("unreachable")
+
+
+def _most_copies(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int]) -> StagePlan:
+    """The plan with as many copies of each shard as there is room for, found by halving."""
+    plan = _dealt_out(manifest, nodes, needs, 1)
+    fits, too_many = 1, len(nodes)
+    while too_many - fits > 1:
+        copies = (fits + too_many) // 2
+        try:
+            plan = _dealt_out(manifest, nodes, needs, copies)
+            fits = copies
+        except NoSpaceError:
+            too_many = copies
+    return plan
+
+
+def buffers_within(memory_bytes: int, buffer_bytes: int, num_chunks: int) -> int:
+    """How many buffers of one chunk a rank has: what `memory_bytes` holds, but four at least, and no more than are of use."""
+    return max(MINIMUM_BUFFERS, min(memory_bytes // buffer_bytes, MAXIMUM_BUFFERS, 2 * num_chunks + 2))
 
 
 def stored_bytes(entry: FileEntry) -> int:
@@ -201,66 +292,80 @@ def stored_bytes(entry: FileEntry) -> int:
 
 
 def _deal_by_bytes(
-    shard_bytes: list[int], shared_bytes: int, nodes: Sequence[NodeSpace]
+    shard_bytes: list[int], shared_bytes: int, nodes: Sequence[NodeSpace], copies: int, ring: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Give each shard, largest first, to the node with the least so far among those that have room for it."""
-    owned: list[list[int]] = [[] for _ in nodes]
+    """Give each shard, largest first, to the node that has the fewest to read so far, and to the `copies - 1` after it in the
+    ring, among the places where all of these have room for it. Returns by node the shards that it reads."""
     for node in nodes:
         if node.room_bytes < shared_bytes:
             _refuse(node, shared_bytes)
-    by_load = [(0, number) for number in range(len(nodes))]
+    if copies * sum(shard_bytes) + shared_bytes * len(nodes) > sum(node.room_bytes for node in nodes):
+        _refuse_together(nodes, copies, sum(shard_bytes), shared_bytes)
+    room_bytes = [nodes[number].room_bytes - shared_bytes for number in ring]
+    read: list[list[int]] = [[] for _ in nodes]
+    by_load = [(0, position) for position in range(len(ring))]
     for shard in sorted(range(len(shard_bytes)), key=lambda number: -shard_bytes[number]):
         without_room = []
         while by_load:
-            load, number = heapq.heappop(by_load)
-            if shared_bytes + load + shard_bytes[shard] <= nodes[number].room_bytes:
-                owned[number].append(shard)
-                heapq.heappush(by_load, (load + shard_bytes[shard], number))
+            load, position = heapq.heappop(by_load)
+            owners = [(position + distance) % len(ring) for distance in range(copies)]
+            if all(shard_bytes[shard] <= room_bytes[owner] for owner in owners):
+                for owner in owners:
+                    room_bytes[owner] -= shard_bytes[shard]
+                read[ring[position]].append(shard)
+                heapq.heappush(by_load, (load + shard_bytes[shard], position))
                 break
-            without_room.append((load, number))
+            without_room.append((load, position))
         else:
-            _refuse_together(nodes, sum(shard_bytes) + shared_bytes * len(nodes))
+            _refuse_together(nodes, copies, sum(shard_bytes), shared_bytes)
         for entry in without_room:
             heapq.heappush(by_load, entry)
-    return tuple(tuple(sorted(numbers)) for numbers in owned)
+    return tuple(tuple(sorted(numbers)) for numbers in read)
 
 
-def _refuse(node: NodeSpace, need_bytes: int) -> None:
+def _refuse(node: NodeSpace, need_bytes: int) -> NoReturn:
     raise NoSpaceError(
         f"the data set needs {need_bytes:,} bytes, but node {node.name} has room for {node.room_bytes:,}: make room there, "
         "choose another destination, or let more nodes share it with the policy partition"
     )
 
 
-def _refuse_together(nodes: Sequence[NodeSpace], need_bytes: int) -> None:
+def _refuse_together(nodes: Sequence[NodeSpace], copies: int, shard_bytes: int, shared_bytes: int) -> NoReturn:
+    need_bytes = copies * shard_bytes + shared_bytes * len(nodes)
     room_bytes = sum(node.room_bytes for node in nodes)
     tightest = min(nodes, key=lambda node: node.room_bytes)
+    how = "partitioned" if copies == 1 else f"with {copies} copies"
     raise NoSpaceError(
-        f"partitioned over {len(nodes)} nodes the data set needs {need_bytes:,} bytes, but they have room for {room_bytes:,} "
+        f"{how} over {len(nodes)} nodes the data set needs {need_bytes:,} bytes, but they have room for {room_bytes:,} "
         f"(least on node {tightest.name}: {tightest.room_bytes:,}): make room, take more nodes or choose another destination"
     )
 
 
-def rank_work(
-    plan: StagePlan, table: ChunkTable, world: World, missing_anywhere: Flags, missing_here: Flags
-) -> RankWork:
-    """Deal the missing chunks: each is read by exactly one rank of the whole job.
+def rank_work(plan: StagePlan, table: ChunkTable, world: World, missing_anywhere: Flags) -> RankWork:
+    """Deal the chunks that some node misses: each is read by exactly one rank of the whole job.
 
-    Shared files that some node misses (`missing_anywhere`) travel the rings; chunk i of them is read on node i mod N, so that
-    the load depends on no file's size. Owned files that this node misses (`missing_here`) are dealt to all its ranks.
-    On a single node nothing travels.
+    Chunk i of the shared files is read on node i mod N, so that the load depends on no file's size; shards are read on the
+    first of the nodes that get them. What travels is dealt to the rings, what stays on a node to all of its ranks.
     """
-    shared = table.of_files(plan.shared) & missing_anywhere
-    owned = table.of_files(plan.owned[world.node]) & missing_here
-    if world.nodes == 1:
-        return RankWork((), _dealt(_by_size(table, shared | owned), world.local_rank, world.local_size))
-    local = _dealt(_by_size(table, owned), world.local_rank, world.local_size)
-    if world.local_rank >= plan.rings:
-        return RankWork((), local)
-    traveling = _by_size(table, shared)
-    of_nodes = (_dealt(traveling, node, world.nodes) for node in range(world.nodes))
-    by_origin = tuple(_dealt(chunks, world.local_rank, plan.rings) for chunks in of_nodes)
-    return RankWork(by_origin, local)
+    hops = plan.hops(table)
+    shared = _whole_first(table, np.flatnonzero(table.of_files(plan.shared) & missing_anywhere))
+
+    def read_by(node: int) -> Chunks:
+        own = table.chunks_of(plan.first_read[node])
+        own = _whole_first(table, own[missing_anywhere[own]])
+        return np.concatenate([_dealt(shared, node, world.nodes), own])
+
+    position = plan.ring.index(world.node)
+    read_here = read_by(world.node)
+    local = _dealt(read_here[hops[read_here] == 0], world.local_rank, world.local_size)
+    if world.nodes == 1 or world.local_rank >= plan.rings:
+        return RankWork(position, (), local, hops)
+    by_origin = []
+    for place, node in enumerate(plan.ring):
+        chunks = read_by(node)
+        traveling = _dealt(chunks[hops[chunks] > 0], world.local_rank, plan.rings)
+        by_origin.append(traveling[hops[traveling] >= (position - place) % world.nodes])
+    return RankWork(position, tuple(by_origin), local, hops)
 
 
 def _dealt(chunks: Chunks, receiver: int, receivers: int) -> Chunks:
@@ -268,7 +373,6 @@ def _dealt(chunks: Chunks, receiver: int, receivers: int) -> Chunks:
     return chunks[receiver::receivers]
 
 
-def _by_size(table: ChunkTable, flags: Flags) -> Chunks:
-    """The flagged chunks, whole ones first, so that dealing them in turns balances bytes; otherwise in file order."""
-    chunks = np.flatnonzero(flags)
+def _whole_first(table: ChunkTable, chunks: Chunks) -> Chunks:
+    """The chunks, whole ones first, so that dealing them in turns balances bytes; otherwise in file order."""
     return chunks[np.argsort(-table.nbytes[chunks], kind="stable")]

@@ -32,9 +32,10 @@ from . import inventory
 from .cache import Store, check_destination, expand_node, mount_of, refuse_odd_mounts
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
 from .finding import note_destination, note_use
+from .neighbours import Neighbours, Pulse
 from .node_copy import NodeCopy
-from .receipt import NodeReceipt, Receipt
-from .ring import Engine, Neighbours, Progress, Pulse, Transfer
+from .receipt import NodeReceipt, Receipt, find_bound
+from .ring import Engine, Progress, Transfer
 from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work, stored_bytes
 from .world import NODE_VARIABLE, Communicator, connect
 
@@ -54,6 +55,7 @@ def stage(
     to: str,
     *,
     policy: Policy = "auto",
+    copies: int | None = None,
     world: Communicator | MPI.Comm | None = None,
     make_room: bool = False,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -66,6 +68,7 @@ def stage(
     manifest where it is read and where it arrives, and published only when all of it is right and durable. What is already
     there is reused, so that the same call after an interruption resumes, and after a success returns at once.
 
+    policy, copies   as `make_plan` has them: auto, replicate, partition, or a number of nodes that get each shard.
     world            the ranks that stage together; None: all that the launcher started, or this process alone.
     make_room        evict other data sets, those unused for longest first, where this one would not fit otherwise.
     memory_bytes     upper bound of the buffers of each rank; at least four chunks are taken.
@@ -78,7 +81,7 @@ def stage(
     communicator = _join(world, timeout_seconds)
     try:
         with _stop_on_signals() as stop_requested:
-            job = _Job(Path(source), to, policy, communicator, stop_requested, make_room)
+            job = _Job(Path(source), to, policy, copies, communicator, stop_requested, make_room)
             return job.run(memory_bytes, progress)
     except WatchdogError as error:
         if (
@@ -90,10 +93,15 @@ def stage(
 
 
 def plan_stage(
-    source: Path | str, to: str, *, policy: Policy = "auto", world: Communicator | MPI.Comm | None = None
+    source: Path | str,
+    to: str,
+    *,
+    policy: Policy = "auto",
+    copies: int | None = None,
+    world: Communicator | MPI.Comm | None = None,
 ) -> tuple[Manifest, StagePlan]:
     """What `stage` would do, without writing anything. Raises as `stage` does before it moves the first byte."""
-    job = _Job(Path(source), to, policy, _join(world, DEFAULT_TIMEOUT_SECONDS), lambda: False)
+    job = _Job(Path(source), to, policy, copies, _join(world, DEFAULT_TIMEOUT_SECONDS), lambda: False)
     return job.manifest, job.plan
 
 
@@ -120,6 +128,7 @@ class _Job:
         source: Path,
         to: str,
         policy: Policy,
+        copies: int | None,
         communicator: Communicator,
         stop_requested: Callable[[], bool],
         make_room: bool = False,
@@ -138,10 +147,10 @@ class _Job:
         self._check_mounts(to)
         self._evicted_bytes = 0
         if make_room:
-            self._make_room(space, policy)
+            self._make_room(space, policy, copies)
             space = self._look_at_destination()
         with self._all.together():
-            self.plan = make_plan(self.manifest, space, policy)
+            self.plan = make_plan(self.manifest, space, policy, copies)
         files = self.plan.files_of(self._world.node)
         self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
 
@@ -219,10 +228,11 @@ class _Job:
             if self._world.rank == 0:
                 refuse_odd_mounts(to, mounts)
 
-    def _make_room(self, space: Sequence[NodeSpace], policy: Policy) -> None:
+    def _make_room(self, space: Sequence[NodeSpace], policy: Policy, copies: int | None) -> None:
         """Evict other data sets where this one would not fit, planned as if every node had all the room it could need."""
         with self._all.together():
-            wish = make_plan(self.manifest, [replace(node, free_bytes=_ENOUGH_BYTES) for node in space], policy)
+            roomy = [replace(node, free_bytes=_ENOUGH_BYTES) for node in space]
+            wish = make_plan(self.manifest, roomy, policy, copies)
             if self._leads:
                 files = (self._table.files[file] for file in wish.files_of(self._world.node))
                 wanted_bytes = sum(map(stored_bytes, files)) - space[self._world.node].held_bytes
@@ -231,14 +241,14 @@ class _Job:
 
     def _move(self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None) -> Transfer:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
-        work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing), missing)
-        ranks = self._all.gather_all(self._world)
-        everyone = self._all.duplicate()
-        mpi = everyone.mpi
+        work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing))
+        worlds = self._all.gather_all(self._world)
+        chunks_apart, words_apart = self._all.duplicate(), self._all.duplicate()
         neighbours = None
-        if mpi is not None and work.by_origin:
-            ring = [w.rank for w in sorted(ranks, key=lambda w: w.node) if w.local_rank == self._world.local_rank]
-            neighbours = Neighbours(mpi, ring, self._world.node, work.by_origin)
+        if chunks_apart.mpi is not None and words_apart.mpi is not None and work.by_origin:
+            mates = [world for world in worlds if world.local_rank == self._world.local_rank]
+            ring = sorted(mates, key=lambda world: self.plan.ring.index(world.node))
+            neighbours = Neighbours(chunks_apart.mpi, words_apart.mpi, ring, work)
         transfer, disk_is_full = Transfer(), False
         try:
             with contextlib.ExitStack() as stack:
@@ -255,7 +265,7 @@ class _Job:
                         stop_requested=self._stop_requested,
                         progress=progress,
                         neighbours=neighbours,
-                        pulse=Pulse(mpi) if mpi is not None else None,
+                        pulse=Pulse(words_apart.mpi) if words_apart.mpi is not None else None,
                     )
                 with self._all.together():
                     try:
@@ -269,7 +279,8 @@ class _Job:
             if any(here.gather_all(disk_is_full)) and self._leads:
                 self._store.discard_work()
             raise
-        everyone.free()
+        chunks_apart.free()
+        words_apart.free()
         return transfer
 
     def _make_receipt(self, transfer: Transfer, missing: Flags, phases: Phases) -> Receipt:
@@ -287,16 +298,18 @@ class _Job:
             **_add_up([moved for node, moved in transfers if node == self._world.node]),
             **asdict(phases),
         )
-        nodes = self._all.gather_all(on_this_node if self._leads else None)
+        nodes = tuple(filter(None, self._all.gather_all(on_this_node if self._leads else None)))
         receipt = Receipt(
             stagein_version=__version__,
             dataset_id=self.manifest.id,
             source=str(self._source.absolute()),
             policy=self.plan.policy,
+            copies=self.plan.copies,
             dataset_bytes=self.manifest.nbytes,
             moved_nothing=not self._all.any_rank(missing).any(),
             seconds=time.monotonic() - self._start,
-            nodes=tuple(node for node in nodes if node is not None),
+            bound=find_bound(nodes),
+            nodes=nodes,
         )
         with self._all.together():
             if self._leads:
@@ -310,7 +323,11 @@ class _Job:
 
 
 def _add_up(transfers: Sequence[Transfer]) -> dict[str, Any]:
-    return {field.name: sum(getattr(transfer, field.name) for transfer in transfers) for field in fields(Transfer)}
+    """What the ranks of a node did together: counts are added, of times the longest is taken."""
+    return {
+        field.name: (max if field.name.endswith("_seconds") else sum)(getattr(moved, field.name) for moved in transfers)
+        for field in fields(Transfer)
+    }
 
 
 @contextlib.contextmanager

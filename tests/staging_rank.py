@@ -4,6 +4,7 @@ The last line of output of rank 0 is a JSON object: the receipt, and the bytes t
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from stagein import chunk_io, ring
+from stagein import chunk_io, neighbours, ring
 from stagein.cache import Store
 from stagein.formats.errors import StageinError
 from stagein.staging import stage
@@ -25,11 +26,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=Path)
     parser.add_argument("to")
     parser.add_argument("--policy", default="auto")
+    parser.add_argument("--copies", type=int)
     parser.add_argument("--timeout-seconds", type=float, default=30)
     parser.add_argument("--memory-bytes", type=int, default=1 << 20)
     parser.add_argument("--signal", help="signal that a rank sends to itself in the middle")
     parser.add_argument("--hang-reading", action="store_true", help="reads of the source never end")
-    parser.add_argument("--flip-arrivals", action="store_true", help="damage what comes over the network")
+    parser.add_argument(
+        "--flip-arrivals", type=int, help="damage every so many of the chunks that come over the network"
+    )
     parser.add_argument(
         "--disk-gets-full", action="store_true", help="the room that the plan saw is gone when it is used"
     )
@@ -47,11 +51,12 @@ def plant_faults(arguments: argparse.Namespace) -> None:
         Store.free_bytes = lambda self: 1 << 40
         os.posix_fallocate = lambda descriptor, offset, nbytes: os.ftruncate(descriptor, nbytes)
     if arguments.flip_arrivals:
-        after_arrival = ring.Engine._after_arrival
+        after_arrival, arrivals = ring.Engine._after_arrival, itertools.count()
 
-        def flip(engine: ring.Engine, arrival: ring.Arrival, neighbours: ring.Neighbours) -> None:
-            engine._buffers.view(arrival.buffer)[0] ^= 1
-            after_arrival(engine, arrival, neighbours)
+        def flip(engine: ring.Engine, arrival: neighbours.Arrival) -> None:
+            if next(arrivals) % arguments.flip_arrivals == 0:
+                engine._buffers.view(arrival.buffer)[0] ^= 1
+            after_arrival(engine, arrival)
 
         ring.Engine._after_arrival = flip
 
@@ -86,6 +91,7 @@ def main() -> None:
             arguments.source,
             arguments.to,
             policy=arguments.policy,
+            copies=arguments.copies,
             world=communicator,
             memory_bytes=arguments.memory_bytes,
             timeout_seconds=arguments.timeout_seconds,

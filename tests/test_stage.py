@@ -17,6 +17,7 @@ from mpi import run_ranks, start_ranks
 from staged import assert_staged, final_folder, flip_byte, journaled_chunks, work_folder
 from synthetic import CHUNK_BYTES, write_dataset
 
+from stagein import chunk_threads
 from stagein.cache import READY_NAME, Store, expand_node
 from stagein.finding import find_staged, note_destination
 from stagein.formats.errors import (
@@ -209,7 +210,7 @@ def test_a_shard_that_changes_while_it_is_copied(
 ) -> None:
     last = tmp_path / f"changing/shards/{len(shard_sizes) - 1:05d}.h5"
     write_dataset(tmp_path / "changing", shard_sizes, ())
-    monkeypatch.setattr("stagein.ring.READER_THREADS", 1)  # so that we know which file is open
+    monkeypatch.setitem(chunk_threads._THREADS, "read", 1)  # so that we know which file is open
     with pytest.raises(SourceError, match=f"{last.name} has {new_bytes} bytes, the manifest says {shard_sizes[-1]}"):
         stage_alone(tmp_path / "changing", to, memory_bytes=1, progress=lambda *_: os.truncate(last, new_bytes))
     assert not final_folder(tmp_path / "changing", to).exists()
@@ -480,11 +481,37 @@ def test_a_flipped_byte_ends_every_rank_with_one_sentence(source: Path, node_dis
 
 
 @pytest.mark.mpi
-def test_damage_on_the_way_is_noticed(source: Path, node_disks: str) -> None:
-    result, _ = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate", "--flip-arrivals", "--on-rank", 1)
+def test_damage_on_the_way_is_mended_and_goes_no_further(source: Path, node_disks: str) -> None:
+    result, report = stage_over_ranks(source, node_disks, "abc", "--policy", "replicate", "--flip-arrivals", 7)
+    assert report is not None, result.stderr
+    for node in "abc":
+        assert_staged(source, expand_node(node_disks, node))
+    damaged = {node["node"]: node["damaged_chunks"] for node in report["receipt"]["nodes"]}
+    assert damaged["a"] > 0 and damaged["b"] == damaged["c"] == 0
+
+
+@pytest.mark.mpi
+def test_a_link_that_damages_everything_is_given_up(tmp_path: Path, node_disks: str) -> None:
+    write_dataset(tmp_path / "many", [100 * CHUNK_BYTES] * 2, ())
+    result, _ = stage_over_ranks(tmp_path / "many", node_disks, "ab", "--policy", "replicate", "--flip-arrivals", 1)
     assert result.returncode == ExitCode.CHECKSUM
-    assert "as it arrived over the network" in result.stderr
-    assert not final_folder(source, expand_node(node_disks, "b")).exists()
+    assert "65 chunks from rank 1 on b differed from the manifest as they arrived" in result.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("nodes", "copies"), [("abc", 2), ("aabbc", 2), ("aabb", 1), ("abc", 3)])
+def test_each_shard_on_so_many_nodes(source: Path, node_disks: str, nodes: str, copies: int) -> None:
+    result, report = stage_over_ranks(source, node_disks, nodes, "--copies", copies)
+    assert report is not None, result.stderr
+    manifest, names = Manifest.load(source), sorted(set(nodes))
+    found = [find_staged(manifest.id, {"STAGEIN_TO": node_disks, "STAGEIN_NODE": node}) for node in names]
+    for node, copy in zip(names, found, strict=True):
+        assert_staged(source, expand_node(node_disks, node), sorted(copy.files))
+    for shard in manifest.shards:
+        assert sum(shard.file in copy.files for copy in found) == copies
+    receipt = Receipt.model_validate(report["receipt"])
+    assert receipt.copies == copies and receipt.read_bytes == receipt.dataset_bytes
+    assert receipt.bound.percent <= 100
 
 
 @pytest.mark.mpi

@@ -28,40 +28,78 @@ def all_work(plan: StagePlan, table: ChunkTable, missing: np.ndarray) -> list[tu
     """Work of every rank when every node misses the same chunks."""
     names = [node.name for node in plan.nodes for _ in range(node.ranks)]
     worlds = [World.of_rank(rank, names) for rank in range(len(names))]
-    return [(world, rank_work(plan, table, world, missing, missing)) for world in worlds]
+    return [(world, rank_work(plan, table, world, missing)) for world in worlds]
 
 
-@given(sizes, sizes, ranks_per_node, st.sampled_from(["replicate", "partition"]), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=200)
-def test_every_missing_chunk_is_read_once_and_reaches_its_nodes(shards, files, ranks, policy, random):
-    manifest = manifest_of_sizes(shards, files, CHUNK)
-    plan, table = make_plan(manifest, nodes_of(ranks), policy), ChunkTable(manifest)
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Manifest, StagePlan, ChunkTable]:
+    """A plan of any policy and any number of copies that 1 to 5 nodes of plenty allow."""
+    manifest = manifest_of_sizes(draw(sizes), draw(sizes), CHUNK)
+    nodes = nodes_of(draw(ranks_per_node))
+    policy, copies = draw(
+        st.sampled_from([("replicate", None), ("partition", None), *(("auto", n) for n in range(1, len(nodes) + 1))])
+    )
+    return manifest, make_plan(manifest, nodes, policy, copies), ChunkTable(manifest)
+
+
+@given(plans(), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=300)
+def test_every_missing_chunk_is_read_once_and_reaches_its_nodes(made, random):
+    """Carries the plan out with lists in place of messages."""
+    _, plan, table = made
     missing = np.array([random.random() < 0.7 for _ in range(len(table))], dtype=np.bool_)
     work = all_work(plan, table, missing)
+    assert sorted(np.concatenate([rank.reads for _, rank in work])) == list(np.flatnonzero(missing))
 
-    read = np.concatenate([rank.reads(world.node) for world, rank in work])
-    assert sorted(read) == list(np.flatnonzero(missing))
-
-    for node in range(len(ranks)):
-        got = [
-            chunk
-            for world, rank in work
-            if world.node == node
-            for chunk in np.concatenate([*rank.by_origin, rank.local])
-        ]
-        wanted = np.flatnonzero(missing & table.of_files(plan.files_of(node)))
-        assert sorted(got) == list(wanted)
-
-    for ring in range(plan.rings):
-        of_one_ring = [[list(chunks) for chunks in rank.by_origin] for world, rank in work if world.local_rank == ring]
-        assert all(chunks == of_one_ring[0] for chunks in of_one_ring), "the ranks of a ring expect the same messages"
+    got = {node: [] for node in range(len(plan.nodes))}
+    of_places = {(rank.position, world.local_rank): rank for world, rank in work}
+    for world, rank in work:
+        got[world.node] += list(rank.local)
+        for chunk in rank.traveling:
+            for distance in range(rank.hops[chunk] + 1):
+                got[plan.ring[(rank.position + distance) % len(plan.ring)]].append(chunk)
+        for place, expected in enumerate(rank.by_origin):
+            sent = of_places[place, world.local_rank].traveling
+            reaching = sent[rank.hops[sent] >= (rank.position - place) % len(plan.ring)]
+            assert list(reaching) == list(expected), "a rank expects other messages than it gets"
+    for node, chunks in got.items():
+        assert sorted(chunks) == list(np.flatnonzero(missing & table.of_files(plan.files_of(node))))
 
 
-@given(sizes, sizes, ranks_per_node)
-def test_partition_gives_each_shard_to_one_node_and_the_other_files_to_all(shards, files, ranks):
-    plan = make_plan(manifest_of_sizes(shards, files, CHUNK), nodes_of(ranks), "partition")
-    assert sorted(shard for owned in plan.owned for shard in owned) == list(range(len(shards)))
-    assert plan.shared == tuple(range(len(shards), len(shards) + len(files)))
+@given(plans())
+def test_each_shard_has_its_number_of_copies_and_other_files_are_everywhere(made):
+    manifest, plan, _ = made
+    owners = [
+        [node for node in range(len(plan.nodes)) if file in plan.files_of(node)]
+        for file in range(len(manifest.shards) + len(manifest.files))
+    ]
+    assert all(len(nodes) == plan.copies for nodes in owners[: len(manifest.shards)])
+    assert all(len(nodes) == len(plan.nodes) for nodes in owners[len(manifest.shards) :])
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.data())
+def test_copies_are_balanced(rounds, nodes, data):
+    """Equal shards, as many as the nodes or a multiple: every node reads and holds the same."""
+    copies = data.draw(st.integers(1, nodes))
+    manifest = manifest_of_sizes([CHUNK] * (rounds * nodes), [], CHUNK)
+    summary = make_plan(manifest, nodes_of([1] * nodes), "auto", copies).summary(manifest)
+    assert {node.gets_bytes for node in summary.nodes} == {rounds * copies * CHUNK}
+    assert {node.reads_bytes for node in summary.nodes} == {rounds * CHUNK}
+
+
+@given(sizes, sizes, st.lists(st.integers(0, 60 * CHUNK), min_size=1, max_size=5), st.booleans())
+def test_a_plan_fits_or_is_refused(shards, files, rooms, evenly):
+    manifest = manifest_of_sizes(shards, files, CHUNK)
+    nodes = [NodeSpace(f"n{number}", 1, room) for number, room in enumerate(rooms)]
+    entries = list(manifest.all_files())
+    try:
+        plan = make_plan(manifest, nodes, "auto", 1 if evenly else None)
+    except NoSpaceError as error:
+        assert any(node.name in str(error) for node in nodes)
+        assert any(room < needs(manifest) for room in rooms), "refused although all of it fits everywhere"
+        return
+    for number, room in enumerate(rooms):
+        assert sum(stored_bytes(entries[file]) for file in plan.files_of(number)) <= room
 
 
 @given(sizes, sizes)
@@ -79,14 +117,14 @@ def test_the_chunks_are_the_manifest(shards, files):
 def test_reading_is_balanced_in_bytes_whatever_the_file_sizes():
     manifest = manifest_of_sizes([CHUNK + 1] * 40, [], CHUNK)  # every second chunk has one byte
     plan, table = make_plan(manifest, nodes_of([1, 1]), "replicate"), ChunkTable(manifest)
-    loads = [table.total_bytes(rank.reads(world.node)) for world, rank in all_work(plan, table, table.nbytes > 0)]
+    loads = [table.total_bytes(rank.reads) for world, rank in all_work(plan, table, table.nbytes > 0)]
     assert loads == [20 * (CHUNK + 1)] * 2
 
 
 def test_partition_balances_bytes():
     plan = make_plan(manifest_of_sizes([5000, 100, 100, 4900, 200, 4700], [], CHUNK), nodes_of([1, 1, 1]), "partition")
-    assert sorted(map(len, plan.owned)) == [2, 2, 2]
-    assert {shard for owned in plan.owned for shard in owned[:1]} | {3, 5} >= {0, 3, 5}
+    assert sorted(map(len, plan.first_read)) == [2, 2, 2]
+    assert {shard for owned in plan.first_read for shard in owned[:1]} | {3, 5} >= {0, 3, 5}
 
 
 def needs(manifest: Manifest) -> int:
@@ -99,6 +137,27 @@ def test_auto_replicates_where_it_fits_and_partitions_where_it_does_not():
     assert make_plan(manifest, nodes_of([1, 1], needs(manifest) - 1), "auto").policy == "partition"
 
 
+def test_auto_takes_as_many_copies_as_fit():
+    manifest = manifest_of_sizes([10 * CHUNK] * 8, [100], CHUNK)
+    for copies in (1, 2, 3, 4):
+        room = needs(manifest) * copies // 4 + stored_bytes(manifest.files[0])
+        plan = make_plan(manifest, nodes_of([1, 1, 1, 1], room), "auto")
+        assert (plan.copies, plan.policy) == (copies, {1: "partition", 4: "replicate"}.get(copies, "copies"))
+
+
+def test_copies_go_round_nodes_without_room():
+    manifest = manifest_of_sizes([10 * CHUNK] * 4, [], CHUNK)
+    nodes = [NodeSpace("a", 1, PLENTY), NodeSpace("full", 1, 0), NodeSpace("b", 1, PLENTY), NodeSpace("full too", 1, 0)]
+    plan = make_plan(manifest, nodes, "auto", 2)
+    assert [len(plan.files_of(node)) for node in range(4)] == [4, 0, 4, 0]
+
+
+@pytest.mark.parametrize(("policy", "copies"), [("auto", 0), ("auto", 3), ("partition", 1)])
+def test_copies_that_cannot_be_are_refused(policy, copies):
+    with pytest.raises(UsageError, match=f"{copies} copies of each shard on 2 nodes"):
+        make_plan(manifest_of_sizes([1], []), nodes_of([1, 1]), policy, copies)
+
+
 def test_what_is_held_already_counts_as_room():
     manifest = manifest_of_sizes([10 * CHUNK] * 4, [100], CHUNK)
     nodes = [NodeSpace("a", 1, free_bytes=0, held_bytes=needs(manifest))]
@@ -109,7 +168,7 @@ def test_a_small_node_gets_what_fits():
     manifest = manifest_of_sizes([10 * CHUNK] * 4, [], CHUNK)
     small, large = stored_bytes(manifest.shards[0]), 3 * stored_bytes(manifest.shards[0])
     plan = make_plan(manifest, [NodeSpace("small", 1, small), NodeSpace("large", 1, large)], "auto")
-    assert list(map(len, plan.owned)) == [1, 3]
+    assert list(map(len, plan.first_read)) == [1, 3]
 
 
 def test_no_room_is_refused_with_need_room_and_node():

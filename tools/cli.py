@@ -104,6 +104,9 @@ def stage(
     policy: Annotated[
         PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
     ] = PolicyChoice.AUTO,
+    copies: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that get each shard, in place of --policy.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and move nothing.")] = False,
     make_room: Annotated[
         bool, typer.Option("--make-room", help="Where it does not fit, evict what was unused for longest.")
@@ -127,6 +130,7 @@ def stage(
         source,
         to,
         policy.value,
+        copies=copies,
         dry_run=dry_run,
         make_room=make_room,
         memory_bytes=memory,

@@ -22,6 +22,7 @@ def run(
     to: str,
     policy: Policy = "auto",
     *,
+    copies: int | None = None,
     dry_run: bool = False,
     make_room: bool = False,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -32,7 +33,7 @@ def run(
     communicator = connect()
     prints = communicator.world.rank == 0
     if dry_run:
-        manifest, plan = plan_stage(source, to, policy=policy, world=communicator)
+        manifest, plan = plan_stage(source, to, policy=policy, copies=copies, world=communicator)
         if prints:
             _print_plan(manifest, plan, to, as_json)
         return
@@ -41,6 +42,7 @@ def run(
             source,
             to,
             policy=policy,
+            copies=copies,
             world=communicator,
             make_room=make_room,
             memory_bytes=memory_bytes,
@@ -84,3 +86,6 @@ def _print_receipt(receipt: Receipt, as_json: bool) -> None:
         f"{bytes_text(receipt.written_bytes)} written in {seconds_text(receipt.seconds)}; slowest node {slowest.node}: "
         f"{slowest.gigabytes_per_second:.2f} GB/s"
     )
+    if receipt.bound is not None:
+        bound = receipt.bound
+        say(f"bound by the {bound.resource} of node {bound.node}: busy for {bound.percent:.0f} % of the time")
