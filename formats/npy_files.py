@@ -3,6 +3,7 @@
 The format is described in numpy.lib.format: a magic string, a version, a header that is a Python literal, the elements.
 """
 
+import io
 import os
 import tokenize
 import zipfile
@@ -14,6 +15,7 @@ from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy_format
+from numpy.typing import NDArray
 
 from .errors import SourceError
 from .schema import Field
@@ -21,6 +23,7 @@ from .source_files import SourceFile
 from .source_tensors import BadTensorError, StoredArray, copy_little_endian, make_little_endian, row_count, tensor_field
 
 _PIECE_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 17
 _BAD_HEADER = (ValueError, TypeError, SyntaxError, tokenize.TokenError)
 """What numpy raises for headers that are none."""
 _BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
@@ -45,6 +48,18 @@ def stored_rows(file: SourceFile, descriptor: int) -> StoredArray:
     except BadTensorError as error:
         raise SourceError(str(error)) from None
     return array
+
+
+def array_in(content: bytes | memoryview) -> NDArray[np.generic]:
+    """The array of an .npy file in memory, over its bytes. Raises ValueError for anything that is no whole array of numbers."""
+    stream = io.BytesIO(content[:_MAX_HEADER_BYTES])
+    try:
+        array = _read_header(Path(), stream)
+    except BadTensorError as error:
+        raise ValueError(error.reason) from None
+    if array.offset + array.nbytes != len(content) and not array.dtype.hasobject:
+        raise ValueError(f"it has {len(content)} bytes, its header promises {array.offset + array.nbytes}")
+    return np.frombuffer(content, array.dtype, offset=array.offset).reshape(array.shape, order=array.order)
 
 
 def array_field(array: StoredArray) -> Field:

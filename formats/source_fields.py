@@ -1,15 +1,15 @@
 """The fields that sources make of what they find: images with their size, and columns whose values keep their meaning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
 from .errors import UsageError
-from .images import read_header
+from .images import IMAGE_SUFFIXES, read_header
 from .schema import Field, Schema
-from .values import BadValueError
+from .values import UNKNOWN_ENCODING, BadValueError, encoding_of
 
 SIZE_FIELD = Field(kind="tensor", dtype="int32", shape=(2,), dims=("height_width",))
 """The column `hw` beside an image."""
@@ -26,6 +26,14 @@ def image_field(encoding: str) -> Field:
         encoding=encoding,
         dims=("height", "width", "channel"),
     )
+
+
+def file_field(contents: Sequence[bytes]) -> Field:
+    """The field of files of which these are some: of images, where most start like one, else of the format that all have."""
+    found = [encoding_of(content) for content in contents]
+    if 2 * sum(encoding in IMAGE_SUFFIXES.values() for encoding in found) > len(found):
+        return image_field("image")  # the next one may be of another format
+    return Field(kind="encoded", encoding=found[0] if len(set(found)) == 1 else UNKNOWN_ENCODING, shape=(None,))
 
 
 def image_size(content: memoryview) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The files of a source: found once, with size and time of change, and opened later only if they are still the same."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from .errors import SourceError, source_error
 
 AnyFile = TypeVar("AnyFile")
+AnyValue = TypeVar("AnyValue", bound=Hashable)
 
 SCAN_THREADS = 16
 """Files looked at at a time: on a parallel file system each look is a round trip, on a local one it costs nothing more."""
@@ -77,6 +79,11 @@ def used_files(
     """Those of `files` that the records with these file numbers lie in, and the number of each record's among them."""
     used, renumbered = np.unique(file_numbers, return_inverse=True)
     return tuple(files[number] for number in used.tolist()), renumbered.astype(np.int64)
+
+
+def most_common(values: Iterable[AnyValue]) -> AnyValue:
+    """The value that is there most often, of several such the first. Raises ValueError when there is none."""
+    return max(Counter(values).items(), key=lambda counted: counted[1])[0]
 
 
 def source_name(source: Path | Sequence[Path]) -> str:

@@ -49,6 +49,11 @@ class StoredArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def order(self) -> Literal["C", "F"]:
+        """numpy's word for which extent varies fastest: the last or the first."""
+        return "F" if self.fortran_order else "C"
+
     def row(self, number: int) -> "StoredArray":
         """Row `number` of an array whose rows lie one behind the other."""
         shape = self.shape[1:]
@@ -72,8 +77,7 @@ class StoredArray:
 
     def mapped(self) -> NDArray[np.generic]:
         """The array, mapped into memory: for rows that are scattered over all of the file. Raises OSError."""
-        order: Literal["C", "F"] = "F" if self.fortran_order else "C"
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, self.order)
 
 
 def copy_little_endian(array: NDArray[np.generic], target: memoryview) -> None:

@@ -5,7 +5,6 @@ The convention is that of the webdataset library: the key is a member's path up 
 extension is the rest, in any case. Members of a record need not follow each other here.
 """
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from .checksums import pread_exactly
 from .errors import SourceError, UsageError
 from .images import IMAGE_SUFFIXES, BadImageError
+from .npy_files import array_in
 from .schema import SMALL_FIELD_BYTES, Field, Schema
 from .source_fields import (
     LABEL_FIELD,
@@ -301,7 +301,7 @@ def _numbers(extension: str, content: bytes) -> ArrayLike:
     """The numbers in a member. Raises BadValueError for anything else."""
     try:
         if extension.endswith("npy"):
-            return _npy_array(content)
+            return array_in(content)
         if extension.endswith("json"):
             value: ArrayLike = json.loads(content)
             return value
@@ -309,17 +309,6 @@ def _numbers(extension: str, content: bytes) -> ArrayLike:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except (ValueError, RecursionError):
         raise BadValueError(f"it holds no number but {content[:20]!r}") from None
-
-
-def _npy_array(content: bytes) -> NDArray[np.generic]:
-    """The array of an .npy file, numbers only. Format: numpy.lib.format, versions 1 and 2. Raises ValueError."""
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    read_header_of = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header_of:
-        raise ValueError(f"npy version {version} is not known")
-    shape, fortran_order, dtype = read_header_of[version](stream)
-    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _read_member(file: SourceFile, descriptor: int, content: memoryview, offset: int) -> None:

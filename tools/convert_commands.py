@@ -177,6 +177,30 @@ def _tfrecord(
     return scan_tfrecord(source, first_label=first_label)
 
 
+@_kind("parquet")
+def _parquet(
+    source: Annotated[Path, typer.Argument(help="A Parquet file, or a folder with Parquet files in it or below it.")],
+    fields: Fields = None,
+    primary: Primary = None,
+) -> "Source":
+    """Pack the rows of Parquet files: numbers, texts, lists, images as Hugging Face stores them."""
+    from stagein.formats.source_parquet import scan_parquet
+
+    return scan_parquet(source, fields=parse_fields(fields), primary=primary)
+
+
+@_kind("lmdb")
+def _lmdb(
+    source: Annotated[Path, typer.Argument(help="An LMDB environment, a folder or a file, or a folder of such files.")],
+    fields: Fields = None,
+    primary: Primary = None,
+) -> "Source":
+    """Pack the values of LMDB databases: images, .npy arrays, texts; --field image=image-* where keys differ by field."""
+    from stagein.formats.source_lmdb import scan_lmdb
+
+    return scan_lmdb(source, fields=parse_fields(fields), primary=primary)
+
+
 @_kind("hdf5")
 def _hdf5(
     source: Annotated[Path, typer.Argument(help="A folder of HDF5 files, or one file.")],
