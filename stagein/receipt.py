@@ -97,6 +97,11 @@ class Receipt(BaseModel):
     def written_bytes(self) -> int:
         return sum(node.written_bytes for node in self.nodes)
 
+    @property
+    def slowest(self) -> NodeReceipt:
+        """The node that took longest."""
+        return max(self.nodes, key=lambda node: node.seconds)
+
     def to_bytes(self) -> bytes:
         return self.model_dump_json(indent=1).encode() + b"\n"
 

@@ -32,6 +32,7 @@ from . import inventory
 from .cache import Store, check_destination, expand_node, mount_of, refuse_odd_mounts
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
 from .finding import note_destination, note_use
+from .live import Live, Watch
 from .neighbours import Neighbours, Pulse
 from .node_copy import NodeCopy
 from .receipt import NodeReceipt, Receipt, find_bound
@@ -61,6 +62,7 @@ def stage(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Receipt:
     """Stage the data set `source` below the node-local folder `to`, in which `{node}` stands for the node's name.
 
@@ -74,6 +76,7 @@ def stage(
     memory_bytes     upper bound of the buffers of each rank; at least four chunks are taken.
     timeout_seconds  how long nothing may move before the job is given up, with a sentence that names what was waited for.
     progress         called on each rank with the bytes it has finished and has to finish.
+    watch            called on the first rank with a view of all nodes, about once a second and when a phase begins.
 
     Raises a StageinError on every rank: UsageError, SourceError, NoSpaceError, ChecksumError, InterruptedRunError (after
     SIGTERM, SIGINT or SIGUSR1; resumable). A WatchdogError ends all ranks of an MPI job with exit code 75.
@@ -82,7 +85,7 @@ def stage(
     try:
         with _stop_on_signals() as stop_requested:
             job = _Job(Path(source), to, policy, copies, communicator, stop_requested, make_room)
-            return job.run(memory_bytes, progress)
+            return job.run(memory_bytes, progress, watch)
     except WatchdogError as error:
         if (
             communicator.mpi is not None and not error.reported_by_peer
@@ -154,14 +157,16 @@ class _Job:
         files = self.plan.files_of(self._world.node)
         self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
 
-    def run(self, memory_bytes: int, progress: Progress | None) -> Receipt:
+    def run(self, memory_bytes: int, progress: Progress | None, watch: Watch | None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
         here = self._all.on_this_node()
-        receipt = self._bring_files(here, memory_bytes, progress)
+        receipt = self._bring_files(here, memory_bytes, progress, watch)
         here.free()
         return receipt
 
-    def _bring_files(self, here: Communicator, memory_bytes: int, progress: Progress | None) -> Receipt:
+    def _bring_files(
+        self, here: Communicator, memory_bytes: int, progress: Progress | None, watch: Watch | None
+    ) -> Receipt:
         phases = Phases()
         nothing = np.zeros(len(self._table), dtype=np.bool_)
         if self._copy.complete(here):
@@ -169,9 +174,13 @@ class _Job:
         with self._copy.lease():
             if self._copy.complete(here):  # another job had the lease before us and did the work
                 return self._make_receipt(Transfer(), nothing, phases)
+            live = Live(self._all, self._all.gather_all(self._world), watch)
             missing = self._copy.find_missing(here)
             phases.prepare_seconds = time.monotonic() - self._start
-            transfer = self._move(here, missing, memory_bytes, progress)
+            live.begin("moving")
+            transfer = self._move(here, missing, memory_bytes, progress, live)
+            live.close()
+            live.begin("publishing")
             phases.transfer_seconds = time.monotonic() - self._start - phases.prepare_seconds
             self._copy.publish(str(self._source.absolute()))
             phases.publish_seconds = time.monotonic() - self._start - phases.prepare_seconds - phases.transfer_seconds
@@ -239,8 +248,21 @@ class _Job:
                 evicted = inventory.make_room(self._store.to, self._world.node_name, wanted_bytes, self.manifest.id)
                 self._evicted_bytes = sum(entry.disk_bytes for entry in evicted)
 
-    def _move(self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None) -> Transfer:
+    def _move(
+        self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None, live: Live
+    ) -> Transfer:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
+
+        def note(done_bytes: int, total_bytes: int) -> None:
+            live.note(done_bytes, total_bytes)
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
+        def stop_requested() -> bool:
+            """The engine asks this at every turn, whether anything moves on this rank or not."""
+            live.look()
+            return self._stop_requested()
+
         work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing))
         worlds = self._all.gather_all(self._world)
         chunks_apart, words_apart = self._all.duplicate(), self._all.duplicate()
@@ -253,17 +275,19 @@ class _Job:
         try:
             with contextlib.ExitStack() as stack:
                 with self._all.together():
-                    note = stack.enter_context(self._store.journal(self._world.local_rank)) if missing.any() else None
+                    journal = (
+                        stack.enter_context(self._store.journal(self._world.local_rank)) if missing.any() else None
+                    )
                     engine = Engine(
                         work,
                         self._table,
                         missing,
                         ChunkReader(self._source, self._table),
-                        ChunkWriter(self._store.work, self._table, note),
+                        ChunkWriter(self._store.work, self._table, journal),
                         memory_bytes=memory_bytes,
                         timeout_seconds=self._all.timeout_seconds,
-                        stop_requested=self._stop_requested,
-                        progress=progress,
+                        stop_requested=stop_requested,
+                        progress=note,
                         neighbours=neighbours,
                         pulse=Pulse(words_apart.mpi) if words_apart.mpi is not None else None,
                     )
@@ -286,16 +310,18 @@ class _Job:
     def _make_receipt(self, transfer: Transfer, missing: Flags, phases: Phases) -> Receipt:
         """Add up what the ranks did, and leave the receipt beside READY on every node that got something."""
         transfers = self._all.gather_all((self._world.node, transfer))
+        moved = _add_up([transfer for node, transfer in transfers if node == self._world.node])
+        here_ranks = self._world.local_size
         nbytes = sum(self._table.files[file].nbytes for file in self._copy.files)
         on_this_node = NodeReceipt(
             node=self._world.node_name,
             path=str(self._store.final),
-            ranks=self._world.local_size,
+            ranks=here_ranks,
             files=len(self._copy.files),
             nbytes=nbytes,
             evicted_bytes=self._evicted_bytes,
             reused_bytes=nbytes - self._table.total_bytes(missing),
-            **_add_up([moved for node, moved in transfers if node == self._world.node]),
+            **moved,
             **asdict(phases),
         )
         nodes = tuple(filter(None, self._all.gather_all(on_this_node if self._leads else None)))

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from stagein import chunk_io, neighbours, ring
@@ -85,7 +86,7 @@ def main() -> None:
         read_slowly(arguments.slow_seconds)
     if faulty:
         plant_faults(arguments)
-    before = read_call_bytes()
+    before, views = read_call_bytes(), []
     try:
         receipt = stage(
             arguments.source,
@@ -98,6 +99,7 @@ def main() -> None:
             progress=(lambda done, total: send_signal_in_the_middle(arguments.signal, done, total))
             if faulty and arguments.signal
             else None,
+            watch=views.append,
         )
     except StageinError as error:
         if not error.reported_by_peer:
@@ -105,7 +107,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     read_bytes = sum(communicator.gather_all(read_call_bytes() - before))
     if communicator.world.rank == 0:
-        print(json.dumps({"receipt": receipt.model_dump(), "read_call_bytes": read_bytes}), flush=True)
+        report = {"receipt": receipt.model_dump(), "read_call_bytes": read_bytes, "views": [asdict(v) for v in views]}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

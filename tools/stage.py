@@ -12,7 +12,8 @@ from stagein.stage_plan import Policy, StagePlan
 from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
 from stagein.world import connect
 
-from .console import bytes_text, print_table, progress_bytes, say, seconds_text
+from .console import bytes_text, print_table, say, seconds_text
+from .live_view import show_stage
 
 _LISTED_NODES = 32
 
@@ -37,7 +38,7 @@ def run(
         if prints:
             _print_plan(manifest, plan, to, as_json)
         return
-    with progress_bytes("staging", quiet=as_json) if prints else contextlib.nullcontext() as update:
+    with show_stage() if prints and not as_json else contextlib.nullcontext() as watch:
         receipt = stage(
             source,
             to,
@@ -47,7 +48,7 @@ def run(
             make_room=make_room,
             memory_bytes=memory_bytes,
             timeout_seconds=timeout_seconds,
-            progress=update,
+            watch=watch,
         )
     if prints:
         _print_receipt(receipt, as_json)
@@ -80,12 +81,32 @@ def _print_receipt(receipt: Receipt, as_json: bool) -> None:
     if receipt.moved_nothing:
         say(f"{name} was on {where} already ({receipt.policy}); nothing was moved")
         return
-    slowest = max(receipt.nodes, key=lambda node: node.transfer_seconds + node.publish_seconds)
     say(
         f"{name} is on {where} ({receipt.policy}): {bytes_text(receipt.read_bytes)} read from the source, "
-        f"{bytes_text(receipt.written_bytes)} written in {seconds_text(receipt.seconds)}; slowest node {slowest.node}: "
-        f"{slowest.gigabytes_per_second:.2f} GB/s"
+        f"{bytes_text(receipt.written_bytes)} written in {seconds_text(receipt.seconds)}; {_pace_text(receipt)}"
     )
-    if receipt.bound is not None:
-        bound = receipt.bound
-        say(f"bound by the {bound.resource} of node {bound.node}: busy for {bound.percent:.0f} % of the time")
+    if nodes > 1:
+        _print_nodes(receipt)
+
+
+def _pace_text(receipt: Receipt) -> str:
+    slowest, bound = receipt.slowest, receipt.bound
+    node = f"slowest node {slowest.node}: " if len(receipt.nodes) > 1 else ""
+    pace = f"{node}{slowest.gigabytes_per_second:.2f} GB/s"
+    if bound is None:
+        return pace
+    return f"{pace}; bound by the {bound.resource} of {bound.node}, busy for {bound.percent:.0f} % of the time"
+
+
+def _print_nodes(receipt: Receipt) -> None:
+    table = Table()
+    for column in ("node", "read", "from nodes", "written", "there already", "prepare", "move", "publish", "GB/s"):
+        table.add_column(column)
+    for node in sorted(receipt.nodes, key=lambda node: -node.seconds)[:_LISTED_NODES]:
+        sizes = (node.read_bytes, node.received_bytes, node.written_bytes, node.reused_bytes)
+        phases = (node.prepare_seconds, node.transfer_seconds, node.publish_seconds)
+        rate = f"{node.gigabytes_per_second:.2f}"
+        table.add_row(node.node, *map(bytes_text, sizes), *map(seconds_text, phases), rate)
+    print_table(table)
+    if len(receipt.nodes) > _LISTED_NODES:
+        say(f"and {len(receipt.nodes) - _LISTED_NODES} more nodes, which were quicker; --json lists all")

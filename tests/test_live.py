@@ -1,0 +1,84 @@
+"""The live view of a stage-in: what the first rank hears of the others, and how it is shown."""
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mpi import run_ranks
+from rich.console import Console
+from synthetic import CHUNK_BYTES, write_dataset
+
+from stagein.formats.errors import StageinError
+from stagein.live import LiveView, NodeProgress
+from stagein.staging import stage
+from stagein.tools.live_view import render, show_stage, summary
+from stagein.world import Communicator
+
+RANK = Path(__file__).with_name("staging_rank.py")
+VIEW = LiveView(
+    "moving",
+    60.0,
+    (
+        NodeProgress("quick", 8_000_000_000, 10_000_000_000, 60.0),
+        NodeProgress("slow", 6_000_000_000, 10_000_000_000, 60.0),
+    ),
+)
+
+
+def test_the_slowest_node_sets_the_time_left() -> None:
+    assert VIEW.slowest is not None and VIEW.slowest.name == "slow"
+    assert VIEW.seconds_left == pytest.approx(40.0)
+    assert LiveView("preparing", 3.0).seconds_left is None
+    assert LiveView("moving", 0.0, (NodeProgress("a", 0, 5, 0.0),)).seconds_left is None
+
+
+def test_a_view_in_one_line_and_on_a_terminal() -> None:
+    line = "70% of 20.0 GB, 233.3 MB/s, 40 s left; slowest slow: 60%, 100.0 MB/s"
+    assert summary(VIEW) == line
+    assert summary(LiveView("publishing", 2.0, VIEW.nodes)) == "publishing for 2.0 s"
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(VIEW))
+    rows = console.file.getvalue().splitlines()
+    assert line in rows[0] and [row.split()[0] for row in rows[-2:]] == ["slow", "quick"]
+
+
+def test_a_job_log_gets_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter((1000.0, 1001.0, 1009.0, 1011.0, 1015.0, 1022.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    with show_stage() as watch:
+        for _ in range(5):
+            watch(VIEW)
+    assert capsys.readouterr().err.count("staging: 70% of 20.0 GB") == 2
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "source", (20 * CHUNK_BYTES, 20 * CHUNK_BYTES))
+    return tmp_path / "source"
+
+
+def test_what_the_watcher_raises_ends_the_job(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "nvme").mkdir()
+    with pytest.raises(StageinError, match="ZeroDivisionError"):
+        stage(source, str(tmp_path / "nvme"), world=Communicator(), watch=lambda view: 1 // 0)
+
+
+@pytest.mark.mpi
+def test_the_first_rank_hears_of_all_nodes(source: Path, tmp_path: Path) -> None:
+    for node in "ab":
+        (tmp_path / f"nvme-{node}").mkdir()
+    words = [source, tmp_path / "nvme-{node}", "--policy", "replicate", "--slow-seconds", "0.4"]
+    result = run_ranks(3, sys.executable, RANK, *words, nodes="abb")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    views = report["views"]
+    assert (views[0]["phase"], views[-1]["phase"]) == ("preparing", "publishing")
+    assert {node["name"]: node["done_bytes"] for node in views[-1]["nodes"]}.keys() == {"a", "b"}
+    moving = [view for view in views if view["phase"] == "moving" and view["nodes"]]
+    assert moving and any(all(node["done_bytes"] for node in view["nodes"]) for view in views)
+    assert all(node["done_bytes"] <= node["total_bytes"] for view in views for node in view["nodes"])
