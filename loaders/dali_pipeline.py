@@ -18,6 +18,7 @@ from stagein.formats.errors import SourceError, StageinError, UsageError
 from .batches import HostBatch, RowFailure
 from .dali import import_dali
 from .engine import Delivered
+from .forks import leave_to_parent
 from .graphs import Graph
 
 QUEUE_DEPTH = 2
@@ -172,6 +173,7 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
         # A user's graph is offered every small field; DALI would warn of each that it does not use.
         warnings.filterwarnings("ignore", message="The external source node")
         pipeline.build()
+    leave_to_parent(pipeline)
     return pipeline, tuple(outputs)
 
 

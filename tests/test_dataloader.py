@@ -371,6 +371,50 @@ def test_the_interpreter_exits_at_once_in_the_middle_of_an_epoch(numbered):
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 
 
+BEGUN = """
+import os, sys, time
+from stagein.loaders import DataLoader, RecordDataset, image_train
+if sys.argv[1] == "threads":
+    loader = DataLoader(list(range(100)), 4, num_workers=2)
+else:
+    loader = DataLoader(RecordDataset(sys.argv[2], staged=None), 4, num_workers=2, transform=image_train(16), device="cpu")
+batches = iter(loader)
+next(batches)
+"""
+FORKED = """
+child = os.fork()
+if child == 0:
+    del batches, loader
+    sys.exit(0)
+deadline = time.monotonic() + 20
+while not os.waitpid(child, os.WNOHANG)[0]:
+    assert time.monotonic() < deadline, os.kill(child, 9)
+    time.sleep(0.01)
+print(len(list(batches)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "graph"])
+def test_a_forked_process_ends_and_its_parent_goes_on(numbered, kind):
+    command = [sys.executable, "-c", BEGUN + FORKED, kind, numbered.records.path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    rest = 24 if kind == "threads" else -(-SAMPLES // 4) - 1
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{rest}\n", "")
+
+
+def test_the_interpreter_exits_with_threads_in_the_users_code():
+    program = (
+        "import time\nfrom stagein.loaders import DataLoader\n"
+        "class Slow(list):\n"
+        "    def __getitem__(self, index):\n"
+        "        if index > 3: time.sleep(60)\n"
+        "        return index\n"
+        "batches = iter(DataLoader(Slow(range(100)), 4, num_workers=2)); next(batches); print('left')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
 # --- arguments ---
 
 

@@ -466,11 +466,9 @@ class Trainer:
 
 
 def _loader_state(loader: Batches | None) -> dict[str, Any] | None:
-    """None where there is none, as between epochs, or in a list, or in a loader whose order is not its own."""
+    """None where there is none, as between epochs, or in a list, or where the loader says that it cannot go on from it."""
     state_dict = getattr(loader, "state_dict", None)
     if state_dict is None or not hasattr(loader, "load_state_dict"):
         return None
-    try:
-        return state_dict()  # type: ignore[no-any-return]
-    except UsageError:
-        return None
+    state: dict[str, Any] = state_dict()
+    return None if state.get("refused") else state
