@@ -15,6 +15,7 @@ from lookalikes import DEEPCAM_SHAPE, deepcam_samples, write_deepcam_hdf5, write
 from numpy.typing import NDArray
 from readers import assert_read_alike
 
+from stagein import stage
 from stagein.formats import Dataset, Field, Schema, convert, verify
 from stagein.formats.errors import SourceError
 from stagein.formats.source_hdf5 import scan_hdf5
@@ -200,3 +201,12 @@ def test_killed_and_started_again_it_ends_the_same(tmp_path: Path) -> None:
     whole = convert(MadeRecords(29), tmp_path / "whole.st", shard_bytes=40_000)
     assert again.manifest.id == whole.manifest.id
     assert_holds(Dataset(tmp_path / "x.st"), list(range(29)))
+
+
+def test_a_staged_copy_has_every_field(tmp_path: Path) -> None:
+    convert(MadeRecords(29), tmp_path / "x.st", shard_bytes=100_000)
+    (tmp_path / "node").mkdir()
+    stage(tmp_path / "x.st", str(tmp_path / "node"))
+    (copy,) = (tmp_path / "node/stagein").glob("*/READY")
+    assert_holds(Dataset(tmp_path / "x.st", staged_path=copy.parent), list(range(29)))
+    assert_holds(Dataset(copy.parent), list(range(29)))
