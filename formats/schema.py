@@ -4,6 +4,7 @@ Every field is stored as rows of one shape and type. A `tensor` has one row a re
 bytes of a file or a text, the boxes of an image. That one view serves payloads, HDF5 data sets and Zarr arrays alike.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -123,9 +124,7 @@ class Field(BaseModel):
     @property
     def stored_dtype(self) -> np.dtype[np.generic]:
         """The element type on disk, always little-endian: bytes for `encoded` and `text`, uint16 for bfloat16."""
-        if self.kind in ("encoded", "text"):
-            return np.dtype(np.uint8)
-        return np.dtype("<u2" if self.dtype == BFLOAT16 else self.dtype).newbyteorder("<")
+        return _stored_dtype("uint8" if self.kind in ("encoded", "text") else self.dtype)
 
     @property
     def array_dtype(self) -> np.dtype[np.generic]:
@@ -140,7 +139,7 @@ class Field(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.row_shape) * self.stored_dtype.itemsize
+        return _row_bytes(self.row_shape, self.stored_dtype)
 
     @property
     def record_bytes(self) -> int:
@@ -230,6 +229,16 @@ class Schema(BaseModel):
         field = self.fields[name]
         certain = not field.is_variable and field.record_bytes <= SMALL_FIELD_BYTES and field.codec is None
         return name != self.primary and (field.storage == "column" or (field.storage is None and certain))
+
+
+@functools.cache
+def _stored_dtype(name: str) -> np.dtype[np.generic]:
+    return np.dtype("<u2" if name == BFLOAT16 else name).newbyteorder("<")
+
+
+@functools.cache
+def _row_bytes(row_shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> int:
+    return math.prod(row_shape) * dtype.itemsize
 
 
 def bfloat16_dtype() -> np.dtype[np.generic]:

@@ -163,6 +163,8 @@ def _converted(array: NDArray[np.generic], field: Field, *, is_exact: bool) -> N
     if field.dtype == BFLOAT16:
         return _bfloat16_bits(array, is_exact=is_exact)
     dtype = field.stored_dtype
+    if array.dtype == dtype:
+        return array
     if array.dtype.name == BFLOAT16:
         array = array.astype(np.float32)
     with np.errstate(all="ignore"):

@@ -188,20 +188,21 @@ class _ShardWriter:
         self._shard_bytes = shard_bytes
         self._buffers: ShardBuffers = {}
         self._finished: list[FinishedShard] = []
+        self._column_shapes = {name: field.fixed_shape for name, field in self.schema.columns.items()}
         self._builder = self._new_builder()
 
     def write(self, record: Rows) -> None:
         """Add a record of rows that fit their fields."""
-        large_bytes = {name: record[name].nbytes for name in self.schema.large_fields}
-        if self._builder.records and self._builder.used_bytes + sum(large_bytes.values()) > self._shard_bytes:
+        large_bytes = sum(record[name].nbytes for name in self._room_bytes)
+        if self._builder.records and self._builder.used_bytes + large_bytes > self._shard_bytes:
             self._finish_shard()
-        for name, nbytes in large_bytes.items():
-            if nbytes > self._payload_bytes(name):
-                self._widen(name, nbytes)
+        for name, room_bytes in self._room_bytes.items():
+            if record[name].nbytes > room_bytes:
+                self._widen(name, record[name].nbytes)
         values: dict[str, Value] = {}
         for name, rows in record.items():
-            if name in self.schema.columns:
-                values[name] = rows.reshape(self.schema.fields[name].fixed_shape)
+            if name in self._column_shapes:
+                values[name] = rows.reshape(self._column_shapes[name])
             else:
                 self._builder.room(name, rows.nbytes)[:] = row_bytes(rows)
         self._builder.add(values)
@@ -234,14 +235,12 @@ class _ShardWriter:
                 raise destination_error(error, "writing", self._growing.target) from error
         self._builder = self._new_builder()
 
-    def _payload_bytes(self, name: str) -> int:
-        """Bytes of a full shard of a large field, before compression."""
-        return self._layout.capacity[name] * self.schema.fields[name].row_bytes
-
     def _new_builder(self) -> ShardBuilder:
-        payload_bytes = {name: self._payload_bytes(name) for name in self.schema.large_fields}
-        tensors = [self._layout.capacity[name] for name, field in self.schema.large_fields.items() if field.codec]
-        return ShardBuilder(self.schema, self._buffers, max(tensors, default=0), payload_bytes)
+        capacity, large = self._layout.capacity, self.schema.large_fields
+        self._room_bytes = {name: capacity[name] * field.row_bytes for name, field in large.items()}
+        """Bytes of a full shard of each large field, before compression."""
+        records = max((capacity[name] for name, field in large.items() if field.codec), default=0)
+        return ShardBuilder(self.schema, self._buffers, records, self._room_bytes)
 
     def _finish_shard(self) -> None:
         first, number = sum(shard.records for shard in self._finished), len(self._finished)
