@@ -25,7 +25,7 @@ from .source_tensors import (
     TensorFiles,
     TensorRows,
     common_row_count,
-    describe_first,
+    describe_most,
     read_record,
     refuse_other_field,
     row_count,
@@ -119,7 +119,7 @@ def scan_hdf5(
     that fills the shards, by default the first. `pattern` narrows down the files of a folder, as `data-*.h5`; by default
     all are taken whose name ends in .h5, .hdf5, .hdf or .he5.
 
-    In a folder the first file that has the data sets says what type and shape records have; files that differ are
+    In a folder most of a few files, from all over it, say what type and shape records have; files that differ are
     refused when they are read. Raises SourceError when nothing can be read or rows do not match, and UsageError when
     the fields are not to be guessed, not there, or make no record.
     """
@@ -148,7 +148,7 @@ def _scan_folder(
             datasets = {name: _dataset(content, file.path, path) for name, path in paths.items()}
             return paths, {name: _field(file.path, dataset, dataset.shape) for name, dataset in datasets.items()}
 
-    paths, found = describe_first(root, samples, describe)
+    paths, found = describe_most(root, samples, describe)
     schema = make_schema(found, primary or next(iter(found)))
     return TensorFiles("hdf5", root, schema, samples, Hdf5Samples(paths), empty)
 

@@ -33,7 +33,7 @@ from .source_tensors import (
     TensorRows,
     common_row_count,
     copy_little_endian,
-    describe_first,
+    describe_most,
     read_record,
     refuse_other_field,
     tensor_field,
@@ -138,7 +138,7 @@ def scan_npy(
     with `x` and `y`, or with one array, then plain .npy files. `primary` is the field that fills the shards, by default
     the first.
 
-    The first file that can be read says what type and shape records have; files that differ are refused when they are
+    Most of a few files, from all over the folder, say what type and shape records have; files that differ are refused when they are
     read. Raises SourceError when nothing can be read or what belongs together does not match, and UsageError when
     the fields are not to be guessed, not there, or make no record.
     """
@@ -301,7 +301,7 @@ def _scan_samples(
             found[name] = array_field(array)
         return found
 
-    found = describe_first(root, whole, describe)
+    found = describe_most(root, whole, describe)
     schema = make_schema(found, primary or fields[0])
     return TensorFiles("npy", root, schema, whole, NpySamples(fields), (*refused, *empty))
 
@@ -320,7 +320,7 @@ def _scan_npz(root: Path, names: Sequence[str], members: Mapping[str, str], prim
                     found[name] = array_field(array)
         return chosen, found
 
-    chosen, found = describe_first(root, samples, describe)
+    chosen, found = describe_most(root, samples, describe)
     schema = make_schema(found, primary or next(iter(found)))
     return TensorFiles("npy", root, schema, samples, NpzSamples(chosen), empty)
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import pread_exactly
-from .errors import SourceError
+from .errors import SourceError, UsageError
 from .schema import Field, Schema
-from .source_files import SourceFile
+from .source_files import SourceFile, most_common
 from .sources import RefusedRecord, Room, SourceRecord
 
 FieldReader: TypeAlias = Callable[[str, memoryview], None]
@@ -121,6 +121,8 @@ Sample: TypeAlias = tuple[SourceFile, ...]
 """The files of one record: one that holds all of it, or one a field, in the order of the fields."""
 
 _Description = TypeVar("_Description")
+_LOOKED_AT = 16
+"""Samples that say together what records are."""
 
 
 def without_empty_files(root: Path, samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[RefusedRecord, ...]]:
@@ -130,19 +132,39 @@ def without_empty_files(root: Path, samples: Sequence[Sample]) -> tuple[tuple[Sa
     return whole, tuple(RefusedRecord(name_below(root, file.path), "the file is empty") for file in empty.values())
 
 
-def describe_first(root: Path, samples: Sequence[Sample], describe: Callable[[Sample], _Description]) -> _Description:
-    """What `describe` finds in the first sample that it can read; the others meet their refusal when they are read.
+def describe_most(root: Path, samples: Sequence[Sample], describe: Callable[[Sample], _Description]) -> _Description:
+    """What `describe` finds in most of a few samples from all over the source; the others are refused when they are read.
 
-    Raises SourceError when there is none.
+    When none of these can be read, the first sample that can decides. Raises SourceError when there is none, UsageError
+    when that is what `describe` says about all that can be read.
     """
+    if not samples:
+        raise SourceError(f"{root}: every record has an empty file: was copying them interrupted?")
+    spread = np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int)).tolist()
+    described: list[_Description] = []
+    unknown: UsageError | None = None
+    for number in spread:
+        try:
+            described.append(describe(samples[number]))
+        except BadTensorError:
+            continue
+        except UsageError as error:
+            unknown = unknown or error
+    if described:
+        by_text = {repr(description): description for description in reversed(described)}
+        return by_text[most_common(map(repr, described))]
+    if unknown is not None:
+        raise unknown
+    return _describe_first(root, samples, describe)
+
+
+def _describe_first(root: Path, samples: Sequence[Sample], describe: Callable[[Sample], _Description]) -> _Description:
     first: BadTensorError | None = None
     for sample in samples:
         try:
             return describe(sample)
         except BadTensorError as error:
             first = first or error
-    if first is None:
-        raise SourceError(f"{root}: every record has an empty file: was copying them interrupted?")
     raise SourceError(f"none of the {len(samples)} records in {root} can be read, the first of them: {first}")
 
 

@@ -277,3 +277,16 @@ def test_converted_records_are_the_samples(tmp_path: Path, workers: int) -> None
     for record, sample in zip(dataset, samples, strict=True):
         assert record["data"].tobytes() == sample["data"].tobytes()
         assert np.array_equal(record["label"], sample["label"])
+
+
+def test_the_odd_one_is_refused_even_if_it_is_the_first(tmp_path: Path) -> None:
+    expected = write_deepcam_hdf5(tmp_path / "x")
+    with h5py.File(tmp_path / "x" / "data-0 odd.h5", "w") as file:
+        file["climate/data"], file["climate/labels_0"] = np.zeros((2, 2)), np.zeros(2)
+    with h5py.File(tmp_path / "x" / "data-1 other.h5", "w") as file:
+        file["a"], file["b"] = 1, 2
+    source = scan_hdf5(tmp_path / "x")
+    refused = refusals(source)
+    assert refused.keys() == {"data-0 odd.h5", "data-1 other.h5"}
+    for record, sample in zip(read_source(source)[2:], expected, strict=True):
+        assert_same_bits(record, sample)

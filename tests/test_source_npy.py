@@ -364,3 +364,13 @@ def test_bad_files_are_left_out_on_request(folder: Path, tmp_path: Path) -> None
     converted = convert(scan_npy(folder), tmp_path / "x.st", skip_bad=True)
     assert [refused.name for refused in converted.skipped] == [bad.name]
     assert len(Dataset(tmp_path / "x.st")) == NUM_SAMPLES - 1
+
+
+def test_the_odd_one_is_refused_even_if_it_is_the_first(tmp_path: Path) -> None:
+    expected = write_cosmoflow_npy(tmp_path / "x")
+    np.save(tmp_path / "x" / "0 odd_data.npy", np.zeros(3))
+    np.save(tmp_path / "x" / "0 odd_label.npy", np.zeros(4, np.float32))
+    source = scan_npy(tmp_path / "x")
+    assert refusals(source).keys() == {"0 odd_data.npy"}
+    for record, sample in zip(read_source(source)[1:], expected, strict=True):
+        assert_same_bits(record, sample)
