@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from .errors import UsageError
 from .images import IMAGE_SUFFIXES, read_header
 from .schema import Field, Schema
-from .values import UNKNOWN_ENCODING, BadValueError, encoding_of
+from .source_files import most_common
+from .values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_schema
 
 SIZE_FIELD = Field(kind="tensor", dtype="int32", shape=(2,), dims=("height_width",))
 """The column `hw` beside an image."""
@@ -34,6 +35,15 @@ def file_field(contents: Sequence[bytes]) -> Field:
     if 2 * sum(encoding in IMAGE_SUFFIXES.values() for encoding in found) > len(found):
         return image_field("image")  # the next one may be of another format
     return Field(kind="encoded", encoding=found[0] if len(set(found)) == 1 else UNKNOWN_ENCODING, shape=(None,))
+
+
+def common_array_field(arrays: Sequence[NDArray[np.generic]]) -> Field:
+    """The field of records of which these are some: a `tensor` where most have one shape, else `ragged`. Raises BadValueError."""
+    shape = most_common(array.shape for array in arrays)
+    usual = [array for array in arrays if array.shape == shape]
+    if 4 * len(usual) < 3 * len(arrays):
+        usual = list(arrays)
+    return infer_schema([{"x": array} for array in usual]).fields["x"]
 
 
 def image_size(content: memoryview) -> tuple[int, int]:

@@ -159,11 +159,12 @@ def _imagefolder(
 def _webdataset(
     source: Annotated[Path, typer.Argument(help="A .tar archive, or a folder of them.")],
     fields: Fields = None,
+    primary: Primary = None,
 ) -> "Source":
-    """Pack the samples of tar archives: an image each, its class from .cls, more columns by --field."""
+    """Pack the samples of tar archives: images, .cls, .txt, .json and .npy, any other extension by --field."""
     from stagein.formats.source_webdataset import scan_webdataset
 
-    return scan_webdataset(source, parse_fields(fields))
+    return scan_webdataset(source, parse_fields(fields), primary=primary)
 
 
 @_kind("tfrecord")
