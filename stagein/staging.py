@@ -84,7 +84,15 @@ def stage(
     communicator = _join(world, timeout_seconds)
     try:
         with _stop_on_signals() as stop_requested:
-            job = _Job(Path(source), to, policy, copies, communicator, stop_requested, make_room)
+            job = StageJob(
+                Path(source),
+                to,
+                communicator,
+                policy=policy,
+                copies=copies,
+                make_room=make_room,
+                stop_requested=stop_requested,
+            )
             return job.run(memory_bytes, progress, watch)
     except WatchdogError as error:
         if (
@@ -104,7 +112,7 @@ def plan_stage(
     world: Communicator | MPI.Comm | None = None,
 ) -> tuple[Manifest, StagePlan]:
     """What `stage` would do, without writing anything. Raises as `stage` does before it moves the first byte."""
-    job = _Job(Path(source), to, policy, copies, _join(world, DEFAULT_TIMEOUT_SECONDS), lambda: False)
+    job = StageJob(Path(source), to, _join(world, DEFAULT_TIMEOUT_SECONDS), policy=policy, copies=copies)
     return job.manifest, job.plan
 
 
@@ -123,21 +131,23 @@ class Phases:
     publish_seconds: float = 0.0
 
 
-class _Job:
+class StageJob:
     """One stage-in as one rank sees it. The constructor makes the plan and moves nothing."""
 
     def __init__(
         self,
         source: Path,
         to: str,
-        policy: Policy,
-        copies: int | None,
         communicator: Communicator,
-        stop_requested: Callable[[], bool],
+        *,
+        policy: Policy = "auto",
+        copies: int | None = None,
         make_room: bool = False,
+        stop_requested: Callable[[], bool] = lambda: False,
+        open_source: Callable[[Path, ChunkTable], ChunkReader] = ChunkReader,
     ) -> None:
         self._start = time.monotonic()
-        self._source = source
+        self._source, self._open_source = source, open_source
         self._all, self._world = communicator, communicator.world
         self._leads = self._world.local_rank == 0
         self._stop_requested = stop_requested
@@ -157,7 +167,7 @@ class _Job:
         files = self.plan.files_of(self._world.node)
         self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
 
-    def run(self, memory_bytes: int, progress: Progress | None, watch: Watch | None) -> Receipt:
+    def run(self, memory_bytes: int, progress: Progress | None = None, watch: Watch | None = None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
         here = self._all.on_this_node()
         receipt = self._bring_files(here, memory_bytes, progress, watch)
@@ -282,7 +292,7 @@ class _Job:
                         work,
                         self._table,
                         missing,
-                        ChunkReader(self._source, self._table),
+                        self._open_source(self._source, self._table),
                         ChunkWriter(self._store.work, self._table, journal),
                         memory_bytes=memory_bytes,
                         timeout_seconds=self._all.timeout_seconds,

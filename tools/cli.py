@@ -233,6 +233,22 @@ def bench_load(
     bench_load.run_load(dataset, images, rounds, batch_size, size, threads or usable_cores())
 
 
+@bench_app.command("stage")
+def bench_stage(
+    dataset: Annotated[Path, typer.Argument(help="A data set.")],
+    work: Annotated[Path, typer.Option(help="Folder for the copies of all nodes; made, and removed at the end.")],
+    rounds: Rounds = 5,
+    source_rate: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Bytes a second of the source.  [default: as it is]"),
+    ] = None,
+) -> None:
+    """Stage-in beside a broadcast of chunks and cp on every node, on the ranks that mpirun started; each plays a node."""
+    from . import bench_stage
+
+    bench_stage.run_stage(dataset, work, rounds, source_rate)
+
+
 @bench_app.command("allreduce")
 def bench_allreduce(
     rounds: Rounds = 15,
