@@ -351,8 +351,13 @@ def _fsync_folders(root: Path) -> None:
 
 
 def allocate(descriptor: int, nbytes: int) -> None:
-    """Reserve the bytes of a file, so that a full disk shows before anything is moved. Raises OSError (ENOSPC)."""
-    if nbytes:
+    """Give a file its size, and reserve that on a disk: a full one shows before anything is moved. Raises OSError (ENOSPC).
+
+    File systems without a disk of their own, tmpfs above all, would take as long to reserve as to write.
+    """
+    if not os.major(os.fstat(descriptor).st_dev):
+        os.ftruncate(descriptor, nbytes)
+    elif nbytes:
         try:
             os.posix_fallocate(descriptor, 0, nbytes)
         except OSError as error:

@@ -33,7 +33,7 @@ from .neighbours import Arrival, Neighbours, Pulse, Sent
 from .stage_plan import ChunkTable, Flags, RankWork, buffers_within
 
 _MOST_POSTED_RECEIVES = 4
-_MOST_READS = 2 * READER_THREADS
+_FIRST_WINDOW = 2
 _MOST_DAMAGED_CHUNKS = 64
 """A rank that gets more of them gives up: a network or memory that bad should be taken out of the job."""
 
@@ -105,6 +105,9 @@ class Engine:
         self._most_receives = min(_MOST_POSTED_RECEIVES, number // 2)
         self._under_way = 0
         """Chunks that this rank reads, or has read, for the ring and that have not been everywhere."""
+        self._window = _FIRST_WINDOW
+        """How many of them may be past the reading: buffers that are used again and again stay in the caches, fresh ones cost
+        page faults. It grows while it holds this rank back."""
         self._reading: dict[int, bool] = {}  # chunks being read: do they travel?
         self._checking: dict[int, int] = {}  # chunks being checked on arrival, and their origin
         self._turns: dict[int, deque[int]] = defaultdict(deque)  # chunks in the order in which they go on, by origin
@@ -333,8 +336,8 @@ class Engine:
         Chunks that travel come first, as other nodes wait for them.
         """
         started = 0
-        while self._buffers.free and len(self._reading) < _MOST_READS:
-            if self._own and self._under_way < self._most_under_way:
+        while self._buffers.free and len(self._reading) < READER_THREADS:
+            if self._own and self._may_send_more():
                 self._under_way += 1
                 self._read(self._own.popleft(), travels=True)
             elif self._local and not self._own:
@@ -343,6 +346,12 @@ class Engine:
                 break
             started += 1
         return started
+
+    def _may_send_more(self) -> bool:
+        past_reading = self._under_way - len(self._reading)
+        if past_reading >= self._window and not self._threads.outstanding:
+            self._window += 1  # nothing to do here but to wait for chunks on their way round
+        return past_reading < self._window and self._under_way < self._most_under_way
 
     def _read(self, chunk: int, travels: bool) -> None:
         self._reading[chunk] = travels
