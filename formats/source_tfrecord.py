@@ -27,11 +27,11 @@ from .checksums import Buffer, crc32c
 from .errors import SourceError, UsageError
 from .images import BadImageError
 from .schema import Field, Schema
-from .source_fields import LABEL_FIELD, SIZE_FIELD, column_value, image_field, image_size, make_schema
+from .source_fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size, make_schema
 from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .sources import RefusedRecord, Room, SourceRecord
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes
-from .values import BadValueError, Value
+from .values import UNKNOWN_ENCODING, BadValueError, Value, to_rows
 
 COSMOFLOW_SHAPE = (128, 128, 128, 4)
 
@@ -58,7 +58,8 @@ _STREAM_ERRORS = (*_GZIP_ERRORS, _BadFramingError)
 class MappedFeature:
     """The feature of that name, and the field that it becomes; `first` is taken from its numbers, so that they start at 0.
 
-    A `tensor` field is made of one bytes value that holds its little-endian numbers, or of a list of floats or integers.
+    A `tensor` field is made of one bytes value that holds its little-endian numbers, or of a list of floats or integers, as a
+    `ragged` one is; `encoded` and `text` of one bytes value.
     """
 
     feature: str
@@ -80,6 +81,12 @@ class FieldMapping:
     @property
     def columns(self) -> dict[str, MappedFeature]:
         return {name: mapped for name, mapped in self.fields.items() if name != self.primary}
+
+    @property
+    def variable(self) -> dict[str, MappedFeature]:
+        """The fields whose records differ in size, the primary one first."""
+        ordered = {self.primary: self.primary_feature} | dict(self.fields)
+        return {name: mapped for name, mapped in ordered.items() if mapped.field.is_variable}
 
     @property
     def is_image(self) -> bool:
@@ -131,7 +138,7 @@ class RecordFile:
 
 @dataclass(frozen=True)
 class TFRecords:
-    """Records of TFRecord files: for each its file, its number and place in it, and the size of its primary field."""
+    """Records of TFRecord files: for each its file, its number and place in it, and the sizes of its fields that vary in size."""
 
     name: str
     mapping: FieldMapping
@@ -141,19 +148,29 @@ class TFRecords:
     numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    nbytes: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    """[records, fields of the mapping that vary in size], in bytes."""
     refused: tuple[RefusedRecord, ...]
     kind: str = "tfrecord"
-    secondary_nbytes: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        fixed = np.full(len(self.numbers), self.schema.primary_field.record_bytes, np.int64)
+        return self.sizes[:, 0] if self.mapping.primary in self.mapping.variable else fixed
+
+    @property
+    def secondary_nbytes(self) -> Mapping[str, NDArray[np.int64]]:
+        sizes = zip(self.mapping.variable, self.sizes.T, strict=True)
+        return {name: nbytes for name, nbytes in sizes if name != self.mapping.primary}
 
     def identity(self) -> object:
         names = [file.file.path.name for file in self.files]
-        records = [array.tolist() for array in (self.file_numbers, self.numbers, self.lengths, self.nbytes)]
+        records = [array.tolist() for array in (self.file_numbers, self.numbers, self.lengths, self.sizes)]
         return names, records, self.mapping.mark()
 
     def part(self, numbers: NDArray[np.int64]) -> "ExampleRecords":
         files, file_numbers = used_files(self.files, self.file_numbers[numbers])
-        columns = (self.numbers, self.offsets, self.lengths, self.nbytes)
+        columns = (self.numbers, self.offsets, self.lengths, self.sizes)
         return ExampleRecords(self.mapping, files, file_numbers, *(column[numbers] for column in columns))
 
 
@@ -167,10 +184,10 @@ class ExampleRecords:
     numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    nbytes: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
     def mark(self) -> object:
-        arrays = (self.file_numbers, self.numbers, self.offsets, self.lengths, self.nbytes)
+        arrays = (self.file_numbers, self.numbers, self.offsets, self.lengths, self.sizes)
         return [file.file.mark() for file in self.files], [array.tolist() for array in arrays], self.mapping.mark()
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
@@ -184,42 +201,61 @@ class ExampleRecords:
                         _read_frame(stream, content, int(self.offsets[record]))
                         if file.is_lone:
                             _check_lone(file.file, stream)
-                        made = self._make_record(content[_HEAD_BYTES:-_SUM_BYTES], int(self.nbytes[record]), room)
+                        sizes = dict(zip(self.mapping.variable, self.sizes[record].tolist(), strict=True))
+                        made = self._make_record(content[_HEAD_BYTES:-_SUM_BYTES], sizes, room)
                     except (*_STREAM_ERRORS, BadExampleError, BadValueError, BadImageError) as error:
                         yield RefusedRecord(_record_name(file.file, int(self.numbers[record])), _reason(error))
                     else:
                         yield made
 
-    def _make_record(self, payload: memoryview, nbytes: int, room: Room) -> SourceRecord:
+    def _make_record(self, payload: memoryview, sizes: Mapping[str, int], room: Room) -> SourceRecord:
         """The record that an Example holds. Raises BadExampleError, BadValueError, BadImageError."""
         spans = dict(feature_spans(fetch_from(payload), Span(0, len(payload))))
-        primary = self.mapping.primary_feature
-        content = room(self.mapping.primary, nbytes)
-        _fill_primary(content, payload, _wanted(spans, primary.feature), primary)
-        values: dict[str, Value] = {"hw": image_size(content)} if self.mapping.is_image else {}
-        for name, mapped in self.mapping.columns.items():
-            values[name] = _array(payload, _wanted(spans, mapped.feature), mapped).copy()  # the payload is overwritten
+        values: dict[str, Value] = {}
+        for name, mapped in self.mapping.fields.items():
+            feature = _wanted(spans, mapped.feature)
+            if mapped.field.kind == "text":
+                values[name] = _text(payload, feature, mapped)
+            elif name != self.mapping.primary and mapped.field.kind == "tensor":
+                values[name] = _array(payload, feature, mapped).copy()  # the payload is overwritten
+            else:
+                content = room(name, sizes.get(name, mapped.field.record_bytes))
+                _fill(content, payload, feature, mapped)
+                if name == self.mapping.primary and self.mapping.is_image:
+                    values["hw"] = image_size(content)
         return SourceRecord(values)
 
 
 def scan_tfrecord(
-    source: Path | Sequence[Path], mapping: FieldMapping | None = None, *, first_label: int = 1
+    source: Path | Sequence[Path],
+    mapping: FieldMapping | None = None,
+    *,
+    fields: Mapping[str, str] | None = None,
+    primary: str | None = None,
+    first_label: int = 1,
 ) -> TFRecords:
     """Find the records of a TFRecord file, of a list of them, or of those that lie in a folder.
 
-    In a folder these are *.tfrecord, *.tfrecords and *-00000-of-00001, each also with .gz. Without `mapping` the first
-    record decides between `image_mapping(first_label)` and `cosmoflow_mapping()`. Plain files are stepped through by their headers.
-    A gzip file is decompressed to find its records, unless the primary field has a fixed size and the file's first
+    In a folder these are *.tfrecord, *.tfrecords and *-00000-of-00001, each also with .gz. Without `mapping` and `fields` the
+    first record decides between `image_mapping(first_label)` and `cosmoflow_mapping()`. `fields` names the feature of each
+    field, and where its bytes or its list are the numbers of an array, their type and shape: {"x": "x:int16:128x128x128x4",
+    "boxes": "bbox:float32:?x4"};
+    the first record says what other fields are: lists of one number a scalar, lists of numbers `ragged`, bytes an image, a text
+    or another file. `primary` is by default the first image, else the first large field. Plain files are stepped through by their headers.
+    A gzip file is decompressed to find its records, unless all fields have a fixed size and the file's first
     and last bytes say that it holds one record. What is damaged or truncated is refused. Raises SourceError when there
     is no file, one cannot be read or no mapping is known, UsageError for a mapping that cannot be.
     """
     wanted = "TFRecord files (*.tfrecord, *.tfrecords, *-00000-of-00001)"
     files = find_files(source, lambda name: _WANTED_NAME.search(name) is not None, wanted)
-    mapping = mapping or _guess_mapping(files, first_label)
+    if mapping is None:
+        mapping = _mapping_of(files, fields, primary) if fields else _guess_mapping(files, first_label)
     schema = mapping.schema()
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         scanned = list(pool.map(lambda file: _scan_file(file, mapping), files))
-    found = np.array([record for file in scanned for record in file.records], np.int64).reshape(-1, 4)
+    found = np.array([record for file in scanned for record in file.records], np.int64).reshape(
+        -1, 3 + len(mapping.variable)
+    )
     return TFRecords(
         name=source_name(source),
         mapping=mapping,
@@ -229,34 +265,90 @@ def scan_tfrecord(
         numbers=found[:, 0],
         offsets=found[:, 1],
         lengths=found[:, 2],
-        nbytes=found[:, 3],
+        sizes=found[:, 3:],
         refused=tuple(refused for file in scanned for refused in file.refused),
     )
 
 
 def _guess_mapping(files: Sequence[SourceFile], first_label: int) -> FieldMapping:
     """The mapping that suits the first record there is."""
+    file, _, features = _first_example(files)
+    if {"image/encoded", "image/class/label"} <= features.keys():
+        return image_mapping(first_label)
+    if {"x", "y"} <= features.keys():
+        return cosmoflow_mapping()
+    raise SourceError(f"{file.path} holds the features {_listed(features)}: say by --field which of them become fields")
+
+
+def _mapping_of(files: Sequence[SourceFile], fields: Mapping[str, str], primary: str | None) -> FieldMapping:
+    """The mapping that a user asks for, with the types that the first record there is shows."""
+    file, payload, features = _first_example(files)
+    mapped: dict[str, MappedFeature] = {}
+    for name, place in fields.items():
+        feature, declared = _parse_place(place)
+        if feature not in features:
+            raise UsageError(f"{file.path} has no feature {feature!r}: it has {_listed(features)}")
+        try:
+            mapped[name] = MappedFeature(feature, declared or _field_of(payload, features[feature]))
+        except (BadExampleError, BadValueError) as error:
+            raise UsageError(f"{file.path}: its feature {feature!r} cannot be a field: {error}") from None
+    images = [name for name, each in mapped.items() if each.field.encoding in _IMAGE_ENCODINGS]
+    schema = make_schema({name: each.field for name, each in mapped.items()}, primary or (images[0] if images else ""))
+    return FieldMapping(schema.primary, mapped)
+
+
+def _parse_place(place: str) -> tuple[str, Field | None]:
+    """FEATURE, or FEATURE:TYPE:SHAPE for arrays, where ? is a first extent that differs. Raises UsageError for what is none."""
+    feature, _, rest = place.partition(":")
+    if not rest:
+        return feature, None
+    dtype, _, extents = rest.partition(":")
+    try:
+        shape = tuple(None if extent == "?" else int(extent) for extent in extents.split("x")) if extents else ()
+        return feature, Field(kind="ragged" if None in shape else "tensor", dtype=dtype, shape=shape)
+    except ValueError:  # pydantic's is one
+        raise UsageError(f"{place!r} is not FEATURE:TYPE:SHAPE, such as x:int16:128x128x128x4") from None
+
+
+def _field_of(payload: memoryview, feature: Span) -> Field:
+    """The field that a feature looks like. Raises BadExampleError, BadValueError."""
+    values = feature_values(payload, feature)
+    if not isinstance(values, list):
+        return Field(
+            kind="tensor" if len(values) == 1 else "ragged",
+            dtype=values.dtype.name,
+            shape=() if len(values) == 1 else (None,),
+        )
+    if len(values) != 1:
+        raise BadValueError(f"it holds {len(values)} values of bytes, not one")
+    made = file_field([bytes(values[0])])
+    if made.encoding == UNKNOWN_ENCODING:
+        try:
+            if "\0" not in bytes(values[0]).decode():
+                return Field(kind="text")
+        except UnicodeDecodeError:
+            pass
+    return made
+
+
+def _first_example(files: Sequence[SourceFile]) -> tuple[SourceFile, memoryview, dict[str, Span]]:
+    """The first record there is: its file, its bytes, and where in them its features are."""
     for file in files:
         with file.open() as descriptor, _open_stream(descriptor, is_gzip=_is_gzip(descriptor)) as stream:
             try:
                 payload = memoryview(stream.read(_length(stream.read(_HEAD_BYTES))))
-                names = {name for name, _ in feature_spans(fetch_from(payload), Span(0, len(payload)))}
+                return file, payload, dict(feature_spans(fetch_from(payload), Span(0, len(payload))))
             except (*_STREAM_ERRORS, BadExampleError):
                 continue
-        if {"image/encoded", "image/class/label"} <= names:
-            return image_mapping(first_label)
-        if {"x", "y"} <= names:
-            return cosmoflow_mapping()
-        raise SourceError(f"{file.path} holds the features {_listed(names)}: a mapping must say what they become")
     raise SourceError(f"{files[0].path} is no TFRecord file with a record, nor is any file beside it: check the path")
 
 
 @dataclass
 class _ScannedFile:
-    """What a file holds: number, offset, length and bytes of the primary field of its records."""
+    """What a file holds: number, offset, length of its records, and bytes of their fields that vary in size."""
 
     file: RecordFile
-    records: list[tuple[int, int, int, int]] = field(default_factory=list)
+    records: list[tuple[int, ...]] = field(default_factory=list)
     refused: list[RefusedRecord] = field(default_factory=list)
 
 
@@ -274,8 +366,7 @@ def _scan_lone_record(file: SourceFile, descriptor: int, mapping: FieldMapping) 
 
     The trailer counts modulo 2**32 and only the last member of several, so that this is checked when the file is read.
     """
-    primary = mapping.primary_feature.field
-    if primary.kind != "tensor":
+    if mapping.variable:
         return None
     trailer = os.pread(descriptor, 4, file.nbytes - 4)
     with _open_stream(descriptor, is_gzip=True) as stream:
@@ -285,7 +376,7 @@ def _scan_lone_record(file: SourceFile, descriptor: int, mapping: FieldMapping) 
             return None
     if struct.unpack("<I", trailer) != (length + _FRAME_BYTES,):
         return None
-    return _ScannedFile(RecordFile(file, is_gzip=True, is_lone=True), [(0, 0, length, primary.record_bytes)])
+    return _ScannedFile(RecordFile(file, is_gzip=True, is_lone=True), [(0, 0, length)])
 
 
 def _scan_records(file: RecordFile, descriptor: int, mapping: FieldMapping) -> _ScannedFile:
@@ -307,7 +398,7 @@ def _scan_records(file: RecordFile, descriptor: int, mapping: FieldMapping) -> _
                 if not is_whole:
                     raise _BadFramingError("truncated: the file ends within it")
                 try:
-                    scanned.records.append((number, offset, length, _primary_nbytes(fetch, example, mapping)))
+                    scanned.records.append((number, offset, length, *_variable_nbytes(fetch, example, mapping)))
                 except BadExampleError as error:
                     scanned.refused.append(RefusedRecord(_record_name(file.file, number), str(error)))
                 offset, number = end, number + 1
@@ -317,27 +408,57 @@ def _scan_records(file: RecordFile, descriptor: int, mapping: FieldMapping) -> _
     return scanned
 
 
-def _primary_nbytes(fetch: Fetch, example: Span, mapping: FieldMapping) -> int:
-    """Bytes of the primary field of an Example, of which no more is read than needed. Raises BadExampleError."""
-    primary = mapping.primary_feature
-    if primary.field.kind == "tensor":
-        return primary.field.record_bytes
+def _variable_nbytes(fetch: Fetch, example: Span, mapping: FieldMapping) -> list[int]:
+    """Bytes of the fields of an Example that vary in size; no more is read than that needs. Raises BadExampleError."""
+    variable = mapping.variable
+    if not variable:
+        return []
+    wanted = {mapped.feature for mapped in variable.values()}
+    spans: dict[str, Span] = {}
     for name, feature in feature_spans(fetch, example):
-        if name == primary.feature:
-            value = single_bytes(fetch, feature)
-            return value.stop - value.start
-    raise BadExampleError(f"it has no feature {primary.feature!r}")
+        if name in wanted:
+            spans[name] = feature
+            if len(spans) == len(wanted):
+                break
+    return [_feature_nbytes(fetch, _wanted(spans, mapped.feature), mapped) for mapped in variable.values()]
 
 
-def _fill_primary(content: memoryview, payload: memoryview, feature: Span, mapped: MappedFeature) -> None:
-    """Copy the primary field to its place. Raises BadExampleError, BadValueError."""
+def _feature_nbytes(fetch: Fetch, feature: Span, mapped: MappedFeature) -> int:
+    if mapped.field.kind == "ragged":
+        content = memoryview(fetch(feature.start, feature.stop - feature.start))
+        return len(feature_values(content, Span(0, len(content)))) * mapped.field.stored_dtype.itemsize
+    value = single_bytes(fetch, feature)
+    return value.stop - value.start
+
+
+def _fill(content: memoryview, payload: memoryview, feature: Span, mapped: MappedFeature) -> None:
+    """Copy a field to its place. Raises BadExampleError, BadValueError."""
     if mapped.field.kind == "tensor":
         np.frombuffer(content, mapped.field.stored_dtype)[:] = _array(payload, feature, mapped).ravel()
+        return
+    if mapped.field.kind == "ragged":
+        values = feature_values(payload, feature)
+        if isinstance(values, list) or values.size * mapped.field.stored_dtype.itemsize != len(content):
+            raise BadValueError(f"its feature {mapped.feature!r} is no list of numbers, or is there twice")
+        if len(content) % mapped.field.row_bytes:
+            raise BadValueError(
+                f"its feature {mapped.feature!r} has {values.size} numbers, not rows of {mapped.field.row_shape}"
+            )
+        rows = to_rows(mapped.field, values.reshape(-1, *mapped.field.row_shape))
+        np.frombuffer(content, mapped.field.stored_dtype)[:] = rows.ravel()
         return
     value = single_bytes(fetch_from(payload), feature)
     if value.stop - value.start != len(content):
         raise BadExampleError(f"its feature {mapped.feature!r} is there twice")
     content[:] = payload[value.start : value.stop]
+
+
+def _text(payload: memoryview, feature: Span, mapped: MappedFeature) -> str:
+    value = single_bytes(fetch_from(payload), feature)
+    try:
+        return bytes(payload[value.start : value.stop]).decode()
+    except UnicodeDecodeError:
+        raise BadValueError(f"its feature {mapped.feature!r} is no text in UTF-8") from None
 
 
 def _array(payload: memoryview, feature: Span, mapped: MappedFeature) -> NDArray[np.generic]:

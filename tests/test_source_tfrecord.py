@@ -194,12 +194,54 @@ def test_a_mapping_of_lists_to_a_tensor_and_columns(tmp_path: Path) -> None:
         assert np.array_equal(record.values["small"], [-n, n])
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_features_chosen_by_name(tmp_path: Path, suffix: str) -> None:
+    volumes = [np.random.default_rng(n).integers(0, 99, (20, 30, 4), np.int16) for n in range(7)]
+    payloads = [
+        example(
+            {
+                "depth": bytes_list(volumes[n].tobytes()),
+                "photo": bytes_list(png(n) if n % 2 else jpeg(n)),
+                "tokens": int64_list(*range(-n, 2 * n), packed=bool(n % 2)),
+                "scores": float_list(*[n / 4] * (n + 2)),
+                "caption": bytes_list(f"ein Bild ☃ {n}".encode() if n != 2 else b""),
+                "weight": float_list(float("nan") if n == 3 else n / 2),
+                "second": bytes_list(jpeg(100 + n)),
+                "boxes": float_list(*range(4 * (n % 3 + 1))),
+            }
+        )
+        for n in range(7)
+    ]
+    write(tmp_path / f"a b.tfrecord{suffix}", payloads)
+    names = ("photo", "tokens", "scores", "caption", "weight", "second")
+    arrays = {"depth": "depth:int16:20x30x4", "boxes": "boxes:float32:?x4"}
+    source = scan_tfrecord(tmp_path, fields={name: name for name in names} | arrays)
+    assert source.schema.primary == "photo"
+    convert(source, tmp_path / "x.st", shard_bytes=3000, workers=2)
+    for n, record in enumerate(Dataset(tmp_path / "x.st")):
+        assert record["photo"].tobytes() == (png(n) if n % 2 else jpeg(n))
+        assert record["second"].tobytes() == jpeg(100 + n)
+        assert np.array_equal(record["depth"], volumes[n])
+        assert record["tokens"].tolist() == list(range(-n, 2 * n))
+        assert np.array_equal(record["boxes"], np.arange(4 * (n % 3 + 1)).reshape(-1, 4))
+        assert record["scores"].tolist() == [n / 4] * (n + 2)
+        assert record["caption"] == (f"ein Bild ☃ {n}" if n != 2 else "")
+        assert np.array_equal(record["weight"], np.float32("nan") if n == 3 else np.float32(n / 2), equal_nan=True)
+    for fields, reason in {
+        ("x", "colour"): "has no feature 'colour': it has 'boxes', 'caption'",
+        ("x", "depth:int17:2"): "is not FEATURE:TYPE:SHAPE",
+        ("x", "depth:int16:2y3"): "is not FEATURE:TYPE:SHAPE",
+    }.items():
+        with pytest.raises(UsageError, match=reason):
+            scan_tfrecord(tmp_path, fields=dict([fields]))
+
+
 def test_mappings_that_cannot_be(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tfrecord", [image_example(1)])
     with pytest.raises(UsageError, match="the primary field 'picture' is among them"):
         scan_tfrecord(path, FieldMapping("picture", image_mapping().fields))
     write(path, [example({"a": int64_list(1), "ö": int64_list(1)})])
-    with pytest.raises(SourceError, match="holds the features 'a', 'ö': a mapping must say"):
+    with pytest.raises(SourceError, match="holds the features 'a', 'ö': say by --field"):
         scan_tfrecord(path)
 
 

@@ -170,12 +170,19 @@ def _webdataset(
 @_kind("tfrecord")
 def _tfrecord(
     source: Annotated[Path, typer.Argument(help="A TFRecord file, plain or gzip, or a folder of them.")],
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field", metavar="NAME=FEATURE", help="A field and its feature, of arrays FEATURE:TYPE:SHAPE; repeat it."
+        ),
+    ] = None,
+    primary: Primary = None,
     first_label: Annotated[int, typer.Option(help="The number that the classes of images are counted from.")] = 1,
 ) -> "Source":
-    """Pack TFRecord files as CosmoFlow (`x`, `y`) or ResNet-50 (`image/encoded`, `image/class/label`) has them."""
+    """Pack TFRecord files: as CosmoFlow and ResNet-50 have them, or any features by --field, such as x=x:int16:8x8x4."""
     from stagein.formats.source_tfrecord import scan_tfrecord
 
-    return scan_tfrecord(source, first_label=first_label)
+    return scan_tfrecord(source, fields=parse_fields(fields), primary=primary, first_label=first_label)
 
 
 @_kind("parquet")
