@@ -53,7 +53,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                   that can be called, for samples one by one. Over any other data set: a function of one sample.
     device        where batches are delivered; by default the current CUDA device where there is one, else the CPU.
     seed          of the order and of the graph's random numbers.
-    distributed   True: this rank's share, rank and world from torch.distributed or MPI; (rank, world): these; one dimension
+    distributed   True: this rank's share, rank and world from torch.distributed, MPI or Slurm; (rank, world): these; one dimension
                   of a device mesh: ranks along it divide the samples, the others get the same; False: everything. None is
                   an error where there is more than one rank and no sampler: each would load all.
     tail          "share": the last samples are shared out, so a rank's last batch can be smaller, even empty; "pad":
@@ -199,7 +199,21 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """What this loader does, in a few lines: who decides the order, who does the work."""
         transform = [f"transform: {line}" for line in self._translation.lines]
         reads = [f"reads: {self.dataset.description}"] if isinstance(self.dataset, RecordDataset) else []
-        return "\n".join([self._order.description, *reads, *transform, f"work: {self._path.description}"])
+        work = f"work: {self._path.description}, {self._why()}"
+        return "\n".join([self._order.description, *reads, *transform, work])
+
+    def _why(self) -> str:
+        """Why the work is done so."""
+        if isinstance(self.dataset, IterableDataset):
+            return "because an IterableDataset says itself what comes next"
+        if isinstance(self._path, TorchPath):
+            return "because multiprocessing_context asks for processes"
+        if not isinstance(self.dataset, RecordDataset):
+            return "because a data set that is no RecordDataset is asked for one sample after the other"
+        if isinstance(self._path, SamplePath):
+            transform = "the transform takes samples" if self._translation.per_sample else "there is no graph"
+            return f"because {transform}, and not all fields are tensors: a graph would make whole batches"
+        return "whole batches at once"
 
     def _others_order(self) -> Order:
         if isinstance(self.dataset, IterableDataset):
@@ -374,7 +388,8 @@ def _own_order(
         is_divided = True
         # Some framework makes this loader anew, with the sampler that it found in another.
         order = sampler.own.order
-        share, seed, shuffle = Share(order.rank, order.world_size), order.seed, order.shuffle
+        share = Share(order.rank, order.world_size, sampler.own.said_by)
+        seed, shuffle = order.seed, order.shuffle
     elif sampler is not None or batch_sampler is not None:
         if is_divided and not divides_already(sampler, batch_sampler):
             raise UsageError(
@@ -402,7 +417,7 @@ def _own_order(
         tail="drop" if drop_last else tail,
     )
     dataset_id = dataset.records.manifest.id if isinstance(dataset, RecordDataset) else None
-    return OwnOrder(order, dataset_id, batched=batch_size is not None)
+    return OwnOrder(order, dataset_id, batch_size is not None, share.said_by)
 
 
 def _refuse_pad_without_own_order(tail: str) -> None:

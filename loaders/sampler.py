@@ -101,10 +101,11 @@ class OwnOrder:
 
     dataset_id  of the data set, where it has one: a state of another is refused.
     batched     False: every step is one sample, and its index is no list.
+    said_by     who says which rank of how many this is, for the description.
     """
 
-    def __init__(self, order: GlobalOrder, dataset_id: str | None, batched: bool) -> None:
-        self.order, self.batched = order, batched
+    def __init__(self, order: GlobalOrder, dataset_id: str | None, batched: bool, said_by: str) -> None:
+        self.order, self.batched, self.said_by = order, batched, said_by
         self._dataset_id = dataset_id
         self._progress = Progress()
         self._at_start = True
@@ -115,7 +116,7 @@ class OwnOrder:
         order = self.order
         return (
             f"order: the loader's own, seed {order.seed}, {'shuffled' if order.shuffle else 'not shuffled'}, "
-            f"rank {order.rank} of {order.world_size}, global batch {order.global_batch}, tail: {order.tail}"
+            f"rank {order.rank} of {order.world_size} by {self.said_by}, global batch {order.global_batch}, tail: {order.tail}"
         )
 
     def begin(self) -> "OwnEpoch":

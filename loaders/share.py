@@ -30,6 +30,7 @@ class Share:
 
     rank: int = 0
     world_size: int = 1
+    said_by: str = "nobody"
 
 
 EVERYTHING = Share()
@@ -38,7 +39,7 @@ EVERYTHING = Share()
 def find_share(distributed: Distributed) -> Share:
     """The share that `distributed` stands for. Raises UsageError for what is no share.
 
-    True: rank and world of torch.distributed or MPI (`stagein.world.find_rank`); (rank, world size); one dimension of
+    True: rank and world of torch.distributed, MPI or Slurm (`stagein.world.find_rank`); (rank, world size); one dimension of
     a device mesh: ranks that differ only in the other dimensions (model parallel ones) get the same share.
     """
     if distributed is None or distributed is False:
@@ -51,11 +52,11 @@ def find_share(distributed: Distributed) -> Share:
                 f"distributed= is a device mesh of {distributed.ndim} dimensions: give the one that the data are divided "
                 "along, such as mesh['dp']"
             )
-        return Share(distributed.get_local_rank(), distributed.size())
+        return Share(distributed.get_local_rank(), distributed.size(), "a device mesh")
     if isinstance(distributed, tuple) and len(distributed) == 2:
         rank, world_size = distributed
         if isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size:
-            return Share(rank, world_size)
+            return Share(rank, world_size, "the caller")
     raise UsageError(
         f"distributed={distributed!r} is not (rank, world size) with 0 <= rank < world size, nor True, False or one "
         "dimension of a device mesh"
@@ -71,9 +72,9 @@ def divides_already(sampler: Iterable[Any] | None, batch_sampler: Iterable[Any] 
 
 def refuse_undivided() -> None:
     """Raise UsageError where there are several ranks, and nothing said how they divide the samples."""
-    rank, world_size = find_rank()
+    rank, world_size, said_by = find_rank()
     if world_size > 1:
         raise UsageError(
-            f"this is rank {rank} of {world_size}, and every rank would load all samples: say distributed=True for a share "
+            f"this is rank {rank} of {world_size} by {said_by}, and every rank would load all samples: say distributed=True for a share "
             "each, distributed=False for all, or give a sampler"
         )

@@ -36,7 +36,7 @@ class Notice:
             kind, sentence = type(error).__name__, str(error)
         else:
             kind, sentence = StageinError.__name__, f"{type(error).__name__}: {error}"
-        return cls(find_rank()[0], node_name(), place, kind, sentence)
+        return cls(find_rank().rank, node_name(), place, kind, sentence)
 
     def as_error(self) -> StageinError:
         """What the other ranks raise."""
@@ -58,7 +58,7 @@ class FailureBoard(Protocol):
 
 def join_board() -> FailureBoard | None:
     """The board of this job: torch.distributed's store where it is in use, else messages of MPI; None when alone."""
-    rank, world_size = find_rank()
+    rank, world_size, _ = find_rank()
     if world_size == 1:
         return None
     distributed = sys.modules.get("torch.distributed")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,19 +240,31 @@ def _ended_when_stuck(timeout_seconds: float, sentence: str, exit_code: int = Ex
         timer.cancel()
 
 
-def find_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """This process's rank and the number of ranks: torch.distributed's where it is in use, else MPI's, else (0, 1).
+class FoundRank(NamedTuple):
+    """Rank `rank` of `size`, and who says so."""
+
+    rank: int
+    size: int
+    said_by: str
+
+
+def find_rank(environment: Mapping[str, str] = os.environ) -> FoundRank:
+    """This process's rank and the number of ranks: torch.distributed's where it is in use, else MPI's, else Slurm's, else (0, 1).
 
     Unlike `connect` this is not collective: a rank may ask alone. torch.distributed is in use when it was initialised or
-    torchrun started us. Raises UsageError where `connect` does.
+    torchrun started us. Raises UsageError when MPI was started, but does not see the other tasks that Slurm did start.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
+        return FoundRank(distributed.get_rank(), distributed.get_world_size(), "torch.distributed")
     if "TORCHELASTIC_RUN_ID" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    mpi = _world_communicator()
-    return (0, 1) if mpi is None else (mpi.Get_rank(), mpi.Get_size())
+        return FoundRank(int(environment["RANK"]), int(environment["WORLD_SIZE"]), "torchrun")
+    if started_by_mpi(environment):
+        mpi = _world_communicator()
+        return FoundRank(0, 1, "nobody") if mpi is None else FoundRank(mpi.Get_rank(), mpi.Get_size(), "MPI")
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return FoundRank(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]), "Slurm")
+    return FoundRank(0, 1, "nobody")
 
 
 def ranks_on_this_node(environment: Mapping[str, str] = os.environ) -> int:

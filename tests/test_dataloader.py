@@ -479,7 +479,7 @@ def test_stats_count_what_was_delivered(numbered):
 
 def test_explain_says_who_does_what(numbered):
     text = make_loader(numbered, 10, num_workers=3, distributed=(1, 2), decode_threads=2).explain()
-    assert "rank 1 of 2, global batch 20, tail: share" in text
+    assert "rank 1 of 2 by the caller, global batch 20, tail: share" in text
     assert "3 reader threads, DALI with 2 threads, batches on cpu" in text
     assert "order: by SequentialSampler" in DataLoader([1, 2]).explain()
     assert "sample by sample, by the caller" in DataLoader([1, 2]).explain()
@@ -492,11 +492,18 @@ def test_several_ranks_without_a_word_about_them_are_refused(numbered, monkeypat
     for name, value in {"TORCHELASTIC_RUN_ID": "job", "RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        UsageError, match=r"^this is rank 1 of 4, and every rank would load all samples: [^\n]*distributed=True"
+        UsageError,
+        match=r"^this is rank 1 of 4 by torchrun, and every rank would load all samples: [^\n]*distributed=True",
     ):
         iter(make_loader(numbered))
     assert len(make_loader(numbered, distributed=False)) == 11
     assert len(make_loader(numbered, distributed=True)) == 3
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for name, value in {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="this is rank 2 of 3 by Slurm"):
+        iter(make_loader(numbered))
+    assert "rank 2 of 3 by Slurm" in make_loader(numbered, distributed=True).explain()
     assert len(make_loader(numbered, sampler=range(16), shuffle=None)) == 2
 
 

@@ -597,7 +597,7 @@ def test_frameworks_see_by_the_sampler_what_the_order_is():
     again = DataLoader(Numbers(), 6, sampler=shared.sampler)
     again.set_epoch(0)
     assert sorted(index for batch in again for index in batch.tolist()) != sorted(ids)
-    assert "rank 1 of 2, global batch 12" in again.explain()
+    assert "rank 1 of 2 by the caller, global batch 12" in again.explain()
 
 
 # --- state: everything delivered once, wherever the run stopped ---
