@@ -20,11 +20,13 @@ from .worker_info import MAX_SEED, Introduced
 class LoaderStats:
     """What a loader did since it was made, on this rank.
 
-    read_s        seconds that threads spent reading and planning, added up over the threads.
+    read_s        seconds that threads spent reading, or loading samples one by one, added up over the threads.
     read_wait_s   seconds that the caller waited for reading, or for workers.
     graph_wait_s  seconds that the caller waited for decoding and the rest of the graph.
     left_shards   files of the staged copy that turned out to be bad and are read from the source.
     bad_records   distinct records that others took the place of.
+    ready_batches  batches that were ready when the caller asked for the next one, added up: by `batches`, the mean depth of
+                   the queue. Near 0, the caller waits for data.
     """
 
     batches: int = 0
@@ -35,6 +37,7 @@ class LoaderStats:
     graph_wait_s: float = 0.0
     left_shards: int = 0
     bad_records: int = 0
+    ready_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,11 @@ class FastPath:
             stats.read_s += host.read_s
             yield host.task, batch
 
-    def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
-        """The same batches; the time that the caller waits for each goes into the statistics."""
+    def _timed(self, batches: ReadAhead[BatchTask, HostBatch]) -> Iterator[HostBatch]:
+        """The same batches; how many are ready, and the time that the caller waits for each, go into the statistics."""
         while True:
             started = time.perf_counter()
+            self.stats.ready_batches += batches.num_ready
             batch = next(batches, None)
             self.stats.read_wait_s += time.perf_counter() - started
             if batch is None:

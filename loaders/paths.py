@@ -5,6 +5,7 @@ SamplePath  any map-style data set, sample by sample, in the caller or in thread
 TorchPath   torch's own iterator: worker processes where multiprocessing_context asks for them, IterableDatasets
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -67,12 +68,13 @@ class SamplePath:
         return f"sample by sample, by {who}"
 
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
+        fetch = _TimedFetch(self.fetch, self.stats)
         workers, self._workers = self._workers, None
         if workers is None:
             base_seed = draw_base_seed()
             if not self.num_workers:
-                return _Counted(CallerFetcher(self.fetch, epoch.steps()), self.stats)
-            workers = WorkerThreads(self.fetch, self.fetch.dataset, self.num_workers, base_seed, self.worker_init_fn)
+                return _Counted(CallerFetcher(fetch, epoch.steps()), self.stats)
+            workers = WorkerThreads(fetch, self.fetch.dataset, self.num_workers, base_seed, self.worker_init_fn)
         if self.persistent:
             self._workers = workers
         threads = ThreadFetcher(
@@ -84,6 +86,21 @@ class SamplePath:
             keep_workers=self.persistent,
         )
         return _Counted(threads, self.stats)
+
+
+class _TimedFetch:
+    """The same; the time it takes goes into the statistics."""
+
+    def __init__(self, fetch: FetchSamples, stats: LoaderStats) -> None:
+        self._fetch, self._stats = fetch, stats
+        self._lock = threading.Lock()
+
+    def __call__(self, step: Step) -> Any:
+        started = time.perf_counter()
+        batch = self._fetch(step)
+        with self._lock:
+            self._stats.read_s += time.perf_counter() - started
+        return batch
 
 
 @dataclass
@@ -118,6 +135,8 @@ class _Counted:
 
     def __next__(self) -> Delivery:
         started = time.perf_counter()
+        if isinstance(self._deliveries, ThreadFetcher):
+            self._stats.ready_batches += self._deliveries.num_ready
         step, batch = next(self._deliveries)
         self._stats.read_wait_s += time.perf_counter() - started
         self._stats.batches += 1

@@ -54,6 +54,11 @@ class ReadAhead(Generic[Task, Result]):
         for thread in self._threads:
             thread.start()
 
+    @property
+    def num_ready(self) -> int:
+        """Results that wait for the caller."""
+        return sum(future.done() for future, _ in self._pending)
+
     def __iter__(self) -> Iterator[Result]:
         return self
 

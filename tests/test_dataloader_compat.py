@@ -768,6 +768,14 @@ def test_stats_count_batches_on_every_path():
     for loader in (DataLoader(Numbers(), 4), DataLoader(Numbers(), 4, num_workers=2), DataLoader(Stream(), 4)):
         batches = list(loader)
         assert loader.stats().batches == len(batches)
+    waits = DataLoader(Asking(20), 1, num_workers=1)
+    list(waits)
+    assert 20 * 0.002 <= waits.stats().read_s <= 5
+    assert waits.stats().read_wait_s > 0
+    slow = iter(loader := DataLoader(Numbers(20), 1, num_workers=2, prefetch_factor=3))
+    for _ in slow:
+        time.sleep(0.005)
+    assert loader.stats().ready_batches / 20 > 2
 
 
 def test_no_warning_for_more_threads_than_cores():
