@@ -1,5 +1,6 @@
 """The sums that guard every byte: crc32c a record (when it is read), xxh3_128 a chunk of a file (when it is staged)."""
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 CHUNK_SUM_BYTES = 16
+
+PASSING_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""A server of a parallel file system that fails over answers reads with these for a while."""
+RETRY_PAUSES_SECONDS = (0.1, 0.4, 1.6, 6.4)
 
 
 def crc32c(data: Buffer) -> int:

@@ -31,6 +31,10 @@ _ZSTD_LEVEL = 3
 _LZ4_BLOCK_BYTES = 65536
 _SHUFFLES = {"byte": 1, "bit": 2}
 
+BLOSC, ZSTD, LZ4 = 1, 2, 3
+"""What kernels know the codecs by."""
+_KERNEL_NUMBERS: dict[CodecName, int] = {"blosc-lz4": BLOSC, "zstd": ZSTD, "lz4": LZ4}
+
 numcodecs.blosc.use_threads = False  # its own threads serialise ours, and its global state is not safe among them
 
 
@@ -41,6 +45,11 @@ class Codec(BaseModel):
 
     name: CodecName
     shuffle: Literal["byte", "bit"] | None = None
+
+    @property
+    def kernel_number(self) -> int:
+        """What kernels know this codec by."""
+        return _KERNEL_NUMBERS[self.name]
 
     def hdf5_filter(self, itemsize: int, record_bytes: int) -> tuple[int, tuple[int, ...]]:
         """Registered number and parameters of the HDF5 filter."""
@@ -150,7 +159,11 @@ def _decode_lz4_into(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> No
         (nbytes,) = struct.unpack_from(">I", stored, position)
         position += 4
         room = min(block_bytes, total - start)
-        if position + nbytes > len(stored) or decompress(source + position, target + start, nbytes, room) != room:
+        if position + nbytes > len(stored):
+            raise ValueError(f"it ends within the block at byte {position}")
+        if nbytes == room:  # stored raw: not by us, but other writers of the filter do that
+            record[start : start + room] = stored[position : position + nbytes]
+        elif decompress(source + position, target + start, nbytes, room) != room:
             raise ValueError(f"the block at byte {position} is no LZ4 block of {room} bytes")
         position += nbytes
     if position != len(stored):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import ChecksumError, SourceError
 from .index import RecordIndex
-from .record_reader import RecordReader
+from .record_reader import PackedRecords, RecordNumbers, RecordReader
 from .schema import Field
 
 Result = TypeVar("Result")
@@ -29,11 +29,19 @@ class FallbackReader(RecordReader):
         self.left: dict[Path, str] = {}
         """Why each shard was left."""
 
-    def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
-        return self._falling_back(records, lambda: super(FallbackReader, self).read_records(records, buffer))
+    def read_packed(
+        self, records: RecordNumbers, buffer: memoryview | None = None, *, check: bool = True
+    ) -> PackedRecords:
+        return self._falling_back(
+            records, lambda: super(FallbackReader, self).read_packed(records, buffer, check=check)
+        )
 
-    def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
-        return self._falling_back(records, lambda: super(FallbackReader, self).read_tensors(records, out))
+    def read_tensors(
+        self, records: RecordNumbers, out: NDArray[np.generic] | None = None, *, threads: int = 1
+    ) -> NDArray[np.generic]:
+        return self._falling_back(
+            records, lambda: super(FallbackReader, self).read_tensors(records, out, threads=threads)
+        )
 
     def read_ranges(
         self,
@@ -44,31 +52,28 @@ class FallbackReader(RecordReader):
         after: NDArray[np.uint32],
         buffer: NDArray[np.uint8],
     ) -> None:
+        self._falling_back(
+            records, lambda: super(FallbackReader, self).read_ranges(records, start, nbytes, before, after, buffer)
+        )
+
+    def _falling_back(self, records: RecordNumbers, read: Callable[[], Result]) -> Result:
         while True:
             shards = self._shards
             try:
-                return super().read_ranges(records, start, nbytes, before, after, buffer)
-            except (SourceError, ChecksumError):
-                # Whole records that are in order say that the fault is not in a shard but in what is known of the range.
-                if not self._leave_bad_shards(records.tolist()) or self._shards == shards:
-                    raise
-
-    def _falling_back(self, records: Sequence[int], read: Callable[[], Result]) -> Result:
-        while True:
-            try:
                 return read()
             except (SourceError, ChecksumError):
-                if not self._leave_bad_shards(records):
+                # Whole records that are in order say that the fault is not in a shard but in what is known of it.
+                if not self._leave_bad_shards(records) or self._shards == shards:
                     raise
 
-    def _leave_bad_shards(self, records: Sequence[int]) -> bool:
+    def _leave_bad_shards(self, records: RecordNumbers) -> bool:
         """Whether reading these records again can go better: no error of theirs is one of the source."""
         with self._changing:
             shards = list(self._shards)
             for record in np.unique(np.asarray(records, dtype=np.int64)).tolist():
                 shard = int(self.index.shard[record])
                 try:
-                    RecordReader.read_records(self, [record])
+                    RecordReader.read_packed(self, [record])
                 except (SourceError, ChecksumError) as error:
                     if self._shards[shard] == self._source[shard]:
                         return False

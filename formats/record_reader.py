@@ -1,23 +1,71 @@
-"""Reading one large field of a data set: (shard, offset, nbytes) from its index, `preadv` into one buffer, crc32c of every record."""
+"""Reading one large field of a data set: (shard, offset, nbytes) from its index, many records by one call off the GIL.
 
+Bytes go from the page cache straight to where they are wanted, by `pread`. A memory map would be faster for small records
+that are in memory, but a damaged disk or a file cut short then ends the process without a word. O_DIRECT is not used either:
+asking the kernel for a whole batch at once keeps a disk busier than reading around the page cache one record at a time.
+"""
+
+import functools
+import itertools
 import os
-import resource
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import crc32c, crc32c_extend, pread_exactly
-from .errors import ChecksumError, SourceError
+from .checksums import PASSING_TROUBLE, RETRY_PAUSES_SECONDS, crc32c, pread_exactly
+from .errors import ChecksumError, SourceError, UsageError
 from .index import RecordIndex
 from .schema import Field
+from .shard_files import ShardFiles
 
-_RESERVED_DESCRIPTORS = 256
-"""Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
+if TYPE_CHECKING:
+    from types import ModuleType
+
+RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
+_NO_SUMS = np.empty(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The crc32c of records up to the start of what is read of each (nothing: it is read from its first byte), and up to the
+    end (nothing: it is not checked)."""
+
+    before: NDArray[np.uint32]
+    after: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class PackedRecords(Sequence[NDArray[np.uint8]]):
+    """Bytes of records, one after the other in one buffer: entry i is the `nbytes[i]` bytes from `start[i]` on, a view."""
+
+    buffer: NDArray[np.uint8]
+    start: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @overload
+    def __getitem__(self, number: int) -> NDArray[np.uint8]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> "PackedRecords": ...
+
+    def __getitem__(self, number: int | slice) -> "NDArray[np.uint8] | PackedRecords":
+        if isinstance(number, slice):
+            return PackedRecords(self.buffer, self.start[number], self.nbytes[number])
+        start = self.start[number]
+        return self.buffer[start : start + self.nbytes[number]]
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        for start, nbytes in zip(self.start.tolist(), self.nbytes.tolist(), strict=True):
+            yield self.buffer[start : start + nbytes]
 
 
 class RecordReader:
@@ -32,44 +80,26 @@ class RecordReader:
         self.field = field
         self.index = index
         self._shards = tuple(shards)
-        self._files = _ShardFiles(self._shards)
+        self._files = ShardFiles(shards)
 
-    def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
-        """Read the stored bytes of these records of the field, in this order.
+    def read_records(self, records: RecordNumbers, buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
+        """The stored bytes of these records, in this order, as a list of views into one buffer; see `read_packed`."""
+        return list(self.read_packed(records, buffer))
 
-        records  record numbers, 0 … len - 1.
-        buffer   where to put the bytes, one record after the other; by default fresh memory of the right size.
+    def read_packed(
+        self, records: RecordNumbers, buffer: memoryview | None = None, *, check: bool = True
+    ) -> PackedRecords:
+        """Read the stored bytes of these records, in this order, one after the other into one buffer.
 
-        Returns one uint8 array a record, each a view into that one buffer. Every record's crc32c is checked.
-        Raises ChecksumError or SourceError, naming shard and record.
+        records  record numbers, 0 … len - 1; the same one may come several times.
+        buffer   where to put the bytes; by default fresh memory of the right size.
+        check    compare the crc32c of every record; False only for bytes that were verified lately.
+
+        Raises ChecksumError or SourceError, naming shard and record; UsageError for a buffer that is too small.
         """
-        numbers = np.asarray(records, dtype=np.int64)
-        shards, offsets = self.index.shard[numbers].tolist(), self.index.offset[numbers].tolist()
-        sizes, sums = self.index.nbytes[numbers].tolist(), self.index.crc32c[numbers].tolist()
-        target = memoryview(np.empty(sum(sizes), np.uint8)) if buffer is None else buffer.cast("B")
-        whole = np.frombuffer(target, np.uint8) if len(target) else np.empty(0, np.uint8)
-        views: list[NDArray[np.uint8]] = []
-        position = 0
-        for record, shard, offset, nbytes, expected in zip(numbers.tolist(), shards, offsets, sizes, sums, strict=True):
-            end = position + nbytes
-            with self._files.descriptor(shard) as descriptor:
-                try:
-                    got = pread_exactly(descriptor, target[position:end], offset)
-                except OSError as error:
-                    raise SourceError(f"{self._place(record, shard)} cannot be read: {error.strerror}") from error
-            view = whole[position:end]
-            if got != nbytes:
-                raise SourceError(
-                    f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says"
-                )
-            if (found := crc32c(view)) != expected:
-                raise ChecksumError(
-                    f"{self._place(record, shard)} is damaged: its crc32c is {found:08x}, the index says {expected:08x}; "
-                    f"run `stagein verify` on it and restore the shard"
-                )
-            views.append(view)
-            position = end
-        return views
+        numbers = np.asarray(records, np.int64)
+        sums = _Sums(_NO_SUMS, self.index.crc32c[numbers] if check else _NO_SUMS)
+        return self._read(numbers, self.index.offset[numbers], self.index.nbytes[numbers], buffer, sums)
 
     def read_ranges(
         self,
@@ -84,48 +114,49 @@ class RecordReader:
 
         before, after  the crc32c of the record up to where the range starts and up to where it ends: they are checked.
 
-        Raises ChecksumError or SourceError, naming shard and record.
+        A record may come several times. Raises ChecksumError or SourceError, naming shard and record; UsageError for a range
+        that is not all in its record, or a buffer that is too small.
         """
-        shards, offsets = self.index.shard[records].tolist(), self.index.offset[records].astype(np.int64) + start
-        ranges = zip(
-            records.tolist(), shards, offsets.tolist(), nbytes.tolist(), before.tolist(), after.tolist(), strict=True
-        )
-        position = 0
-        for record, shard, offset, length, sum_before, sum_after in ranges:
-            if length == 0:
-                continue
-            view = buffer[position : position + length]
-            with self._files.descriptor(shard) as descriptor:
-                try:
-                    got = pread_exactly(descriptor, memoryview(view), offset)
-                except OSError as error:
-                    raise SourceError(f"{self._place(record, shard)} cannot be read: {error.strerror}") from error
-            if got != length:
-                raise SourceError(
-                    f"{self._place(record, shard)} is cut off: the shard has fewer bytes than its manifest says"
-                )
-            if crc32c_extend(sum_before, view) != sum_after:
-                raise ChecksumError(
-                    f"{self._place(record, shard)} is damaged: the crc32c of a part of it is not that of its row table; "
-                    f"run `stagein verify` on it and restore the shard"
-                )
-            position += length
+        outside = (start < 0) | (nbytes < 0) | (start + nbytes > self.index.nbytes[records])
+        if outside.any():
+            first = int(np.argmax(outside))
+            raise UsageError(
+                f"bytes {start[first]} to {start[first] + nbytes[first]} are not all in {self._place(records[first])}, "
+                f"which has {self.index.nbytes[records[first]]}: its row table does not belong to it"
+            )
+        offset = self.index.offset[records] + start.view(np.uint64)
+        self._read(records, offset, nbytes, buffer, _Sums(before, np.where(nbytes == 0, before, after)))
 
-    def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
+    def read_tensors(
+        self, records: RecordNumbers, out: NDArray[np.generic] | None = None, *, threads: int = 1
+    ) -> NDArray[np.generic]:
         """Read and decode these records of a `tensor` field, in this order: [len(records), *shape].
 
-        out  where to put them, C-contiguous with that shape and the field's dtype; by default a fresh array.
+        out      where to put them, C-contiguous with that shape and the field's dtype; by default a fresh array.
+        threads  that share the work, the caller's among them.
 
-        Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record.
+        Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record;
+        UsageError for an array that does not fit.
         """
+        numbers = np.asarray(records, np.int64)
         if out is None:
-            out = np.empty((len(records), *self.field.fixed_shape), self.field.array_dtype)
-        rows = out.reshape(len(records), -1).view(np.uint8)
-        if self.field.codec is None:
-            self.read_records(records, memoryview(rows.reshape(-1)))
+            out = np.empty((len(numbers), *self.field.fixed_shape), self.field.array_dtype)
+        if not out.flags.c_contiguous or out.nbytes != len(numbers) * self.field.record_bytes:
+            raise UsageError(
+                f"{len(numbers)} records of {self.field.record_bytes} bytes need an array in C order of as many bytes, not "
+                f"{out.dtype} {out.shape} with strides {out.strides}"
+            )
+        rows = out.reshape(-1).view(np.uint8).reshape(len(numbers), self.field.record_bytes)
+        bounds = np.linspace(0, len(numbers), max(1, min(threads, len(numbers))) + 1, dtype=int).tolist()
+        parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        if len(parts) == 1:
+            self._read_rows(numbers, rows)
             return out
-        for row, stored in zip(rows, self.read_records(records), strict=True):
-            self.field.codec.decode_into(stored, row)
+        with ThreadPoolExecutor(len(parts) - 1) as pool:
+            jobs = [pool.submit(self._read_rows, numbers[part], rows[part]) for part in parts[1:]]
+            self._read_rows(numbers[parts[0]], rows[parts[0]])
+            for job in jobs:
+                job.result()
         return out
 
     def decode(self, stored: NDArray[np.uint8]) -> NDArray[np.generic]:
@@ -140,67 +171,119 @@ class RecordReader:
         """Close the shards; nothing can be read afterwards."""
         self._files.close()
 
-    def _place(self, record: int, shard: int) -> str:
-        return f"record {record} in {self._shards[shard]}"
+    def _read(
+        self,
+        numbers: NDArray[np.int64],
+        offset: NDArray[np.uint64],
+        sizes: NDArray[np.integer],
+        buffer: memoryview | NDArray[np.uint8] | None,
+        sums: _Sums,
+    ) -> PackedRecords:
+        nbytes = sizes.astype(np.int64)
+        ends = np.cumsum(nbytes)
+        total = int(ends[-1]) if len(ends) else 0
+        packed = _as_array(np.empty(total, np.uint8) if buffer is None else buffer)
+        if len(packed) < total:
+            raise UsageError(f"a buffer of {len(packed)} bytes cannot take records of {total} bytes: make it larger")
+        start = ends - nbytes
+        targets = start + packed.ctypes.data
+        places = offset.view(np.int64)
+        kernels = _kernels()
 
+        def read(done: int, descriptors: NDArray[np.int32]) -> tuple[int, int]:
+            some = slice(done, done + len(descriptors))
+            kernels.read_ahead_where_cold(descriptors, places[some], nbytes[some])
+            before, after = sums.before[some], sums.after[some]
+            return kernels.read_records(descriptors, places[some], nbytes[some], targets[some], before, after)  # type: ignore[no-any-return]
 
-class _ShardFiles:
-    """Open shards, at most as many as the process may have; the one unused for longest is closed first."""
+        self._read_all(numbers, read)
+        return PackedRecords(packed, start, nbytes)
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._limit = _allowed_descriptors()
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._users: dict[int, int] = {}
-
-    @contextmanager
-    def descriptor(self, shard: int) -> Iterator[int]:
-        """A file descriptor of shard number `shard`, not closed while in use. Raises SourceError when it cannot be opened."""
-        with self._lock:
-            descriptor = self._open.get(shard)
-            if descriptor is None:
-                self._make_room()
-                descriptor = self._open[shard] = self._open_shard(shard)
-            self._open.move_to_end(shard)
-            self._users[shard] = self._users.get(shard, 0) + 1
-        try:
-            yield descriptor
-        finally:
-            with self._lock:
-                self._users[shard] -= 1
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _open_shard(self, shard: int) -> int:
-        path = self._paths[shard]
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
-            raise SourceError(
-                f"shard {path} cannot be opened ({reason}): restore it, or convert or stage the data set again"
-            ) from None
-
-    def _make_room(self) -> None:
-        if len(self._open) < self._limit:
+    def _read_rows(self, numbers: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
+        if self.field.codec is None:
+            self.read_packed(numbers, memoryview(rows.reshape(-1)))
             return
-        for shard in self._open:
-            if not self._users.get(shard):
-                os.close(self._open.pop(shard))
-                return
+        kernels, codec = _kernels(), self.field.codec.kernel_number
+        places, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
+        sums = self.index.crc32c[numbers]
+
+        def read(done: int, descriptors: NDArray[np.int32]) -> tuple[int, int]:
+            some = slice(done, done + len(descriptors))
+            kernels.read_ahead_where_cold(descriptors, places[some], nbytes[some])
+            return kernels.read_and_decode(descriptors, places[some], nbytes[some], sums[some], codec, rows[some])  # type: ignore[no-any-return]
+
+        self._read_all(numbers, read)
+
+    def _read_all(self, numbers: NDArray[np.int64], read: Callable[[int, NDArray[np.int32]], tuple[int, int]]) -> None:
+        """Let `read(done, descriptors)` go on from entry `done` until all of `numbers` are read, past what a retry can heal."""
+        shards = self.index.shard[numbers]
+        done, troubled, attempts = 0, -1, 0
+        while done < len(numbers):
+            with self._files.use(shards[done:]) as descriptors:
+                count, trouble = read(done, descriptors)
+            done += count
+            if trouble == 0:
+                continue
+            attempts = attempts + 1 if done == troubled else 0
+            troubled = done
+            self._heal_or_raise(int(numbers[done]), trouble, attempts)
+
+    def _heal_or_raise(self, record: int, trouble: int, attempts: int) -> None:
+        """Do what may make the next attempt succeed, or raise what is wrong with this record."""
+        kernels, place, shard = _kernels(), self._place(record), int(self.index.shard[record])
+        if trouble == kernels.CUT_OFF:
+            raise SourceError(f"{place} is cut off: the shard has fewer bytes than its manifest says")
+        if trouble == kernels.UNDECODABLE:
+            self._raise_undecodable(record)
+        if trouble == kernels.DAMAGED:
+            found, expected = self._sum_from_disk(record), int(self.index.crc32c[record])
+            if found != expected:
+                raise ChecksumError(
+                    f"{place} is damaged: its crc32c is {found:08x}, the index says {expected:08x}; run `stagein verify` on it "
+                    f"and restore the shard"
+                )
+            if attempts > 0:
+                raise ChecksumError(
+                    f"{place} is whole, but the crc32c of a part of it is not that of its row table (or the memory of this "
+                    f"machine is at fault): run `stagein verify` on it"
+                )
+            return
+        if trouble not in PASSING_TROUBLE or attempts == len(RETRY_PAUSES_SECONDS):
+            raise SourceError(f"{place} cannot be read: {os.strerror(trouble)}")
+        time.sleep(RETRY_PAUSES_SECONDS[attempts])
+        self._files.forget(shard)
+
+    def _sum_from_disk(self, record: int) -> int:
+        """The crc32c of a record, read from the disk itself: memory can be damaged too."""
+        content = np.empty(self.index.nbytes[record], np.uint8)
+        offset = int(self.index.offset[record])
+        with self._files.use(self.index.shard[record : record + 1]) as descriptors:
+            os.posix_fadvise(descriptors[0], offset, len(content), os.POSIX_FADV_DONTNEED)
+            pread_exactly(descriptors[0], memoryview(content), offset)
+        return crc32c(content)
+
+    def _raise_undecodable(self, record: int) -> None:
+        (stored,) = self.read_packed([record])
+        try:
+            self.decode(stored)
+        except ChecksumError as error:
+            raise ChecksumError(f"{self._place(record)}: {error}") from None
+        raise ChecksumError(f"{self._place(record)} cannot be decoded: it is damaged")
+
+    def _place(self, record: int | np.integer) -> str:
+        return f"record {record} in {self._shards[self.index.shard[record]]}"
 
 
-def _allowed_descriptors() -> int:
-    """Raise the soft limit of open files to the hard one (1,024 is common, a data set can have 10,000 shards)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
-    return max(1, limit - _RESERVED_DESCRIPTORS)
+@functools.cache
+def _kernels() -> "ModuleType":
+    """The native code, loaded by the first who reads: numba takes half a second."""
+    from . import read_kernels
+
+    return read_kernels
+
+
+def _as_array(buffer: memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if isinstance(buffer, np.ndarray):
+        return buffer
+    return np.frombuffer(buffer.cast("B"), np.uint8) if buffer.nbytes else np.empty(0, np.uint8)

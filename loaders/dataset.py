@@ -111,8 +111,8 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
             return typed(field, np.asarray(self.records.columns[name][np.asarray(indices, dtype=np.int64)]))
         reader = self.records.readers[name]
         if field.kind == "tensor":
-            return typed(field, reader.read_tensors(indices))  # type: ignore[arg-type]
-        return [typed(field, from_rows(field, stored)) for stored in reader.read_records(indices)]  # type: ignore[arg-type]
+            return typed(field, reader.read_tensors(indices))
+        return [typed(field, from_rows(field, stored)) for stored in reader.read_records(indices)]
 
     @property
     def description(self) -> str:

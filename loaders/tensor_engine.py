@@ -59,7 +59,7 @@ class TensorEngine:
         ids = task.rows.ids
         try:
             for name, reader in self._readers.items():
-                reader.read_tensors(ids, large[name])  # type: ignore[arg-type]
+                reader.read_tensors(ids, large[name])
             return ids
         except StageinError:
             while failures := self._read_each(ids, large):

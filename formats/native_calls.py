@@ -1,0 +1,63 @@
+"""C functions that kernels call: of the C library, and of the libraries inside the wheels of our sums and codecs.
+
+Compiled code knows a function by its name, which is looked up when the code is loaded: kernels that call it can be kept on
+disk. Import this where kernels are used: numba takes half a second to load.
+"""
+
+import ctypes
+from types import ModuleType
+from typing import Any
+
+import llvmlite.binding
+import numcodecs.blosc
+from google_crc32c import _crc32c
+from numba import types
+
+from .errors import StageinError
+
+_ADDRESS = _SIZE = types.intp
+
+
+def _of_c_library(name: str, result: Any, *arguments: Any) -> Any:
+    return types.ExternalFunction(name, result(*arguments))
+
+
+def _of_wheel(extension: ModuleType, name: str, result: Any, *arguments: Any) -> Any:
+    """A function of an extension module, or of a library that it is linked with."""
+    try:
+        function = getattr(ctypes.CDLL(str(extension.__file__)), name)
+    except (OSError, AttributeError):
+        raise StageinError(
+            f"{extension.__name__} as it is installed has no function {name}: install its wheel from the package index"
+        ) from None
+    unique_name = f"stagein_{name}"  # another library of the process may have a function of the same name
+    llvmlite.binding.add_symbol(unique_name, ctypes.cast(function, ctypes.c_void_p).value)
+    return types.ExternalFunction(unique_name, result(*arguments))
+
+
+errno_location = _of_c_library("__errno_location", types.CPointer(types.int32))  # type: ignore[no-untyped-call]
+
+pread = _of_c_library("pread", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
+"""(descriptor, buffer, nbytes, offset) -> bytes read, or -1."""
+
+preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int32, types.int64, types.int32)
+"""(descriptor, array of pairs of address and nbytes, pairs, offset, flags) -> bytes read, or -1."""
+
+posix_fadvise = _of_c_library("posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32)
+"""(descriptor, offset, nbytes, advice) -> 0, or an error number."""
+
+crc32c_extend = _of_wheel(_crc32c, "crc32c_extend", types.uint32, types.uint32, _ADDRESS, _SIZE)
+"""(sum of what comes before, data, nbytes) -> sum of both."""
+
+blosc_decompress = _of_wheel(
+    numcodecs.blosc, "blosc_decompress_ctx", types.int32, _ADDRESS, _ADDRESS, _SIZE, types.int32
+)
+"""(frame, target, room, threads) -> bytes made, or a negative number. It trusts the size that the frame states."""
+
+zstd_decompress = _of_wheel(numcodecs.blosc, "ZSTD_decompress", _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE)
+"""(target, room, frame, nbytes of the frame) -> bytes made, or a negative number."""
+
+lz4_decompress = _of_wheel(
+    numcodecs.blosc, "LZ4_decompress_safe", types.int32, _ADDRESS, _ADDRESS, types.int32, types.int32
+)
+"""(block, target, nbytes of the block, room) -> bytes made, or a negative number."""

@@ -1,0 +1,224 @@
+"""Reading and decoding of many records by one call off the GIL: pread, crc32c and decompression, record by record.
+
+Each record is summed and decompressed right after it was read, while it is in the processor's cache. A kernel stops at the
+first record that is not right and says which and why; what to do about it is decided in `record_reader`.
+"""
+
+import errno
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codecs import LZ4, ZSTD
+from .native import kernel, signed
+from .native_calls import (
+    blosc_decompress,
+    crc32c_extend,
+    errno_location,
+    lz4_decompress,
+    posix_fadvise,
+    pread,
+    preadv2,
+    zstd_decompress,
+)
+
+CUT_OFF, DAMAGED, UNDECODABLE = -1, -2, -3
+"""What is wrong with a record, where no error number (above 0) says it: the file ends before it, its crc32c differs, it
+is not what the codec makes of a record."""
+
+_PIECE_BYTES = 256 << 10
+"""Read and summed at a time: what was read is still in the second-level cache when it is summed."""
+_PROBES = 8
+_AHEAD_BYTES = 128 << 10
+"""A hint of more bytes is cut to the readahead of the device, which may be as little as this."""
+
+_RWF_NOWAIT = 8
+_FADV_WILLNEED = 3
+_EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
+
+
+@kernel
+def read_ahead_where_cold(
+    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64]
+) -> None:
+    """Let the kernel fetch all these ranges at once, should they not be in memory: a disk serves many requests in the time of
+    one. A few ranges are probed, so that this costs nothing where everything is in memory, or cannot be asked."""
+    count = len(offsets)
+    if count == 0:
+        return
+    probe = np.empty(1, np.uint8)
+    vector = np.array([probe.ctypes.data, 1], np.int64)
+    step = max(1, count // _PROBES)
+    for number in range(0, count, step):
+        last_byte = offsets[number] + max(nbytes[number] - 1, 0)
+        if preadv2(descriptors[number], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) >= 0:
+            continue
+        if errno_location()[0] != _EAGAIN:
+            return
+        for cold in range(count):
+            for ahead in range(0, nbytes[cold], _AHEAD_BYTES):
+                length = min(_AHEAD_BYTES, nbytes[cold] - ahead)
+                posix_fadvise(descriptors[cold], offsets[cold] + ahead, length, _FADV_WILLNEED)
+        return
+
+
+@kernel
+def read_exactly(descriptor: int, target: int, nbytes: int, offset: int) -> int:
+    """Fill `nbytes` at the address `target`; returns 0, CUT_OFF or an error number."""
+    done = 0
+    while done < nbytes:
+        got = pread(descriptor, target + done, nbytes - done, offset + done)
+        if got > 0:
+            done += got
+        elif got == 0:
+            return CUT_OFF
+        elif errno_location()[0] != _EINTR:
+            return signed(errno_location()[0])
+    return 0
+
+
+@kernel
+def read_record(
+    descriptor: int, target: int, nbytes: int, offset: int, check: bool, before: np.uint32, after: np.uint32
+) -> int:
+    """Read a record to the address `target`, and compare the crc32c that continues `before` with `after`; returns 0 or what is
+    wrong."""
+    found = before
+    for start in range(0, nbytes, _PIECE_BYTES):
+        length = min(_PIECE_BYTES, nbytes - start)
+        trouble = read_exactly(descriptor, target + start, length, offset + start)
+        if trouble != 0:
+            return trouble
+        if check:
+            found = crc32c_extend(found, target + start, length)
+    return DAMAGED if check and found != after else 0
+
+
+@kernel
+def read_records(
+    descriptors: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    before: NDArray[np.uint32],
+    after: NDArray[np.uint32],
+) -> tuple[int, int]:
+    """Read records, or ranges of them, to the addresses `targets`.
+
+    before, after  the crc32c of each record up to where its range starts, and up to where it ends. Nothing for `before`: they
+                   start with the record; nothing for `after`: they are not checked.
+
+    Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first, and 0
+    or what is wrong with the next.
+    """
+    count, check = len(offsets), len(after) > 0
+    first = 0
+    while first < count:
+        last, run_bytes = first, nbytes[first]
+        while (
+            last + 1 < count
+            and run_bytes + nbytes[last + 1] <= _PIECE_BYTES
+            and descriptors[last + 1] == descriptors[first]
+            and offsets[last + 1] == offsets[first] + run_bytes
+            and targets[last + 1] == targets[first] + run_bytes
+        ):
+            last += 1
+            run_bytes += nbytes[last]
+        if last == first:
+            seed = before[first] if len(before) else np.uint32(0)
+            expected = after[first] if check else np.uint32(0)
+            trouble = read_record(descriptors[first], targets[first], run_bytes, offsets[first], check, seed, expected)
+            if trouble != 0:
+                return first, trouble
+        else:
+            trouble = read_exactly(descriptors[first], targets[first], run_bytes, offsets[first])
+            if trouble != 0:
+                return first, trouble
+            if check:
+                for number in range(first, last + 1):
+                    seed = before[number] if len(before) else np.uint32(0)
+                    if crc32c_extend(seed, targets[number], nbytes[number]) != after[number]:
+                        return number, DAMAGED
+        first = last + 1
+    return count, 0
+
+
+@kernel
+def read_and_decode(
+    descriptors: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    sums: NDArray[np.uint32],
+    codec: int,
+    rows: NDArray[np.uint8],
+) -> tuple[int, int]:
+    """Read records and decompress each into its row of `rows`, [records, bytes of a record]. Returns as `read_records` does."""
+    room = nbytes.max() if len(nbytes) else 0
+    stored = np.empty(room, np.uint8)
+    for number in range(len(offsets)):
+        target, start = stored.ctypes.data, np.uint32(0)
+        trouble = read_record(descriptors[number], target, nbytes[number], offsets[number], True, start, sums[number])
+        if trouble != 0:
+            return number, trouble
+        if not decode_record(codec, stored[: nbytes[number]], rows[number]):
+            return number, UNDECODABLE
+    return len(offsets), 0
+
+
+@kernel
+def decode_record(codec: int, stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
+    """Fill `record` with what `stored` stands for; False when that is not a record of this size, or not all of `stored`."""
+    source, target = stored.ctypes.data, record.ctypes.data
+    if codec == LZ4:
+        return decode_lz4(stored, record)
+    if codec == ZSTD:
+        return signed(zstd_decompress(target, len(record), source, len(stored))) == len(record)
+    # Blosc trusts the sizes in its header (bytes 4 to 8: of the record; 12 to 16: of the frame)
+    if len(stored) < 16 or little_endian_32(stored, 4) != len(record) or little_endian_32(stored, 12) != len(stored):
+        return False
+    return signed(blosc_decompress(source, target, len(record), 1)) == len(record)
+
+
+@kernel
+def decode_lz4(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
+    """HDF5 filter 32004: u64be size, u32be block size, then for each block u32be size and an LZ4 block."""
+    if len(stored) < 12 or big_endian_32(stored, 0) != 0 or big_endian_32(stored, 4) != len(record):
+        return False
+    block_bytes = big_endian_32(stored, 8)
+    if block_bytes == 0 and len(record) > 0:
+        return False
+    position = 12
+    for start in range(0, len(record), max(block_bytes, 1)):
+        room = min(block_bytes, len(record) - start)
+        if position + 4 > len(stored):
+            return False
+        nbytes = big_endian_32(stored, position)
+        position += 4
+        if position + nbytes > len(stored):
+            return False
+        if nbytes == room:  # stored raw: not by us, but other writers of the filter do that
+            record[start : start + room] = stored[position : position + nbytes]
+        elif lz4_decompress(stored.ctypes.data + position, record.ctypes.data + start, nbytes, room) != room:
+            return False
+        position += nbytes
+    return position == len(stored)
+
+
+@kernel
+def little_endian_32(content: NDArray[np.uint8], at: int) -> int:
+    return (
+        signed(content[at])
+        | signed(content[at + 1]) << 8
+        | signed(content[at + 2]) << 16
+        | signed(content[at + 3]) << 24
+    )
+
+
+@kernel
+def big_endian_32(content: NDArray[np.uint8], at: int) -> int:
+    return (
+        signed(content[at]) << 24
+        | signed(content[at + 1]) << 16
+        | signed(content[at + 2]) << 8
+        | signed(content[at + 3])
+    )

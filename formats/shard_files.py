@@ -1,0 +1,125 @@
+"""Open shards, at most as many as the process may have; those unused for longest are closed first."""
+
+import os
+import resource
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SourceError
+
+_RESERVED_DESCRIPTORS = 256
+"""Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
+_PATIENCE_SECONDS = 600
+_CLOSED = -1
+
+
+class ShardFiles:
+    """The shards of a field, opened when first needed. Safe to use from many threads."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self._limit = _allowed_descriptors()
+        self._changed = threading.Condition()
+        self._descriptors = np.full(len(paths), _CLOSED, np.int32)
+        self._users = np.zeros(len(paths), np.int32)
+        self._used_at = np.zeros(len(paths), np.int64)
+        self._clock = 0
+        self._is_closed = False
+
+    @contextmanager
+    def use(self, shards: NDArray[np.uint32]) -> Iterator[NDArray[np.int32]]:
+        """File descriptors of these shards, not closed while in use: of the first of them only, when the limit is short.
+
+        Raises SourceError when a shard cannot be opened. Waits while other threads use all descriptors; whoever waits uses
+        none, so that somebody is always at work.
+        """
+        needed, first_seen = np.unique(shards, return_index=True)
+        if len(needed) > self._limit:
+            shards = shards[: np.sort(first_seen)[self._limit]]
+            needed = np.unique(shards)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._make_room(needed), _PATIENCE_SECONDS):
+                raise SourceError(
+                    f"{self.paths[needed[0]]} cannot be opened: for {_PATIENCE_SECONDS} s reads of other threads have held all "
+                    f"{self._limit} file descriptors; raise the limit (`ulimit -n`), or see whether the file system hangs"
+                )
+            for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
+                self._descriptors[shard] = self._open(shard)
+            self._users[needed] += 1
+            self._clock += 1
+            self._used_at[needed] = self._clock
+            descriptors = self._descriptors[shards]
+        try:
+            yield descriptors
+        finally:
+            with self._changed:
+                self._users[needed] -= 1
+                if self._is_closed:
+                    self._close_idle()
+                self._changed.notify_all()
+
+    def forget(self, shard: int) -> None:
+        """Open this shard anew when it is next used, if nobody uses it now."""
+        with self._changed:
+            if self._users[shard] == 0:
+                self._close(shard)
+
+    def close(self) -> None:
+        """Open no shard any more, and close each as soon as nobody uses it."""
+        with self._changed:
+            self._is_closed = True
+            self._close_idle()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_is_closed"):
+            self.close()
+
+    def _make_room(self, needed: NDArray[np.uint32]) -> bool:
+        """Close what is in the way of opening `needed`; False when too much of it is in use."""
+        if np.all(self._descriptors[needed] != _CLOSED):
+            return True
+        is_open = self._descriptors != _CLOSED
+        in_the_way = np.count_nonzero(is_open) + np.count_nonzero(~is_open[needed]) - self._limit
+        if in_the_way <= 0:
+            return True
+        is_idle = is_open & (self._users == 0)
+        is_idle[needed] = False
+        idle = np.flatnonzero(is_idle)
+        for shard in idle[np.argsort(self._used_at[idle])][:in_the_way].tolist():
+            self._close(shard)
+        return bool(len(idle) >= in_the_way)
+
+    def _close_idle(self) -> None:
+        for shard in np.flatnonzero(self._users == 0).tolist():
+            self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        if self._descriptors[shard] != _CLOSED:
+            os.close(self._descriptors[shard])
+            self._descriptors[shard] = _CLOSED
+
+    def _open(self, shard: int) -> int:
+        path = self.paths[shard]
+        if self._is_closed:
+            raise SourceError(f"{path} cannot be read: its data set was closed")
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
+            raise SourceError(
+                f"shard {path} cannot be opened ({reason}): restore it, or convert or stage the data set again"
+            ) from None
+
+
+def _allowed_descriptors() -> int:
+    """Raise the soft limit of open files to the hard one (1,024 is common, a data set can have 10,000 shards)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    return max(1, limit - _RESERVED_DESCRIPTORS)
