@@ -373,11 +373,8 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     stopped = threading.Event()
-    signals = (
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGUSR1,
-    )  # the last is what mpirun passes on, and Slurm sends in time
+    # SIGUSR1 is what mpirun passes on, and what job scripts have Slurm send before the time limit
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = [signal.signal(number, lambda *_: stopped.set()) for number in signals]
     try:
         yield stopped.is_set

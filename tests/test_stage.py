@@ -216,6 +216,21 @@ def test_a_shard_that_changes_while_it_is_copied(
     assert not final_folder(tmp_path / "changing", to).exists()
 
 
+def test_a_shard_that_is_replaced_while_it_is_copied(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "changing"
+    write_dataset(source, (20 * CHUNK_BYTES, 20 * CHUNK_BYTES), ())
+    write_dataset(tmp_path / "other", (20 * CHUNK_BYTES, 20 * CHUNK_BYTES), (), seed=1)
+    monkeypatch.setitem(chunk_threads._THREADS, "read", 1)  # so that we know which file is open
+
+    def replace(done: int, total: int) -> None:
+        if (tmp_path / "other/shards/00001.h5").exists():
+            (tmp_path / "other/shards/00001.h5").replace(source / "shards/00001.h5")
+
+    with pytest.raises(ChecksumError, match=r"00001\.h5 differs from the manifest"):
+        stage_alone(source, to, memory_bytes=1, progress=replace)
+    assert not final_folder(source, to).exists()
+
+
 def test_a_manifest_that_is_no_json(source: Path, to: Path) -> None:
     (source / "manifest.json").write_text("{")
     with pytest.raises(SourceError, match="not JSON"):
@@ -436,6 +451,16 @@ def test_replicate_reads_each_byte_once(source: Path, node_disks: str, nodes: st
     assert sum(node.sent_bytes for node in receipt.nodes) == (len(names) - 1) * receipt.dataset_bytes
     shares = [node.read_bytes for node in receipt.nodes]
     assert max(shares) - min(shares) <= 2 * CHUNK_BYTES
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("shard_sizes", [(), (1,)])
+def test_more_ranks_than_chunks(tmp_path: Path, node_disks: str, shard_sizes: tuple[int, ...]) -> None:
+    write_dataset(tmp_path / "edge", shard_sizes, ())
+    result, report = stage_over_ranks(tmp_path / "edge", node_disks, "aabc")
+    assert report is not None, result.stderr
+    for node in "abc":
+        assert_staged(tmp_path / "edge", expand_node(node_disks, node))
 
 
 @pytest.mark.mpi
