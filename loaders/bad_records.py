@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,14 @@ class Replacement:
     def __init__(self, dataset: RecordDataset, error_budget: int, quarantine: Path | None) -> None:
         self._dataset, self._error_budget, self._quarantine = dataset, error_budget, quarantine
         self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: a loader can be sent to another process."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._lock = threading.Lock()
 
     @property

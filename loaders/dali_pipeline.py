@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 
-from stagein.formats.errors import SourceError, StageinError, UsageError
+from stagein.formats.errors import SourceError, StageinError
 
 from .batches import HostBatch, RowFailure
 from .dali import import_dali
@@ -75,7 +75,8 @@ class GraphPipeline:
                     f"{batch.task.place}: the graph failed on the batch as a whole: {_reason(cause)}"
                 ) from cause
             batch = source.in_flight.popleft()
-            tensors = {name: _as_tensor(name, output) for name, output in zip(self._output_names, outputs, strict=True)}
+            named = zip(self._output_names, outputs, strict=True)
+            tensors: dict[str, Any] = {name: _as_tensor(output) for name, output in named}
             tensors |= {name: _on_device(value, self._device) for name, value in batch.ready.items()}
             yield batch, {name: tensor[: batch.num_rows] for name, tensor in tensors.items()}
 
@@ -183,13 +184,11 @@ def _then_raise(batches: list[HostBatch], failure: Exception | None) -> Iterator
         raise failure
 
 
-def _as_tensor(name: str, output: Any) -> torch.Tensor:
-    """A DALI output as a tensor on the same memory."""
-    if not output.is_dense_tensor():
-        raise UsageError(
-            f"the rows of {name!r} differ in shape: let the transform resize or pad them, or leave the field out"
-        )
-    return torch.utils.dlpack.from_dlpack(output.as_tensor())
+def _as_tensor(output: Any) -> torch.Tensor | list[torch.Tensor]:
+    """A DALI output as a tensor on the same memory; a list of them, one a row, where rows differ in shape."""
+    if output.is_dense_tensor():
+        return torch.utils.dlpack.from_dlpack(output.as_tensor())
+    return [torch.utils.dlpack.from_dlpack(output[row]).clone() for row in range(len(output))]
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -300,6 +300,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             with_valid=self.tail == "pad",
             shaped=self.dataset.shaped,
             replacement=self._replacement,
+            listed_fields=self.dataset.listed_fields,
         )
 
     def _torchs_loader(

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from stagein.formats.errors import UsageError
+
 from .bad_records import Replacement
 from .batches import BatchTask
 from .collate import rows_as_samples
@@ -156,6 +158,7 @@ class RecordPath:
     with_valid  batches, or the samples that collate_fn gets, say under `valid` whether they count or are padding.
     shaped      what is made of the dict of a batch, or of a sample, at last.
     replacement  knows which records are bad; None: bad records are errors.
+    listed_fields  fields that may come as a list, one entry a sample, without a collate_fn.
     """
 
     fast_path: FastPath
@@ -164,6 +167,7 @@ class RecordPath:
     with_valid: bool
     shaped: Callable[[dict[str, Any]], Any]
     replacement: Replacement | None
+    listed_fields: frozenset[str]
 
     @property
     def stats(self) -> LoaderStats:
@@ -208,6 +212,7 @@ class _RecordDeliveries:
             rows = torch.arange(len(step.indices), device=path.fast_path.device)
             batch = {**batch, "valid": rows < step.num_valid}
         if path.batched and path.collate_fn is None:
+            self._refuse_ragged(batch)
             return path.shaped(batch)
         num_rows = len(step.indices) if path.batched else 1
         samples = [path.shaped(sample) for sample in rows_as_samples(batch, num_rows)]
@@ -215,3 +220,12 @@ class _RecordDeliveries:
             assert path.collate_fn is not None
             return path.collate_fn(samples)
         return samples[0] if path.collate_fn is None else path.collate_fn(samples[0])
+
+    def _refuse_ragged(self, batch: dict[str, Any]) -> None:
+        """Raise UsageError where a graph made rows of different shapes, and nothing can be made of them."""
+        for name, rows in batch.items():
+            if isinstance(rows, list) and name not in self._path.listed_fields:
+                raise UsageError(
+                    f"the rows of {name!r} differ in shape: let the transform resize or pad them, give a collate_fn, or leave "
+                    "the field out"
+                )

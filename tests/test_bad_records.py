@@ -2,6 +2,7 @@
 every world, on every path."""
 
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_the_same_substitutes_with_the_same_pixels_at_every_world_and_after_a_re
     assert rows(load(4)[0]) == rows(whole)
     first, state = load(2, steps=5)
     assert rows(first + load(3, state)[0]) == rows(whole)
+
+
+def test_a_loader_can_be_sent_to_another_process(damaged):
+    loader = pickle.loads(pickle.dumps(DataLoader(damaged, 8, on_error="replace", **PATHS["graph"])))
+    assert len(list(loader)) == 11
 
 
 def test_one_more_than_the_budget_is_an_error_that_names_it(damaged):

@@ -158,7 +158,7 @@ def test_drop_last_drops_the_tail_on_every_rank(numbered):
 # --- state ---
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (4, 1), (1, 4), (1, 3)])
 def test_a_resume_at_another_world_neither_repeats_nor_loses_nor_changes_a_sample(numbered, before, after):
     whole = rows_by_label(make_loader(numbered, 5, seed=9))
     first, states = [], []

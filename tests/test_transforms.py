@@ -6,6 +6,7 @@ import torch
 import torchvision_lookalikes as tv
 from torch.utils.data import IterableDataset
 
+from stagein import formats
 from stagein.formats.errors import UsageError
 from stagein.loaders import DataLoader, PerSample, RecordDataset, image_eval, image_train
 from stagein.loaders.transforms import understand
@@ -167,3 +168,52 @@ def test_no_batching_gives_samples_after_a_graph(dataset):
     samples = list(DataLoader(dataset, None, transform=image_train(16), device="cpu", seed=3))
     assert len(samples) == 85
     assert torch.equal(samples[20]["image"], whole[1]["image"][4])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_collate_function_gets_rows_of_different_shapes(num_workers, tmp_path):
+    import simplejpeg
+
+    with formats.Writer(tmp_path / "d.st") as writer:
+        for number in range(20):
+            pixels = np.full((16, 16 + number, 3), 10 * number, np.uint8)
+            writer.write({"image": simplejpeg.encode_jpeg(pixels, quality=100), "number": np.int64(number)})
+    dataset = RecordDataset(tmp_path / "d.st", staged=None)
+
+    def decode_only(nodes):
+        from nvidia.dali import fn
+
+        return {"image": fn.decoders.image(nodes["image"]), "number": nodes["number"]}
+
+    loader = DataLoader(dataset, 6, transform=decode_only, device="cpu", collate_fn=list, num_workers=num_workers)
+    samples = [sample for batch in loader for sample in batch]  # all are kept while later batches are made
+    assert [sample["number"].item() for sample in samples] == list(range(20))
+    for number, sample in enumerate(samples):
+        assert sample["image"].shape == (16, 16 + number, 3)
+        assert (sample["image"].float() - 10 * number).abs().max() < 4
+    with pytest.raises(UsageError, match="give a collate_fn"):
+        list(DataLoader(dataset, 6, transform=decode_only, device="cpu"))
+
+
+def test_fields_without_a_type_in_dali_go_past_the_graph(tmp_path):
+    schema = formats.Schema(
+        fields={
+            "x": formats.Field(kind="tensor", dtype="uint8", shape=(5000,)),
+            "bf": formats.Field(kind="tensor", dtype="bfloat16", shape=(3,)),
+            "c": formats.Field(kind="tensor", dtype="complex64", shape=(2,)),
+            "text": formats.Field(kind="text"),
+            "boxes": formats.Field(kind="ragged", dtype="float32", shape=(None, 4)),
+        }
+    )
+    with formats.Writer(tmp_path / "d.st", schema) as writer:
+        for n in range(4):
+            boxes, bf = np.full((n, 4), n, np.float32), torch.full((3,), n + 0.5, dtype=torch.bfloat16)
+            writer.write({"x": np.full(5000, n, np.uint8), "bf": bf, "c": np.full(2, n + 1j, np.complex64), "text": "t" * n, "boxes": boxes})  # fmt: skip
+    dataset = RecordDataset(tmp_path / "d.st", staged=None)
+    (batch,) = DataLoader(dataset, 4, transform=lambda nodes: {"x": nodes["x"]}, device="cpu")
+    assert batch["x"].tolist() == [[n] * 5000 for n in range(4)]
+    assert (batch["bf"].dtype, batch["bf"][3, 0].item()) == (torch.bfloat16, 3.5)
+    assert (batch["c"].dtype, batch["c"][2, 1].item()) == (torch.complex64, 2 + 1j)
+    assert batch["text"] == ["", "t", "tt", "ttt"]
+    with pytest.raises(UsageError, match="asks for field 'text', DALI was given"):
+        list(DataLoader(dataset, 4, transform=lambda nodes: {"x": nodes["text"]}, device="cpu"))
