@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.errors import StageinError
+from stagein.formats.errors import ChecksumError, SourceError, StageinError
 
 from .dataset import RecordDataset
-from .graphs import Columns, Graph, SampleBatch
+from .graphs import Columns, Graph, HostPlan, ImageGraph, SampleBatch
 from .order import RankBatch
 
+RECORD_ERRORS = (SourceError, ChecksumError)
+"""What is wrong with a record, not with how the loader is used."""
 _STAND_IN = np.zeros(1, dtype=np.int64)
 """Read in place of an empty batch; its row is not delivered."""
 
@@ -84,9 +86,8 @@ class BatchReader:
     def _read(self, task: BatchTask, ids: NDArray[np.int64]) -> HostBatch:
         started = time.perf_counter()
         primary = self.dataset.records.schema.primary
-        ids, stored, columns = self._read_replacing(task, ids)
-        plan = self.graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
-        unwanted = columns.keys() - set(self.dataset.fields)
+        ids, stored, plan = self._read_replacing(task, ids)
+        unwanted = self.dataset.records.columns.keys() - set(self.dataset.fields)
         fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
         num_rows, num_bytes = len(task.rows.ids), sum(map(len, stored))
@@ -94,30 +95,36 @@ class BatchReader:
 
     def _read_replacing(
         self, task: BatchTask, ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], Columns]:
-        """The samples read, with others in place of those that cannot be; their records, and their other fields."""
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], HostPlan]:
+        """The samples read, with others in place of those that cannot be; their records, and what is planned for them."""
         try:
-            return ids, *self._read_fields(ids)
-        except StageinError:
-            while failures := self._failures(ids):
+            return ids, *self._read_and_plan(task, ids)
+        except RECORD_ERRORS:
+            while failures := self._failures(task, ids):
                 ids = self.on_failure(task, ids, failures)
-            return ids, *self._read_fields(ids)
+            return ids, *self._read_and_plan(task, ids)
 
-    def _read_fields(self, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], Columns]:
-        """The stored records of the primary field; the small fields, and what else was asked for."""
-        records = self.dataset.records
-        columns = {name: self.dataset.rows(name, ids) for name in records.columns}
+    def _read_and_plan(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], HostPlan]:
+        """The stored records of the primary field, and the plan made of the small fields and what else was asked for.
+
+        Of seekable JPEGs only the rows that a ready graph will look at are read.
+        """
+        records, graph = self.dataset.records, self.graph
         others = [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
-        columns |= {name: self.dataset.rows(name, ids) for name in others}
-        return records.read_records(ids), columns  # type: ignore[arg-type]
+        columns = {name: self.dataset.rows(name, ids) for name in [*records.columns, *others]}
+        plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
+        if len(ids) and records.is_seekable and isinstance(graph, ImageGraph):
+            cut = records.read_windows(ids, graph.views(plan.fed).windows)
+            return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
+        return records.read_records(ids), plan  # type: ignore[arg-type]
 
-    def _failures(self, ids: NDArray[np.int64]) -> list[RowFailure]:
+    def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:
         """Read the samples one by one: those that cannot be."""
         failures = []
         for row in range(len(ids)):
             try:
-                self._read_fields(ids[row : row + 1])
-            except StageinError as error:
+                self._read_and_plan(task, ids[row : row + 1])
+            except RECORD_ERRORS as error:
                 failures.append(RowFailure(row, error))
         return failures
 

@@ -136,7 +136,7 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
             return reader.decode(stored)
         if not is_image(field):
             return from_rows(field, stored)
-        image = _decode_image(stored)
+        image = decode_image(stored)
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")
         return image
@@ -186,7 +186,7 @@ def _open(path: Path, staged: Literal["auto"] | Path | str | None) -> tuple[Data
         return Dataset(path), None
 
 
-def _decode_image(stored: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+def decode_image(stored: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     """A JPEG or PNG file as RGB `[height, width, 3]`; None where it is damaged."""
     import cv2
     import simplejpeg

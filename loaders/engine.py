@@ -1,6 +1,7 @@
 """What an engine is: whoever turns tasks into batches of tensors. `fastpath` chooses one and runs it.
 
     dali_engine     a user's graph; the ready graphs where there is a GPU
+    image_engine    the ready image graphs without a GPU: threads of our own
     tensor_engine   tensors without a graph: read and decoded straight into the batch, no DALI
 
 An engine works in two places: `load` in the reader threads, several batches at once; `transform` in the caller's thread,

@@ -10,7 +10,8 @@ from .batches import BatchTask, HostBatch
 from .dali_engine import DaliEngine
 from .dataset import RecordDataset
 from .engine import Batch, Delivered, Engine, EngineOptions, OnFailure, raise_first
-from .graphs import Graph
+from .graphs import Graph, ImageGraph
+from .image_engine import ImageEngine
 from .reading import ReadAhead, TaskTimeoutError
 from .tensor_engine import TensorEngine
 from .worker_info import MAX_SEED, Introduced
@@ -129,6 +130,12 @@ def _choose_engine(
 ) -> Engine:
     if graph is None:
         return TensorEngine(dataset, options, on_failure)
+    if (
+        isinstance(graph, ImageGraph)
+        and options.device.type == "cpu"
+        and graph.output.field == dataset.records.schema.primary
+    ):
+        return ImageEngine(dataset, graph, seed, options, on_failure)
     return DaliEngine(dataset, graph, seed, options, on_failure)
 
 

@@ -110,6 +110,11 @@ class ImageOutput:
         """The fields delivered as they are: all but the size of the stored image, which is not that of the image delivered."""
         return {name: column for name, column in columns.items() if name != self.size_column}
 
+    def scale_and_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What a value of 0 … 255 is multiplied by, and what is added then: float32 `[3]` each."""
+        mean, std = np.array(self.mean), np.array(self.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
     def decode(self, records: Any, window: Any, decode_device: DecodeDevice) -> Any:
         """A window of each image, RGB, height x width x channel; only what it needs is decoded.
 
@@ -145,6 +150,33 @@ class ImageOutput:
 
 
 @dataclass(frozen=True)
+class ImageViews:
+    """What is seen of each image of a batch.
+
+    windows   int64 `[batch, 4]`: top, left, height, width of the pixels that count, in the image as stored.
+    regions   float64 `[batch, 4]`: top, left, bottom, right inside the window of what is resized to the whole output.
+    mirrored  bool `[batch]`: left to right, after that.
+    """
+
+    windows: NDArray[np.int64]
+    regions: NDArray[np.float64]
+    mirrored: NDArray[np.bool_]
+
+
+@runtime_checkable
+class ImageGraph(Graph, Protocol):
+    """A ready graph of images, which an engine without DALI can do too."""
+
+    output: ImageOutput
+
+    def views(self, fed: Columns) -> ImageViews:
+        """What `plan` planned, from the values to feed to DALI."""
+
+    def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
+        """The values to feed for images of which the part from `origin` `[batch, 2]` (top, left) on was read."""
+
+
+@dataclass(frozen=True)
 class ImageTrain:
     """See `image_train`."""
 
@@ -159,6 +191,14 @@ class ImageTrain:
         windows = random_resized_crops(uniforms, sizes, self.area, self.ratio)
         window_and_mirror = np.column_stack([windows.start, windows.extent, random_flips(uniforms, self.flip)])
         return HostPlan({"window_and_mirror": window_and_mirror}, self.output.ready_columns(batch.columns))
+
+    def views(self, fed: Columns) -> ImageViews:
+        windows, mirror = fed["window_and_mirror"][:, :4], fed["window_and_mirror"][:, 4]
+        regions = np.column_stack([np.zeros_like(windows[:, 2:]), windows[:, 2:]])
+        return ImageViews(windows.astype(np.int64), regions.astype(np.float64), mirror != 0)
+
+    def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
+        return {**fed, "window_and_mirror": _moved(fed["window_and_mirror"], origin)}
 
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
         field, plan = self.output.field, nodes["window_and_mirror"]
@@ -179,11 +219,25 @@ class ImageEval:
         region = np.column_stack([crops.region_start, crops.region_end])
         return HostPlan({"window": window, "region": region}, self.output.ready_columns(batch.columns))
 
+    def views(self, fed: Columns) -> ImageViews:
+        windows, regions = fed["window"].astype(np.int64), fed["region"].astype(np.float64)
+        return ImageViews(windows, regions, np.zeros(len(windows), np.bool_))
+
+    def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
+        return {**fed, "window": _moved(fed["window"], origin)}
+
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
         field, region = self.output.field, nodes["region"]
         window = self.output.decode(nodes[field], nodes["window"], decode_device)
         image = self.output.resize(window, roi_start=region[0:2], roi_end=region[2:4])
         return {field: self.output.normalise(image)}
+
+
+def _moved(windows: NDArray[np.int32], origin: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Windows whose first two columns, top and left, count from `origin` on."""
+    moved = windows.copy()
+    moved[:, :2] -= origin.astype(np.int32)
+    return moved
 
 
 def image_train(

@@ -480,7 +480,7 @@ def test_stats_count_what_was_delivered(numbered):
 def test_explain_says_who_does_what(numbered):
     text = make_loader(numbered, 10, num_workers=3, distributed=(1, 2), decode_threads=2).explain()
     assert "rank 1 of 2 by the caller, global batch 20, tail: share" in text
-    assert "3 reader threads, DALI with 2 threads, batches on cpu" in text
+    assert "3 reader threads, images decoded and resized by 2 threads, batches on cpu" in text
     assert "order: by SequentialSampler" in DataLoader([1, 2]).explain()
     assert "sample by sample, by the caller" in DataLoader([1, 2]).explain()
 
@@ -611,9 +611,10 @@ def test_without_dali_the_extra_to_install_is_named(jpeg_dataset_path):
     program = (
         "import sys; sys.modules['nvidia.dali'] = None\n"
         "from stagein.loaders import DataLoader, RecordDataset, image_eval\n"
-        f"dataset = RecordDataset({str(jpeg_dataset_path)!r}, staged=None); print(dataset[0]['image'].shape)\n"
-        "DataLoader(dataset, 8, transform=image_eval(), device='cpu')\n"
+        f"dataset = RecordDataset({str(jpeg_dataset_path)!r}, staged=None)\n"
+        "print(next(iter(DataLoader(dataset, 8, transform=image_eval(32, resize=32), device='cpu')))['image'].shape)\n"
+        "DataLoader(dataset, 8, transform=lambda nodes: nodes, device='cpu')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "(48, 72, 3)\n"
+    assert done.stdout == "torch.Size([8, 3, 32, 32])\n"
     assert "install `stagein[cuda13]`, or `stagein[cuda12]`" in done.stderr.splitlines()[-1]

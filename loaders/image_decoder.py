@@ -1,0 +1,65 @@
+"""Decoding the part of an image that a window needs, into memory that is used again."""
+
+import re
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dataset import decode_image
+from .image_kernels import find_frame
+
+_MARGIN_ROWS = 2
+"""Rows of chroma below a window that its last rows are interpolated from (one; we give two)."""
+_LEFT_OVER = re.compile(r"extraneous bytes before marker 0xd9$")
+"""libjpeg's first and only complaint about an image of which not all rows were asked for: data lie before its end marker."""
+_HEIGHT = struct.Struct(">H")
+
+
+class ImageDecoder:
+    """Decodes JPEG, PNG and what else OpenCV knows to RGB. For one thread at a time: the next call overwrites the pixels."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def decode(self, record: NDArray[np.uint8], bottom: int) -> NDArray[np.uint8]:
+        """The first `bottom` rows of an image at least, `[rows, 3 * width]`, as stored (without EXIF orientation).
+
+        record  the bytes of the file; changed and restored meanwhile.
+
+        Rows further down are not decoded: the image is told to be less high, and the decoder stops there. One whose data
+        are damaged above comes whole, as OpenCV shows it. Raises ValueError, saying why, for what cannot be decoded.
+        """
+        position, height, width, mcu_height = find_frame(record)  # none for CMYK, which is converted after decoding
+        if position < 0 or not height or not width:
+            return self._decode_whole(record)
+        needed = bottom + _MARGIN_ROWS * mcu_height // 8
+        rows = min(height, -(-needed // mcu_height) * mcu_height)
+        if rows < height:
+            _HEIGHT.pack_into(record, position, rows)
+            try:
+                return self._decode_jpeg(record, rows, width)
+            except ValueError as error:
+                if _LEFT_OVER.search(str(error)):
+                    return self._memory[: rows * width * 3].reshape(rows, width * 3)
+            finally:
+                _HEIGHT.pack_into(record, position, height)
+        try:
+            return self._decode_jpeg(record, height, width)
+        except ValueError:
+            return self._decode_whole(record)  # damaged: OpenCV tells how much
+
+    def _decode_jpeg(self, record: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+        import simplejpeg
+
+        nbytes = height * width * 3
+        if len(self._memory) < nbytes:
+            self._memory = np.empty(nbytes + nbytes // 2, np.uint8)
+        pixels = simplejpeg.decode_jpeg(record, colorspace="RGB", buffer=self._memory[:nbytes])
+        return pixels.reshape(height, width * 3)  # type: ignore[no-any-return]
+
+    def _decode_whole(self, record: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        image = decode_image(record)
+        if image is None:
+            raise ValueError("its data are damaged, or of a kind that is not known")
+        return image.reshape(len(image), -1)

@@ -1,0 +1,169 @@
+"""The engine for the ready image graphs without a GPU: threads of our own that turn records into rows of a batch."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stagein.formats.errors import SourceError
+
+from .batches import BatchReader, BatchTask, HostBatch, RowFailure
+from .buffer_ring import BufferRing
+from .dataset import RecordDataset
+from .engine import Delivered, EngineOptions, OnFailure
+from .graphs import ImageGraph, ImageOutput, ImageViews
+
+_BATCHES_AHEAD = 2
+"""Batches worked on ahead of the caller: threads that are done with one go on with the next."""
+_MAX_IDLE_BATCHES = 4
+
+
+class ImageEngine:
+    """Decodes with libjpeg-turbo only the rows that a window needs, and resizes and normalises them in one pass."""
+
+    def __init__(
+        self, dataset: RecordDataset, graph: ImageGraph, seed: int, options: EngineOptions, on_failure: OnFailure
+    ) -> None:
+        self._dataset, self._graph, self._options = dataset, graph, options
+        self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=False)
+        self._ring = BufferRing(_MAX_IDLE_BATCHES, pinned=options.pin_memory)
+
+    @property
+    def description(self) -> str:
+        return f"images decoded and resized by {self._options.decode_threads} threads"
+
+    def load(self, task: BatchTask) -> HostBatch:
+        return self._reader.read(task)
+
+    def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
+        threads = _RowThreads(self._graph.output, self._options.decode_threads)
+        in_work: deque[_BatchInWork] = deque()
+        failure: Exception | None = None
+        try:
+            while True:
+                while failure is None and len(in_work) < _BATCHES_AHEAD:
+                    try:
+                        batch = next(batches, None)
+                    except Exception as error:  # due once the batches before it are delivered
+                        failure = error
+                        break
+                    if batch is None:
+                        break
+                    in_work.append(self._begin(batch, threads))
+                if not in_work:
+                    break
+                yield self._finish(in_work.popleft(), threads)
+        finally:
+            threads.close()
+        if failure is not None:
+            raise failure
+
+    def _begin(self, batch: HostBatch, threads: "_RowThreads") -> "_BatchInWork":
+        output = self._graph.output
+        rows = self._ring.take((batch.num_rows, 3, output.size, output.size), np.float32)
+        work = _BatchInWork(batch, self._graph.views(batch.inputs), batch.inputs[output.field], rows)
+        threads.begin(work)
+        return work
+
+    def _finish(self, work: "_BatchInWork", threads: "_RowThreads") -> Delivered:
+        work.wait()
+        while work.failed:
+            places = [(row, self._dataset.place(int(work.batch.ids[row])), reason) for row, reason in work.failed]
+            failures = [
+                RowFailure(row, SourceError(f"{place} cannot be decoded: {reason}")) for row, place, reason in places
+            ]
+            work = self._begin(self._reader.repair(work.batch, failures), threads)
+            work.wait()
+        batch, device = work.batch, self._options.device
+        tensors = {self._graph.output.field: torch.from_numpy(work.rows)}
+        tensors |= {name: torch.as_tensor(rows) for name, rows in batch.ready.items()}
+        return batch, {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@dataclass
+class _BatchInWork:
+    """A batch whose rows are being made; `failed` has the rows that cannot be, and why."""
+
+    batch: HostBatch
+    views: ImageViews
+    records: list[NDArray[np.uint8]]
+    rows: NDArray[np.float32]
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    _finished: "SimpleQueue[BaseException | None]" = field(default_factory=SimpleQueue)
+
+    def finish_row(self, error: BaseException | None) -> None:
+        self._finished.put(error)
+
+    def wait(self) -> None:
+        """Until all rows are made. Raises what a thread met that is not the fault of a record."""
+        for _ in range(len(self.rows)):
+            if (error := self._finished.get()) is not None:
+                raise error
+        self.failed.sort()
+
+
+class _RowThreads:
+    """Threads that make rows, one after the other, of the batches given to them."""
+
+    def __init__(self, output: ImageOutput, num_threads: int) -> None:
+        self._queue: SimpleQueue[tuple[_BatchInWork, int] | None] = SimpleQueue()
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(
+                target=_make_rows,
+                args=(output, self._queue, self._closed),
+                name=f"stagein-decoder-{number}",
+                daemon=True,
+            )
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self, work: _BatchInWork) -> None:
+        for row in range(len(work.rows)):
+            self._queue.put((work, row))
+
+    def close(self) -> None:
+        """End the threads; rows that are not begun are not made."""
+        self._closed.set()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _make_rows(
+    output: ImageOutput, queue: "SimpleQueue[tuple[_BatchInWork, int] | None]", closed: threading.Event
+) -> None:
+    from .image_decoder import ImageDecoder  # its kernels take numba, half a second to load
+    from .image_kernels import resize_into
+
+    decoder = ImageDecoder()
+    scale, offset = output.scale_and_offset()
+    while (item := queue.get()) is not None and not closed.is_set():
+        work, row = item
+        error: BaseException | None = None
+        window, region = work.views.windows[row], work.views.regions[row]
+        try:
+            pixels = decoder.decode(work.records[row], int(window[0] + window[2]))
+            if not _lies_in(window, pixels):
+                raise ValueError(f"it has {len(pixels)} rows of {pixels.shape[1] // 3} pixels, less than its size says")
+            mirror = bool(work.views.mirrored[row])
+            resize_into(pixels, window, region, output.antialias, mirror, scale, offset, work.rows[row])
+        except ValueError as reason:
+            work.failed.append((row, " ".join(str(reason).split())))
+        except BaseException as raised:  # whatever it is, it belongs to the caller
+            error = raised
+        work.finish_row(error)
+        del item, work  # or the last batch would live on until the next one comes
+
+
+def _lies_in(window: NDArray[np.int64], pixels: NDArray[np.uint8]) -> bool:
+    top, left, height, width = window.tolist()
+    return bool(min(top, left) >= 0 and top + height <= len(pixels) and 3 * (left + width) <= pixels.shape[1])
