@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from .stage_plan import ChosenPolicy
-
-Resource: TypeAlias = Literal["disk", "source", "network"]
+from .stage_plan import ChosenPolicy, Resource
 
 _AS_LONG = 1.05
 """A send takes as long as its receiver lets it wait: the network is the cause only when it was busy for longer than the rest."""

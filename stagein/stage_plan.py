@@ -26,6 +26,7 @@ ChosenPolicy: TypeAlias = Literal["replicate", "partition", "copies"]
 Chunks: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
 Hops: TypeAlias = NDArray[np.int32]
+Resource: TypeAlias = Literal["disk", "source", "network"]
 
 BLOCK_BYTES = 4096
 """Every file is counted in whole blocks of this size, as file systems keep them."""
@@ -142,8 +143,14 @@ class StagePlan:
         of_files[list(self.shared)] = len(self.nodes) - 1
         return of_files[table.file_of]
 
-    def summary(self, manifest: Manifest) -> PlanSummary:
-        """What `--dry-run` shows, for data that is nowhere yet: what is held already will not be read again."""
+    def summary(
+        self, manifest: Manifest, *, is_there: bool, rates: Sequence[NodeRates] = (), seconds_left: float | None = None
+    ) -> PlanSummary:
+        """What `--dry-run` shows. The prediction, where `rates` of all nodes are given, is for data that is nowhere yet.
+
+        is_there      every node has its files already.
+        seconds_left  what is left to the job.
+        """
         table = ChunkTable(manifest)
         sizes = [entry.nbytes for entry in table.files]
         traveling = _whole_first(table, np.flatnonzero(table.of_files(self.shared)))
@@ -160,9 +167,26 @@ class StagePlan:
                     held_bytes=node.held_bytes,
                     free_bytes=node.free_bytes,
                     reads_bytes=shared_bytes + reads_bytes,
+                    rates=rates[number] if rates else None,
                 )
             )
-        return PlanSummary(dataset_id=manifest.id, policy=self.policy, copies=self.copies, nodes=tuple(nodes))
+        return PlanSummary(
+            dataset_id=manifest.id,
+            dataset_bytes=manifest.nbytes,
+            policy=self.policy,
+            copies=self.copies,
+            is_there=is_there,
+            nodes=tuple(nodes),
+            predicted=predict(nodes, seconds_left) if rates and not is_there else None,
+        )
+
+
+class NodeRates(BaseModel):
+    """What one node did when all nodes were probed at once, in bytes a second; `network` is None where there is one node."""
+
+    source: float
+    network: float | None
+    disk: float
 
 
 class NodeSummary(BaseModel):
@@ -174,20 +198,52 @@ class NodeSummary(BaseModel):
     held_bytes: int
     free_bytes: int
     reads_bytes: int
+    rates: NodeRates | None
 
-    @property
-    def receives_bytes(self) -> int:
-        """What comes to it from other nodes."""
-        return self.gets_bytes - self.reads_bytes
+    def seconds(self) -> dict[Resource, float]:
+        """How long each resource takes for its part at the probed rate; what does not come from the source comes from a node."""
+        assert self.rates is not None
+        parts: dict[Resource, tuple[int, float | None]] = {
+            "disk": (self.gets_bytes, self.rates.disk),
+            "source": (self.reads_bytes, self.rates.source),
+            "network": (self.gets_bytes - self.reads_bytes, self.rates.network),
+        }
+        return {resource: nbytes / rate if rate else 0.0 for resource, (nbytes, rate) in parts.items() if nbytes}
+
+
+class Prediction(BaseModel):
+    """The least time a stage-in can take at the probed rates, and the resource that it hangs on, on which node.
+
+    `fits` says whether it is less than what is left to the job; None where nobody knows what is left.
+    """
+
+    seconds: float
+    resource: Resource
+    node: str
+    seconds_left: float | None
+    fits: bool | None
 
 
 class PlanSummary(BaseModel):
     """A plan in numbers."""
 
     dataset_id: str
+    dataset_bytes: int
+    is_there: bool
     policy: ChosenPolicy
     copies: int
     nodes: tuple[NodeSummary, ...]
+    predicted: Prediction | None
+
+
+def predict(nodes: Sequence[NodeSummary], seconds_left: float | None) -> Prediction:
+    """The bound of a stage-in, in which reads, sends and writes overlap: the longest that any resource of any node takes."""
+    seconds, resource, node = max(
+        ((seconds, resource, node.name) for node in nodes for resource, seconds in node.seconds().items()),
+        default=(0.0, "source", nodes[0].name),
+    )
+    fits = None if seconds_left is None else seconds < seconds_left
+    return Prediction(seconds=seconds, resource=resource, node=node, seconds_left=seconds_left, fits=fits)
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,19 @@ from .finding import note_destination, note_use
 from .live import Live, Watch
 from .neighbours import Neighbours, Pulse
 from .node_copy import NodeCopy
+from .probes import probe_disk, probe_network, probe_source
 from .receipt import NodeReceipt, Receipt, find_bound
 from .ring import Engine, Progress, Transfer
-from .stage_plan import ChunkTable, Flags, NodeSpace, Policy, StagePlan, make_plan, rank_work, stored_bytes
-from .world import NODE_VARIABLE, Communicator, connect
+from .stage_plan import ChunkTable, Flags, NodeRates, NodeSpace, PlanSummary, Policy, make_plan, rank_work, stored_bytes
+from .time_left import job_seconds_left
+from .world import NODE_VARIABLE, Communicator, World, connect
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 DEFAULT_MEMORY_BYTES = 256 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_PROBE_SECONDS = 1.0
 
 _ENOUGH_BYTES = 1 << 62
 _LISTED = 5
@@ -110,10 +113,19 @@ def plan_stage(
     policy: Policy = "auto",
     copies: int | None = None,
     world: Communicator | MPI.Comm | None = None,
-) -> tuple[Manifest, StagePlan]:
-    """What `stage` would do, without writing anything. Raises as `stage` does before it moves the first byte."""
-    job = StageJob(Path(source), to, _join(world, DEFAULT_TIMEOUT_SECONDS), policy=policy, copies=copies)
-    return job.manifest, job.plan
+    probe_seconds: float = DEFAULT_PROBE_SECONDS,
+    seconds_left: float | None = None,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+) -> PlanSummary:
+    """What `stage` would do, and how long it would take at least; leaves nothing behind.
+
+    probe_seconds  how long the source, the network and the disks are probed, each; 0: not at all, and nothing is predicted.
+    seconds_left   what is left to the job; None: what Slurm says of it.
+
+    Raises as `stage` does before it moves the first byte.
+    """
+    job = StageJob(Path(source), to, _join(world, timeout_seconds), policy=policy, copies=copies)
+    return job.preview(probe_seconds, seconds_left)
 
 
 def _join(world: Communicator | MPI.Comm | None, timeout_seconds: float) -> Communicator:
@@ -166,6 +178,45 @@ class StageJob:
             self.plan = make_plan(self.manifest, space, policy, copies)
         files = self.plan.files_of(self._world.node)
         self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
+
+    def preview(self, probe_seconds: float, seconds_left: float | None) -> PlanSummary:
+        """The plan in numbers, with a prediction from probes of all nodes."""
+        here = self._all.on_this_node()
+        is_there = self._copy.complete(here)
+        here.free()
+        rates = self._probe(probe_seconds) if probe_seconds and not is_there else []
+        if seconds_left is None and self._world.rank == 0:
+            seconds_left = job_seconds_left()
+        seconds_left = self._all.broadcast(seconds_left)
+        return self.plan.summary(self.manifest, is_there=is_there, rates=rates, seconds_left=seconds_left)
+
+    def _probe(self, seconds: float) -> list[NodeRates]:
+        """The rates of every node; those of its ranks are added."""
+        everything = np.ones(len(self._table), dtype=np.bool_)
+        work = rank_work(self.plan, self._table, self._world, everything)
+        network, source, disk = 0.0, 0.0, 0.0
+        ring = self._ring()
+        apart = self._all.duplicate()
+        with self._all.together():
+            if apart.mpi is not None and work.by_origin:
+                network = probe_network(self._all, apart.mpi, ring, seconds)
+        apart.free()
+        with self._all.together():
+            source = probe_source(self._open_source(self._source, self._table), self._table, work.reads, seconds)
+        with self._all.together():
+            if self._leads:
+                disk = probe_disk(self._store.to, seconds, self._store.free_bytes() // 2)
+        of_ranks = self._all.gather_all((self._world.node, source, network, disk))
+        sums = [
+            [sum(rank[part] for rank in of_ranks if rank[0] == node) for part in (1, 2, 3)]
+            for node in range(self._world.nodes)
+        ]
+        return [NodeRates(source=source, network=network or None, disk=disk) for source, network, disk in sums]
+
+    def _ring(self) -> list[World]:
+        """The ranks that pass chunks on with this one, by their place."""
+        mates = [world for world in self._all.gather_all(self._world) if world.local_rank == self._world.local_rank]
+        return sorted(mates, key=lambda world: self.plan.ring.index(world.node))
 
     def run(self, memory_bytes: int, progress: Progress | None = None, watch: Watch | None = None) -> Receipt:
         """Bring this node's files here, unless they are here already."""
@@ -274,12 +325,10 @@ class StageJob:
             return self._stop_requested()
 
         work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing))
-        worlds = self._all.gather_all(self._world)
+        ring = self._ring()
         chunks_apart, words_apart = self._all.duplicate(), self._all.duplicate()
         neighbours = None
         if chunks_apart.mpi is not None and words_apart.mpi is not None and work.by_origin:
-            mates = [world for world in worlds if world.local_rank == self._world.local_rank]
-            ring = sorted(mates, key=lambda world: self.plan.ring.index(world.node))
             neighbours = Neighbours(chunks_apart.mpi, words_apart.mpi, ring, work)
         transfer, disk_is_full = Transfer(), False
         try:

@@ -30,6 +30,7 @@ from stagein.formats.errors import (
 )
 from stagein.formats.manifest import Manifest
 from stagein.receipt import Receipt
+from stagein.stage_plan import PlanSummary
 from stagein.staging import plan_stage, stage
 from stagein.tools.stage import run as run_command
 from stagein.world import Communicator
@@ -292,9 +293,26 @@ def test_a_destination_that_gets_full_is_cleaned_up(
 
 
 def test_a_dry_run_writes_nothing(source: Path, to: Path) -> None:
-    manifest, plan = plan_stage(source, str(to), world=Communicator())
-    assert plan.policy == "replicate" and manifest == Manifest.load(source)
+    summary = plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05)
+    assert summary.policy == "replicate" and summary.dataset_id == Manifest.load(source).id
+    (node,) = summary.nodes
+    assert node.rates.source > 0 and node.rates.disk > 0 and node.rates.network is None
+    slowest = max(node.reads_bytes / node.rates.source, node.gets_bytes / node.rates.disk)
+    assert summary.predicted.seconds == pytest.approx(slowest) and summary.predicted.fits is None
     assert list(to.iterdir()) == []
+
+
+def test_a_dry_run_over_a_complete_copy_predicts_nothing(source: Path, to: Path) -> None:
+    stage_alone(source, to)
+    summary = plan_stage(source, str(to), world=Communicator())
+    assert summary.is_there and summary.predicted is None
+
+
+def test_a_dry_run_says_whether_it_fits_the_job(source: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
+    assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits is False
 
 
 # What an earlier run left
@@ -461,6 +479,18 @@ def test_more_ranks_than_chunks(tmp_path: Path, node_disks: str, shard_sizes: tu
     assert report is not None, result.stderr
     for node in "abc":
         assert_staged(tmp_path / "edge", expand_node(node_disks, node))
+
+
+@pytest.mark.mpi
+def test_a_dry_run_probes_all_nodes_and_leaves_nothing(source: Path, node_disks: str) -> None:
+    command = [sys.executable, "-m", "stagein.tools.cli", "stage", source, "--to", node_disks, "--dry-run", "--json"]
+    result = run_ranks(3, *command, "--time-left", "1:00:00", nodes="aab")
+    assert result.returncode == 0, result.stderr
+    summary = PlanSummary.model_validate_json(result.stdout)
+    assert all(min(node.rates.source, node.rates.network, node.rates.disk) > 0 for node in summary.nodes)
+    assert summary.predicted.seconds > 0 and summary.predicted.fits and summary.predicted.seconds_left == 3600
+    for node in "ab":
+        assert list(Path(expand_node(node_disks, node)).iterdir()) == []
 
 
 @pytest.mark.mpi

@@ -8,7 +8,18 @@ from synthetic import manifest_of_sizes
 
 from stagein.formats.errors import NoSpaceError, UsageError
 from stagein.formats.manifest import Manifest
-from stagein.stage_plan import ChunkTable, NodeSpace, RankWork, StagePlan, make_plan, rank_work, stored_bytes
+from stagein.stage_plan import (
+    ChunkTable,
+    NodeRates,
+    NodeSpace,
+    RankWork,
+    StagePlan,
+    buffers_within,
+    make_plan,
+    rank_work,
+    stored_bytes,
+)
+from stagein.time_left import job_seconds_left, parse_duration
 from stagein.world import World
 
 CHUNK = 4096
@@ -82,7 +93,7 @@ def test_copies_are_balanced(rounds, nodes, data):
     """Equal shards, as many as the nodes or a multiple: every node reads and holds the same."""
     copies = data.draw(st.integers(1, nodes))
     manifest = manifest_of_sizes([CHUNK] * (rounds * nodes), [], CHUNK)
-    summary = make_plan(manifest, nodes_of([1] * nodes), "auto", copies).summary(manifest)
+    summary = make_plan(manifest, nodes_of([1] * nodes), "auto", copies).summary(manifest, is_there=False)
     assert {node.gets_bytes for node in summary.nodes} == {rounds * copies * CHUNK}
     assert {node.reads_bytes for node in summary.nodes} == {rounds * CHUNK}
 
@@ -189,6 +200,69 @@ def test_an_unknown_policy_is_refused():
 
 def test_the_summary_adds_up():
     manifest = manifest_of_sizes([10 * CHUNK] * 4, [100], CHUNK)
-    summary = make_plan(manifest, nodes_of([2, 1]), "replicate").summary(manifest)
+    summary = make_plan(manifest, nodes_of([2, 1]), "replicate").summary(manifest, is_there=False)
     assert [node.gets_bytes for node in summary.nodes] == [manifest.nbytes] * 2
     assert sum(node.reads_bytes for node in summary.nodes) == manifest.nbytes
+
+
+@given(plans(), st.data())
+def test_the_prediction_is_the_bound(made, data):
+    """With one rate for all: the source shares out its reads, the others get what they hold at their own rate."""
+    manifest, plan, _ = made
+    source, network, disk = (data.draw(st.integers(1, 1000)) for _ in range(3))
+    rates = [NodeRates(source=source, network=network, disk=disk)] * len(plan.nodes)
+    summary = plan.summary(manifest, is_there=False, rates=rates, seconds_left=10.0)
+    reads = max(node.reads_bytes for node in summary.nodes) / source
+    writes = max(node.gets_bytes for node in summary.nodes) / disk
+    receives = max(node.gets_bytes - node.reads_bytes for node in summary.nodes) / network
+    assert summary.predicted.seconds == pytest.approx(max(reads, writes, receives))
+    assert summary.predicted.fits == (summary.predicted.seconds < 10)
+    assert sum(node.reads_bytes for node in summary.nodes) == manifest.nbytes
+
+
+def test_the_slowest_resource_is_named():
+    plan = make_plan(manifest_of_sizes([10 * CHUNK] * 4, []), nodes_of([1, 1]), "replicate")
+    rates = [NodeRates(source=100, network=100, disk=100), NodeRates(source=100, network=100, disk=10)]
+    predicted = plan.summary(manifest_of_sizes([10 * CHUNK] * 4, []), is_there=False, rates=rates).predicted
+    assert (predicted.resource, predicted.node, predicted.fits) == ("disk", "n1", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("1:30", 90),
+        ("2:00:05", 7205),
+        ("1-02:00:05", 93605),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_times_as_slurm_prints_them(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+def test_time_left_by_squeue(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text('#!/bin/sh\n[ "$*" = "-h -j 17 -o %L" ] && echo 1:30\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert job_seconds_left({"SLURM_JOB_ID": "17"}) == 90
+    assert job_seconds_left({"SLURM_JOB_ID": "18"}) is None
+    assert job_seconds_left({}) is None
+
+
+def test_a_rank_of_a_thousand_nodes_stays_within_its_memory():
+    """10 TB over 1,024 nodes of 4 ranks: the buffers keep to their budget, and what the plan holds is small beside them."""
+    chunk_bytes, shard_bytes, memory_bytes = 8 << 20, 2 << 30, 256 << 20
+    manifest = manifest_of_sizes([shard_bytes] * 5000, [1000], chunk_bytes)
+    nodes = nodes_of([4] * 1024, 20 << 40)
+    table = ChunkTable(manifest)
+    names = [node.name for node in nodes for _ in range(4)]
+    for copies in (1024, 3):
+        plan = make_plan(manifest, nodes, copies=copies)
+        work = rank_work(plan, table, World.of_rank(2049, names), np.ones(len(table), dtype=np.bool_))
+        passing = sum(map(len, work.by_origin)) + len(work.local)
+        assert buffers_within(memory_bytes, chunk_bytes, passing) * chunk_bytes <= memory_bytes
+        held = [*work.by_origin, work.local, work.hops, table.first, table.file_of, table.nbytes]
+        assert sum(array.nbytes for array in held) < memory_bytes // 4

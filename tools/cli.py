@@ -12,7 +12,7 @@ from stagein.formats.errors import ExitCode, StageinError
 
 from . import convert_commands
 from .console import complain, say
-from .options import Json, Workers, parse_age, parse_size
+from .options import Json, Workers, parse_age, parse_size, parse_time
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,6 +108,14 @@ def stage(
         int | None, typer.Option(min=1, help="Nodes that get each shard, in place of --policy.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and move nothing.")] = False,
+    time_left: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_time,
+            metavar="TIME",
+            help="For --dry-run: what the job has left, 90min or 1:30:00.  [default: Slurm]",
+        ),
+    ] = None,
     make_room: Annotated[
         bool, typer.Option("--make-room", help="Where it does not fit, evict what was unused for longest.")
     ] = False,
@@ -132,6 +140,7 @@ def stage(
         policy.value,
         copies=copies,
         dry_run=dry_run,
+        seconds_left=time_left,
         make_room=make_room,
         memory_bytes=memory,
         timeout_seconds=timeout,

@@ -37,5 +37,13 @@ def parse_age(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no duration: write a number with s, min, h or d, such as 7d") from None
 
 
+def parse_time(text: str) -> float:
+    """Times on the command line, in seconds: durations, or [[days-]hours:]minutes:seconds as Slurm prints them."""
+    from stagein.time_left import parse_duration
+
+    seconds = parse_duration(text)
+    return parse_age(text) if seconds is None else seconds
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads to use.  [default: all cores]")]

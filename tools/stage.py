@@ -6,13 +6,12 @@ from pathlib import Path
 from rich.table import Table
 
 from stagein.cache import expand_node
-from stagein.formats.manifest import Manifest
 from stagein.receipt import Receipt
-from stagein.stage_plan import Policy, StagePlan
+from stagein.stage_plan import PlanSummary, Policy, Prediction
 from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
 from stagein.world import connect
 
-from .console import bytes_text, print_table, say, seconds_text
+from .console import bytes_text, count_text, print_table, say, seconds_text
 from .live_view import show_stage
 
 _LISTED_NODES = 32
@@ -25,6 +24,7 @@ def run(
     *,
     copies: int | None = None,
     dry_run: bool = False,
+    seconds_left: float | None = None,
     make_room: bool = False,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
@@ -34,9 +34,17 @@ def run(
     communicator = connect()
     prints = communicator.world.rank == 0
     if dry_run:
-        manifest, plan = plan_stage(source, to, policy=policy, copies=copies, world=communicator)
+        summary = plan_stage(
+            source,
+            to,
+            policy=policy,
+            copies=copies,
+            world=communicator,
+            seconds_left=seconds_left,
+            timeout_seconds=timeout_seconds,
+        )
         if prints:
-            _print_plan(manifest, plan, to, as_json)
+            _print_plan(summary, to, as_json)
         return
     with show_stage() if prints and not as_json else contextlib.nullcontext() as watch:
         receipt = stage(
@@ -54,22 +62,34 @@ def run(
         _print_receipt(receipt, as_json)
 
 
-def _print_plan(manifest: Manifest, plan: StagePlan, to: str, as_json: bool) -> None:
-    summary = plan.summary(manifest)
+def _print_plan(summary: PlanSummary, to: str, as_json: bool) -> None:
     if as_json:
         say(summary.model_dump_json())
         return
-    table = Table(
-        title=f"{plan.policy} {manifest.id[:12]}, {bytes_text(manifest.nbytes)}, over {len(plan.nodes)} nodes"
-    )
-    for column in ("node", "destination", "files", "gets", "has", "free", "reads"):
+    name, nodes = summary.dataset_id[:12], count_text(len(summary.nodes), "node")
+    copies = f", {count_text(summary.copies, 'node')} for each shard" if summary.policy == "copies" else ""
+    table = Table(title=f"{summary.policy} {name}, {bytes_text(summary.dataset_bytes)}, over {nodes}{copies}")
+    for column in ("node", "destination", "files", "gets", "has", "free", "reads", "source", "network", "disk"):
         table.add_column(column)
     for node in summary.nodes[:_LISTED_NODES]:
         sizes = (node.gets_bytes, node.held_bytes, node.free_bytes, node.reads_bytes)
-        table.add_row(node.name, str(expand_node(to, node.name)), f"{node.files:,}", *map(bytes_text, sizes))
+        rates = (node.rates.source, node.rates.network, node.rates.disk) if node.rates else (None, None, None)
+        speeds = [f"{bytes_text(rate)}/s" if rate else "-" for rate in rates]
+        table.add_row(node.name, str(expand_node(to, node.name)), f"{node.files:,}", *map(bytes_text, sizes), *speeds)
     print_table(table)
     if len(summary.nodes) > _LISTED_NODES:
         say(f"and {len(summary.nodes) - _LISTED_NODES} more nodes; --json lists all")
+    if summary.is_there:
+        say("every node has its files already: nothing would be moved")
+    elif summary.predicted is not None:
+        _print_prediction(summary.predicted)
+
+
+def _print_prediction(predicted: Prediction) -> None:
+    say(f"at least {seconds_text(predicted.seconds)}, bound by the {predicted.resource} of node {predicted.node}")
+    if predicted.seconds_left is not None:
+        verdict = "it fits" if predicted.fits else "it does NOT fit: ask for more time, or for more nodes and partition"
+        say(f"the job has {seconds_text(predicted.seconds_left)} left: {verdict}")
 
 
 def _print_receipt(receipt: Receipt, as_json: bool) -> None:

@@ -1,0 +1,116 @@
+"""Short probes of what bounds a stage-in: how fast a node reads the source, hears from its neighbour, and writes to its disk.
+
+All nodes probe the same thing at the same time, as they will use it. Nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stagein.formats.checksums import pwrite_all
+from stagein.formats.errors import StageinError, WatchdogError, destination_error
+
+from .chunk_io import ChunkReader
+from .chunk_threads import READER_THREADS
+from .stage_plan import Chunks, ChunkTable
+from .world import Communicator, World
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_MESSAGE_BYTES = 8 << 20
+_SYNCED_BYTES = 8 * _MESSAGE_BYTES
+"""What is written between two calls of fdatasync: the rate is that of the disk, not of the page cache."""
+
+_POLL_SECONDS = 50e-6
+_MORE, _LAST = 0, 1
+
+
+def probe_source(reader: ChunkReader, table: ChunkTable, chunks: Chunks, seconds: float) -> float:
+    """Bytes a second at which this rank reads and checks these chunks, for `seconds` or until the last of them.
+
+    Raises what `ChunkReader.read` raises.
+    """
+    start, lock, waiting = time.monotonic(), threading.Lock(), iter(chunks.tolist())
+    read_bytes, failures = [0] * READER_THREADS, list[StageinError]()
+
+    def read_some(number: int) -> None:
+        buffer = memoryview(bytearray(table.longest_bytes))
+        while time.monotonic() - start < seconds and not failures:
+            with lock:
+                chunk = next(waiting, None)
+            if chunk is None:
+                break
+            try:
+                reader.read(chunk, buffer[: table.nbytes[chunk]])
+            except StageinError as error:
+                failures.append(error)
+            read_bytes[number] += int(table.nbytes[chunk])
+        reader.close()
+
+    threads = [threading.Thread(target=read_some, args=(number,), daemon=True) for number in range(READER_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return sum(read_bytes) / (time.monotonic() - start)
+
+
+def probe_disk(folder: Path, seconds: float, most_bytes: int) -> float:
+    """Bytes a second that the disk below `folder` takes for good, written for `seconds` or until `most_bytes`; 0.0 without room.
+
+    The file has no name and is gone afterwards. Raises what `destination_error` makes of a failure.
+    """
+    content = memoryview(os.urandom(_MESSAGE_BYTES))
+    start, written = time.monotonic(), 0
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            while time.monotonic() - start < seconds and written + _SYNCED_BYTES <= most_bytes:
+                for _ in range(_SYNCED_BYTES // _MESSAGE_BYTES):
+                    pwrite_all(file.fileno(), content, written)
+                    written += len(content)
+                os.fdatasync(file.fileno())
+            return written / (time.monotonic() - start)
+    except OSError as error:
+        raise destination_error(error, "probing", folder) from None
+
+
+def probe_network(communicator: Communicator, mpi: MPI.Comm, ring: Sequence[World], seconds: float) -> float:
+    """Bytes a second that come from the rank before this one in `ring` while it sends as fast to the next, for `seconds`.
+
+    Every rank of the ring calls it. Raises WatchdogError when a neighbour is not heard of within the communicator's limit.
+    """
+    from mpi4py import MPI
+
+    place = [world.rank for world in ring].index(communicator.world.rank)
+    left, right = ring[place - 1].rank, ring[(place + 1) % len(ring)].rank
+    outgoing, incoming, status = bytearray(_MESSAGE_BYTES), bytearray(_MESSAGE_BYTES), MPI.Status()
+    start, received, heard = time.monotonic(), 0, time.monotonic()
+    sending: MPI.Request | None = mpi.Isend([outgoing, MPI.BYTE], dest=right, tag=_MORE)
+    receiving: MPI.Request | None = mpi.Irecv([incoming, MPI.BYTE], source=left)
+    sent_last = False
+    while sending is not None or receiving is not None:
+        now = time.monotonic()
+        moved = False
+        if sending is not None and sending.Test():
+            moved, tag = True, _LAST if now - start > seconds else _MORE
+            sending = None if sent_last else mpi.Isend([outgoing, MPI.BYTE], dest=right, tag=tag)
+            sent_last = sent_last or tag == _LAST
+        if receiving is not None and receiving.Test(status):
+            moved, received = True, received + _MESSAGE_BYTES
+            receiving = None if status.Get_tag() == _LAST else mpi.Irecv([incoming, MPI.BYTE], source=left)
+        if moved:
+            heard = now
+        elif now - heard > communicator.timeout_seconds:
+            raise WatchdogError(f"ranks {left} and {right} do not answer a probe of the network: look at their nodes")
+        else:
+            time.sleep(_POLL_SECONDS)
+    return received / (time.monotonic() - start)
