@@ -7,7 +7,7 @@ of zeros, more than one block can use up, so that kernels check once a block.
 import numpy as np
 from numpy.typing import NDArray
 
-from .jpeg_huffman import LOOK_BITS, MAX_CODE_BITS
+from .jpeg_huffman import LOOK_BITS, MAX_CODE_BITS, HuffmanTables
 from .native import kernel, signed
 
 PADDING_BYTES = 512
@@ -31,6 +31,13 @@ def unstuff(
     position, filled, count = start, 0, 1
     segments[0] = 0
     while position < stop:
+        while position + 8 <= stop and not has_ff(source, position):
+            for byte in range(8):
+                plain[np.uint64(filled + byte)] = source[np.uint64(position + byte)]
+            position += 8
+            filled += 8
+        if position >= stop:
+            break
         byte = source[position]
         position += 1
         if byte != 0xFF:
@@ -56,29 +63,35 @@ def unstuff(
 
 @kernel
 def peek32(plain: NDArray[np.uint8], position: int) -> int:
-    """The 32 bits from bit `position` on."""
-    byte = np.uint64(position >> 3)
-    value = (
-        signed(plain[byte]) << 32
-        | signed(plain[byte + np.uint64(1)]) << 24
-        | signed(plain[byte + np.uint64(2)]) << 16
-        | signed(plain[byte + np.uint64(3)]) << 8
-        | signed(plain[byte + np.uint64(4)])
-    )
-    return (value >> (8 - (position & 7))) & 0xFFFFFFFF
+    """The 32 bits from bit `position` on; reads 8 bytes."""
+    at = np.uint64(position >> 3)
+    word = np.uint64(0)
+    for byte in range(8):  # becomes one load
+        word |= np.uint64(plain[at + np.uint64(byte)]) << np.uint64(56 - 8 * byte)
+    return signed((word << np.uint64(position & 7)) >> np.uint64(32))
 
 
 @kernel
-def find_code(
-    window: int, look: NDArray[np.int32], limit: NDArray[np.int32], delta: NDArray[np.int32], symbols: NDArray[np.int32]
-) -> int:
+def has_ff(source: NDArray[np.uint8], position: int) -> bool:
+    """Whether one of the 8 bytes from `position` on is 0xFF."""
+    at = np.uint64(position)
+    word = 0
+    for byte in range(8):
+        word |= signed(source[at + np.uint64(byte)]) << (8 * byte)
+    # A byte of ~word is zero; the constants are 0x0101… and 0x8080… as signed numbers.
+    return ((~word - 0x0101010101010101) & word & -0x7F7F7F7F7F7F7F80) != 0
+
+
+@kernel
+def find_code(window: int, tables: HuffmanTables, table: int) -> int:
     """`length << 8 | symbol` of the code that the 16 bits of `window` start with; 0 when there is none."""
-    found = signed(look[window >> (MAX_CODE_BITS - LOOK_BITS)])
+    found = signed(tables.look[table, window >> (MAX_CODE_BITS - LOOK_BITS)])  # no rows: a view of one costs more
     if found:
         return found
     for bits in range(LOOK_BITS + 1, MAX_CODE_BITS + 1):
-        if window < limit[bits]:
-            return bits << 8 | signed(symbols[((window >> (MAX_CODE_BITS - bits)) + delta[bits]) & 255])
+        if window < tables.limit[table, bits]:
+            place = (window >> (MAX_CODE_BITS - bits)) + tables.delta[table, bits]
+            return bits << 8 | signed(tables.symbols[table, place & 255])
     return 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ChecksumError
+from .jpeg_bits import has_ff
 from .jpeg_header import BLOCK_PIXELS
 from .native import kernel, signed
 
@@ -253,21 +254,10 @@ def _copy_header(
 def _behind_marker(source: NDArray[np.uint8], position: int, stop: int) -> int:
     """Where the next restart or end marker from `position` on ends, -1 when there is none before `stop`."""
     while position + 1 < stop:
-        while position + 8 <= stop and not _has_ff(source, position):
+        while position + 8 <= stop and not has_ff(source, position):
             position += 8
         for _ in range(min(8, stop - 1 - position)):
             if source[position] == 0xFF and 0xD0 <= source[position + 1] <= 0xD9:
                 return position + 2
             position += 1
     return -1
-
-
-@kernel
-def _has_ff(source: NDArray[np.uint8], position: int) -> bool:
-    """Whether one of the 8 bytes from `position` on is 0xFF."""
-    at = np.uint64(position)
-    word = 0
-    for byte in range(8):
-        word |= signed(source[at + np.uint64(byte)]) << (8 * byte)
-    # A byte of ~word is zero; the constants are 0x0101… and 0x8080… as signed numbers.
-    return ((~word - 0x0101010101010101) & word & -0x7F7F7F7F7F7F7F80) != 0

@@ -40,14 +40,14 @@ class HuffmanTables(NamedTuple):
     length: NDArray[np.int32]
 
 
-def stack_tables(definitions: list[bytes]) -> HuffmanTables:
-    """The tables of these definitions. Raises UnsupportedJpegError when one is no prefix code."""
-    tables = [_build_table(definition) for definition in definitions]
+def stack_tables(definitions: list[bytes], *, to_skip: bool = False) -> HuffmanTables:
+    """The tables of these definitions, with `skip` if that is wanted. Raises UnsupportedJpegError when one is no prefix code."""
+    tables = [_build_table(definition, to_skip) for definition in definitions]
     return HuffmanTables(*(np.stack(parts) for parts in zip(*tables, strict=True)))
 
 
 @lru_cache(maxsize=64)
-def _build_table(definition: bytes) -> tuple[NDArray[np.int32], ...]:
+def _build_table(definition: bytes, to_skip: bool) -> tuple[NDArray[np.int32], ...]:
     """One table; most files have the standard tables of annex K.3, so that a few are kept."""
     table = HuffmanTables(
         look=np.zeros(1 << LOOK_BITS, np.int32),
@@ -59,8 +59,13 @@ def _build_table(definition: bytes) -> tuple[NDArray[np.int32], ...]:
         length=np.zeros(256, np.int32),
     )
     content = np.frombuffer(definition, np.uint8)
-    if len(content) < MAX_CODE_BITS or not _fill_table(content[:MAX_CODE_BITS], content[MAX_CODE_BITS:], *table):
+    counts, values = content[:MAX_CODE_BITS], content[MAX_CODE_BITS:]
+    if len(counts) < MAX_CODE_BITS or not _fill_table(
+        counts, values, table.look, table.limit, table.delta, table.symbols, table.code, table.length
+    ):
         damaged("a Huffman table is missing or no prefix code")
+    if to_skip:
+        _fill_skip(table.look, table.skip)
     return tuple(table)
 
 
@@ -69,7 +74,6 @@ def _fill_table(
     counts: NDArray[np.uint8],
     values: NDArray[np.uint8],
     look: NDArray[np.int32],
-    skip: NDArray[np.int32],
     limit: NDArray[np.int32],
     delta: NDArray[np.int32],
     symbols: NDArray[np.int32],
@@ -93,39 +97,40 @@ def _fill_table(
             number += 1
         limit[bits] = next_code << (MAX_CODE_BITS - bits)
         next_code <<= 1
+    return number > 0
+
+
+@kernel
+def _fill_skip(look: NDArray[np.int32], skip: NDArray[np.int32]) -> None:
     for entry in range(1 << LOOK_BITS):
         skip[entry] = _skip_entry(look, entry)
-    return number > 0
 
 
 @kernel
 def _skip_entry(look: NDArray[np.int32], window: int) -> int:
     """What the next LOOK_BITS bits say about AC coefficients whose values do not matter, packed:
 
-    bits 0-4    length of the first code with its raw bits; 0 when the window does not hold the code
-    bits 5-9    coefficients it moves on by
-    bit  10     it ends the block
-    bits 11-15  length of all codes, with raw bits, that lie in the window
-    bits 16-21  coefficients they move on by, the end of the block not counted
-    bit  22     the last of them ends the block
+    bits 0-5    length of all codes, with raw bits, that lie in the window; 0 when it does not hold the first code
+    bits 6-11   coefficients they move on by, the end of the block not counted
+    bit  12     the last of them ends the block
+    bits 13-17, 18-22, bit 23   the same of the first code alone
     """
-    entry = used = moved = 0
-    while used < LOOK_BITS:
+    first = used = moved = ends = 0
+    while used < LOOK_BITS and not ends:
         found = signed(look[(window << used) & ((1 << LOOK_BITS) - 1)])
         bits, run, size = found >> 8, (found >> 4) & 15, found & 15
         if bits == 0 or bits > LOOK_BITS - used or (size == 0 and 0 < run < 15):
             break
-        ends = run == 0 and size == 0
-        if moved + run + 1 > 63 and not ends:
+        is_end = 1 if run == 0 and size == 0 else 0
+        move = 0 if is_end else run + 1
+        if moved + move > 63:
             break
         if used == 0:
-            entry = (bits + size) | (0 if ends else (run + 1) << 5) | (1 << 10 if ends else 0)
+            first = (bits + size) << 13 | move << 18 | is_end << 23
         used += bits + size
-        if ends:
-            entry |= 1 << 22
-            break
-        moved += run + 1
-    return entry | used << 11 | moved << 16
+        moved += move
+        ends = is_end
+    return used | moved << 6 | ends << 12 | first
 
 
 def complete_dc_table(definition: bytes) -> bytes | None:

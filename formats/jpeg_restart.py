@@ -94,7 +94,7 @@ def _insert_restarts(
     source: NDArray[np.uint8], frame: Frame, dc_definitions: list[bytes], interval: int
 ) -> SeekableJpeg:
     scan = frame.scans[0]
-    dc_tables, ac_tables = stack_tables(dc_definitions), stack_tables(list(scan.ac_tables))
+    dc_tables, ac_tables = stack_tables(dc_definitions), stack_tables(list(scan.ac_tables), to_skip=True)
     header = sequential_header(frame, dc_definitions, list(scan.ac_tables), interval)
     mcus = frame.mcu_columns * frame.mcu_rows
     source_interval = scan.restart_interval or mcus
@@ -185,13 +185,7 @@ def _copy_with_restarts(
         column += 1
         for component in mcu_components:
             window = peek32(plain, position)
-            found = find_code(
-                window >> 16,
-                dc_tables.look[component],
-                dc_tables.limit[component],
-                dc_tables.delta[component],
-                dc_tables.symbols[component],
-            )
+            found = find_code(window >> 16, dc_tables, component)
             bits, size = found >> 8, found & 0xFF
             if bits == 0 or size >= DC_SIZES:
                 return INVALID
@@ -223,44 +217,41 @@ def _copy_with_restarts(
 @kernel
 def _skip_ac(plain: NDArray[np.uint8], position: int, component: int, tables: HuffmanTables) -> int:
     """Where the AC coefficients of a block that start at bit `position` end; INVALID when they are no valid codes."""
-    skip = tables.skip[component]
     byte = np.uint64(position >> 3)
-    window, window_bits = signed(plain[byte]) & (0xFF >> (position & 7)), 8 - (position & 7)
+    # The bits to come stand at the top of the window; shifts by the low six bits of an entry need no mask on most processors.
+    window = np.uint64(plain[byte]) << np.uint64(56 + (position & 7))
+    window_bits = 8 - (position & 7)
     byte += np.uint64(1)
     done = 1
     while True:
         if window_bits < 32:
-            window = (
-                window << 32
-                | signed(plain[byte]) << 24
-                | signed(plain[byte + np.uint64(1)]) << 16
-                | signed(plain[byte + np.uint64(2)]) << 8
-                | signed(plain[byte + np.uint64(3)])
+            four = (
+                np.uint64(plain[byte]) << np.uint64(24)
+                | np.uint64(plain[byte + np.uint64(1)]) << np.uint64(16)
+                | np.uint64(plain[byte + np.uint64(2)]) << np.uint64(8)
+                | np.uint64(plain[byte + np.uint64(3)])
             )
+            window |= four << np.uint64(32 - window_bits)
             byte += np.uint64(4)
             window_bits += 32
-        entry = signed(skip[(window >> (window_bits - LOOK_BITS)) & ((1 << LOOK_BITS) - 1)])
-        moved = (entry >> 16) & 63
+        entry = signed(tables.skip[component, window >> np.uint64(64 - LOOK_BITS)])
+        moved = (entry >> 6) & 63
         if entry and done + moved <= 63:
+            window <<= np.uint64(entry & 63)
+            window_bits -= entry & 63
             done += moved
-            window_bits -= (entry >> 11) & 31
-            if entry >> 22:
+            if entry & (1 << 12):
                 break
             continue
-        bits, moved, ends = entry & 31, (entry >> 5) & 31, (entry >> 10) & 1
-        if bits == 0:
-            code = find_code(
-                (window >> (window_bits - 16)) & 0xFFFF,
-                tables.look[component],
-                tables.limit[component],
-                tables.delta[component],
-                tables.symbols[component],
-            )
+        bits, moved, ends = (entry >> 13) & 31, (entry >> 18) & 31, entry >> 23
+        if entry == 0:
+            code = find_code(signed(window >> np.uint64(48)), tables, component)
             run, size = (code >> 4) & 15, code & 15
             if code == 0 or (size == 0 and 0 < run < 15):
                 return INVALID
             bits, ends = (code >> 8) + size, 1 if run == 0 and size == 0 else 0
             moved = 0 if ends else run + 1
+        window <<= np.uint64(bits)
         window_bits -= bits
         done += moved
         if done >= 64 or ends:

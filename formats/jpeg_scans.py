@@ -175,13 +175,7 @@ def _decode_scan(
 
 @kernel
 def _code_at(plain: NDArray[np.uint8], position: int, tables: HuffmanTables, table: int) -> int:
-    return find_code(
-        peek32(plain, position) >> 16,
-        tables.look[table],
-        tables.limit[table],
-        tables.delta[table],
-        tables.symbols[table],
-    )
+    return find_code(peek32(plain, position) >> 16, tables, table)
 
 
 @kernel
