@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from .errors import SourceError, UsageError, source_error
 from .images import BadImageError
 from .schema import Field, Schema
-from .source_fields import SIZE_FIELD, column_value, image_field, image_size, make_schema
+from .source_fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size, make_schema
+from .source_files import most_common
 from .source_tensors import copy_little_endian
 from .sources import RefusedRecord, Room, SourceRecord
-from .values import BadValueError, Value
+from .values import BadValueError, Value, row_bytes, to_rows
 
 _PAIR_FIELDS = ("data", "label")
 _SIZE_NAME = "hw"
 _IMAGE = "image"
-_BYTES_FIELD = Field(kind="encoded", dtype="uint8", shape=(None,), encoding="bytes")
+_LOOKED_AT = 16
+"""Records that say together what the fields are."""
 
 
 @runtime_checkable
@@ -128,12 +130,12 @@ def scan_python(target: str, *, primary: str | None = None) -> PythonRecords:
     """The records that the function `MODULE:FUNCTION` gives, called without arguments; its module may lie in this folder.
 
     It returns an object with a length and items by number: dicts of fields, or pairs of a tensor and its label, which are
-    called `data` and `label`. The first record says what the fields are, unless the object has an attribute `schema`:
-    numpy arrays and torch tensors are tensors of their type and shape, numbers are columns, bytes are an encoded field
-    (an image, with the column `hw`, if they start like one). `primary` is the field that fills the shards, by default
-    the bytes, else the largest.
+    called `data` and `label`. A few records say what the fields are, unless the object has an attribute `schema`: numpy
+    arrays and torch tensors are tensors of their type and shape, or `ragged` where they differ in their first extent, numbers are
+    columns, strings `text`, bytes an encoded field (an image, with the column `hw`, if they start like one). `primary` is by
+    default the bytes, else the largest.
 
-    Sizes must be known before shards are planned: where the primary field is encoded, every record is asked for twice.
+    Sizes must be known before shards are planned: where those of the primary field differ, every record is asked for twice.
     Raises UsageError when there is no such function or what it returns has no length, SourceError when it fails.
     """
     origin = _parse_target(target)
@@ -144,15 +146,23 @@ def scan_python(target: str, *, primary: str | None = None) -> PythonRecords:
     if schema is None:
         if not count:
             raise SourceError(f"{origin} gives no records: there is nothing to convert")
-        schema = _infer_schema(origin, _record_values(origin, records, 0), primary)
+        spread = np.unique(np.linspace(0, count - 1, _LOOKED_AT).astype(int)).tolist()
+        schema = _infer_schema(origin, [_record_values(origin, records, number) for number in spread], primary)
     elif not isinstance(schema, Schema):
         raise UsageError(
             f"{origin}: its attribute schema is a {type(schema).__name__}: make it a stagein.formats.Schema"
         )
     nbytes = np.full(count, schema.primary_field.record_bytes, np.int64)
-    if schema.primary_field.kind == "encoded":
-        nbytes[:] = [_encoded_size(schema.primary, _record_values(origin, records, number)) for number in range(count)]
-    return PythonRecords(origin, _module_sha256(origin), schema, nbytes)
+    secondary: dict[str, NDArray[np.int64]] = {}
+    if schema.primary_field.is_variable:
+        variable = {name: each for name, each in schema.fields.items() if each.is_variable}
+        sizes = np.zeros((count, len(variable)), np.int64)
+        for number in range(count):
+            values = _record_values(origin, records, number)
+            sizes[number] = [_size(each, values.get(name)) for name, each in variable.items()]
+        secondary = dict(zip(variable, sizes.T, strict=True))
+        nbytes = secondary.pop(schema.primary)
+    return PythonRecords(origin, _module_sha256(origin), schema, nbytes, secondary_nbytes=secondary)
 
 
 @functools.lru_cache(maxsize=1)
@@ -215,18 +225,18 @@ def _record_values(origin: PythonFunction, records: Records, number: int) -> dic
     )
 
 
-def _infer_schema(origin: PythonFunction, values: Mapping[str, object], primary: str | None) -> Schema:
-    """The schema that the first record has. Raises UsageError when there is none for it."""
+def _infer_schema(origin: PythonFunction, records: Sequence[Mapping[str, object]], primary: str | None) -> Schema:
+    """The schema that most of these records have. Raises UsageError when there is none for them."""
     fields: dict[str, Field] = {}
-    for name, value in values.items():
+    for name in most_common(tuple(record) for record in records):
         try:
-            fields[name] = _infer_field(value)
+            fields[name] = _infer_field([record[name] for record in records if name in record])
         except BadValueError as error:
             raise UsageError(
-                f"record 0 of {origin}: field {name!r}: {error}: give an array, a number, or bytes"
+                f"records of {origin}: field {name!r}: {error}: give an array, a number, bytes or a string"
             ) from None
     if not fields:
-        raise UsageError(f"record 0 of {origin} has no fields: give a dict with at least one")
+        raise UsageError(f"records of {origin} have no fields: give a dict with at least one")
     encoded = [name for name, field in fields.items() if field.kind == "encoded"]
     largest = max(fields, key=lambda name: _largeness(fields[name]))
     primary = primary or (encoded[0] if encoded else largest)
@@ -240,15 +250,37 @@ def _largeness(field: Field) -> tuple[bool, int]:
     return field.kind == "tensor" and bool(field.shape), field.record_bytes if field.kind == "tensor" else 0
 
 
-def _infer_field(value: object) -> Field:
-    if isinstance(value, (bytes, bytearray, memoryview)):
+def _infer_field(values: Sequence[object]) -> Field:
+    """The field that most of these values fit. Raises BadValueError."""
+    contents = [bytes(value) for value in values if isinstance(value, (bytes, bytearray, memoryview))]
+    texts = sum(isinstance(value, str) for value in values)
+    if 2 * len(contents) > len(values):
+        return file_field(contents)
+    if 2 * texts > len(values):
+        return Field(kind="text")
+    arrays: list[NDArray[np.generic]] = []
+    reason = BadValueError("its values are of several kinds")
+    for value in values:
         try:
-            image_size(memoryview(value))
-        except BadImageError:
-            return _BYTES_FIELD
-        return image_field(_IMAGE)  # the next one may be of another format
-    array = _as_array(value)
-    return Field(kind="tensor", dtype=array.dtype.name, shape=array.shape)
+            arrays.append(_as_array(value))
+        except BadValueError as error:
+            reason = error
+    if 2 * len(arrays) <= len(values):
+        raise reason
+    if 2 * sum(hasattr(value, "dtype") for value in values) > len(
+        values
+    ):  # the types of Python's own numbers say nothing
+        dtype = most_common(array.dtype.name for array in arrays)
+        arrays = [array for array in arrays if array.dtype.name == dtype]
+    return common_array_field(arrays)
+
+
+def _size(declared: Field, value: object) -> int:
+    """Bytes of a value; none where it is not of its field's kind, which reading it will refuse."""
+    try:
+        return len(row_bytes(to_rows(declared, cast(Value, value))))
+    except BadValueError:
+        return 0
 
 
 def _encoded_bytes(name: str, values: Mapping[str, object]) -> memoryview:
@@ -258,14 +290,6 @@ def _encoded_bytes(name: str, values: Mapping[str, object]) -> memoryview:
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise BadValueError(f"field {name!r}: a {type(value).__name__}, not bytes")
     return memoryview(value).cast("B")
-
-
-def _encoded_size(name: str, values: Mapping[str, object]) -> int:
-    """Bytes of the encoded field; none where there is no such field, which reading it will refuse."""
-    try:
-        return len(_encoded_bytes(name, values))
-    except BadValueError:
-        return 0
 
 
 def _tensor(name: str, values: Mapping[str, object], field: Field) -> NDArray[np.generic]:
