@@ -6,8 +6,9 @@ Every process that makes shards imports the module and calls the function for it
 import functools
 import hashlib
 import importlib
+import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -126,7 +127,34 @@ class PythonRecordsPart:
         return SourceRecord(derived)
 
 
-def scan_python(target: str, *, primary: str | None = None) -> PythonRecords:
+@dataclass(frozen=True)
+class RecordStream:
+    """Records that a function yields one after the other: their number, order and sizes are only known at their end.
+
+    They are no Source: they can only be written in one go, with a Writer.
+    """
+
+    origin: PythonFunction
+    records: Iterable[object]
+
+    @property
+    def name(self) -> str:
+        return str(self.origin)
+
+    def __iter__(self) -> Iterator[dict[str, Value]]:
+        """The fields of every record. Raises SourceError when the function fails."""
+        records = iter(self.records)
+        for number in itertools.count():
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise SourceError(f"record {number} of {self.origin} failed: {_short(error)}") from error
+            yield cast(dict[str, Value], _as_fields(self.origin, record, number))
+
+
+def scan_python(target: str, *, primary: str | None = None) -> PythonRecords | RecordStream:
     """The records that the function `MODULE:FUNCTION` gives, called without arguments; its module may lie in this folder.
 
     It returns an object with a length and items by number: dicts of fields, or pairs of a tensor and its label, which are
@@ -136,10 +164,18 @@ def scan_python(target: str, *, primary: str | None = None) -> PythonRecords:
     default the bytes, else the largest.
 
     Sizes must be known before shards are planned: where those of the primary field differ, every record is asked for twice.
-    Raises UsageError when there is no such function or what it returns has no length, SourceError when it fails.
+    A generator, or another iterable without a length, is returned as a RecordStream. Raises UsageError when there is no such
+    function or it returns no records, SourceError when it fails.
     """
     origin = _parse_target(target)
     load_records.cache_clear()  # asked anew, it may give other records
+    returned = _call(origin)
+    if not isinstance(returned, Records) and isinstance(returned, Iterable):
+        if primary is not None:
+            raise UsageError(
+                f"{origin} yields records one by one: leave out --primary, it follows from the first records"
+            )
+        return RecordStream(origin, returned)
     records = load_records(origin)
     count = len(records)
     schema = getattr(records, "schema", None)
@@ -171,6 +207,16 @@ def load_records(origin: PythonFunction) -> Records:
 
     Raises UsageError when it cannot be found or its records have no numbers, SourceError when it fails.
     """
+    records = _call(origin)
+    if not isinstance(records, Records) or isinstance(records, Mapping):
+        raise UsageError(
+            f"{origin} returns a {type(records).__name__}, whose records have no numbers: return an object with __len__ and "
+            "__getitem__, or write records one by one with stagein.formats.Writer"
+        )
+    return records
+
+
+def _call(origin: PythonFunction) -> object:
     if origin.folder not in sys.path:
         sys.path.insert(0, origin.folder)
     try:
@@ -186,11 +232,6 @@ def load_records(origin: PythonFunction) -> Records:
             len(records)
     except Exception as error:
         raise SourceError(f"{origin} failed: {_short(error)}") from error
-    if not isinstance(records, Records) or isinstance(records, Mapping):
-        raise UsageError(
-            f"{origin} returns a {type(records).__name__}, whose records have no numbers: return an object with __len__ and "
-            "__getitem__, or write records one by one with stagein.formats.Writer"
-        )
     return records
 
 
@@ -216,6 +257,10 @@ def _record_values(origin: PythonFunction, records: Records, number: int) -> dic
         record = records[number]
     except Exception as error:
         raise SourceError(f"record {number} of {origin} failed: {_short(error)}") from error
+    return _as_fields(origin, record, number)
+
+
+def _as_fields(origin: PythonFunction, record: object, number: int) -> dict[str, object]:
     if isinstance(record, Mapping):
         return {str(name): value for name, value in record.items()}
     if isinstance(record, (tuple, list)) and len(record) == len(_PAIR_FIELDS):

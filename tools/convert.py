@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -27,8 +28,10 @@ from stagein.formats.errors import ExitCode, StageinError, UsageError, WatchdogE
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
 from stagein.formats.source_images import BYTES_AFTER, BYTES_BEFORE, change_images
+from stagein.formats.source_python import RecordStream
 from stagein.formats.source_selection import select, split
 from stagein.formats.sources import Source, record_nbytes
+from stagein.formats.writer import Writer
 from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
@@ -38,12 +41,14 @@ from .info import schema_table
 
 _LISTED_SKIPPED = 20
 _SPLIT = "{split}"
+_STREAM_SECONDS = 5.0
+"""How often the progress of records is shown whose number is not known."""
 
 Executors = Callable[[int], AbstractContextManager[ShardExecutor]]
 """Who makes so many shards."""
 
 
-def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> None:
+def run(scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions) -> None:
     """Convert the source that `scan` finds into the data set `target`; the first rank alone prints.
 
     Raises StageinError, on every rank.
@@ -58,7 +63,7 @@ def run(scan: Callable[[], Source], target: Path, options: ConvertOptions) -> No
 
 
 def _run_on_ranks(
-    communicator: Communicator, scan: Callable[[], Source], target: Path, options: ConvertOptions
+    communicator: Communicator, scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions
 ) -> None:
     workers = ShardWorkers(options.workers or _cores_of_this_rank(communicator))
     with workers, _noted_signals() as stopping_signal:
@@ -78,8 +83,14 @@ def _run_on_ranks(
             communicator.abort(ExitCode.FAILED)
 
 
-def _convert(scan: Callable[[], Source], target: Path, options: ConvertOptions, executors: Executors) -> None:
-    found = select(scan(), limit=options.limit, shuffle_seed=options.shuffle_seed)
+def _convert(
+    scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions, executors: Executors
+) -> None:
+    scanned = scan()
+    if isinstance(scanned, RecordStream):
+        _write_stream(scanned, target, options)
+        return
+    found = select(scanned, limit=options.limit, shuffle_seed=options.shuffle_seed)
     source = with_changed_images(found, options)
     refuse_bad_records(source, skip_bad=options.skip_bad)
     plans = _plans(source, target, options)
@@ -91,6 +102,45 @@ def _convert(scan: Callable[[], Source], target: Path, options: ConvertOptions, 
     reports = [_carry_out(plan, path, options, executors) for path, plan in plans.items()]
     if options.json:
         say(json.dumps(reports[0] if options.split is None else {"targets": reports}))
+
+
+def _write_stream(stream: RecordStream, target: Path, options: ConvertOptions) -> None:
+    """Write records as they come, in this process: nothing can be dealt out, and an interrupted run starts from the beginning."""
+    impossible = {
+        "--dry-run": options.dry_run,
+        "--shuffle-seed": options.shuffle_seed is not None,
+        "--split": options.split is not None,
+        "--seekable-jpeg": options.seekable_jpeg,
+        "--image-max-side": options.image_max_side is not None,
+        "--image-quality": options.image_quality is not None,
+        "--skip-bad": options.skip_bad,
+    }
+    asked = [option for option, is_asked in impossible.items() if is_asked]
+    if asked:
+        raise UsageError(
+            f"{stream.name} yields records one by one: {asked[0]} needs them by number, so return an object with __len__ and "
+            "__getitem__, or leave the option out"
+        )
+    start = last = time.monotonic()
+    writer = Writer(
+        target,
+        codec=parse_codec(options.codec),
+        container=options.container.value,
+        shard_bytes=options.shard_bytes,
+        overwrite=options.overwrite,
+    )
+    records = 0
+    with writer:
+        for record in islice(stream, options.limit):
+            writer.write(record)
+            records += 1
+            now = time.monotonic()
+            if now - last > _STREAM_SECONDS and not options.json:
+                last = now
+                complain(f"converting: {count_text(records, 'record')}, {records / (now - start):,.0f} records/s")
+    report = _report(target, Converted(Manifest.load(target), (), 0, {}), time.monotonic() - start, options)
+    if options.json:
+        say(json.dumps(report))
 
 
 def _plans(source: Source, target: Path, options: ConvertOptions) -> dict[Path, ConversionPlan]:

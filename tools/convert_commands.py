@@ -6,13 +6,14 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from .options import Json, parse_size
 
 if TYPE_CHECKING:
+    from stagein.formats.source_python import RecordStream
     from stagein.formats.sources import Source
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards.")
@@ -106,14 +107,17 @@ def parse_split(text: str) -> dict[str, Fraction]:
     return shares
 
 
-def _kind(name: str) -> Callable[[Callable[..., "Source"]], Callable[..., "Source"]]:
+_Scan: TypeAlias = Callable[..., "Source | RecordStream"]
+
+
+def _kind(name: str) -> Callable[[_Scan], _Scan]:
     """Make `stagein convert NAME` of a function that finds a source.
 
     The command takes the function's arguments, the first of which is SOURCE, then TARGET and the shared options; its help
     is the function's docstring. The function is called when the conversion begins, on one rank.
     """
 
-    def register(scan: Callable[..., "Source"]) -> Callable[..., "Source"]:
+    def register(scan: _Scan) -> _Scan:
         source, *own = _parameters(scan)
         target = inspect.Parameter(
             "target",
@@ -238,8 +242,8 @@ def _npy(
 def _python(
     source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, called without arguments.")],
     primary: Primary = None,
-) -> "Source":
-    """Pack what a function of yours returns: a torch Dataset, or any sequence of records."""
+) -> "Source | RecordStream":
+    """Pack what a function of yours returns: a torch Dataset, any sequence of records, or a generator of them."""
     from stagein.formats.source_python import scan_python
 
     return scan_python(source, primary=primary)
