@@ -212,6 +212,7 @@ def demo(
 
 
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a temporary one]")]
 
 
 @bench_app.command("convert")
@@ -224,6 +225,37 @@ def bench_convert(
     from . import bench_convert
 
     bench_convert.run_convert(source, rounds, work)
+
+
+RecordBytes = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Size of a record.")]
+TotalBytes = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="All records together.")]
+
+
+@bench_app.command("read")
+def bench_read(
+    record_bytes: RecordBytes = 110_000,
+    total_bytes: TotalBytes = 200_000_000,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read at the same time.")] = 1,
+    rounds: Rounds = 5,
+    work: BenchFolder = None,
+) -> None:
+    """Random records that are in memory, beside raw os.preadv and every installed peer."""
+    from . import bench_read
+
+    bench_read.run_read(record_bytes, total_bytes, threads, rounds, work)
+
+
+@bench_app.command("write")
+def bench_write(
+    record_bytes: RecordBytes = 110_000,
+    total_bytes: TotalBytes = 200_000_000,
+    rounds: Rounds = 5,
+    work: BenchFolder = None,
+) -> None:
+    """Ready bytes into shards, beside writing them raw with fsync and rename, and every installed peer."""
+    from . import bench_read
+
+    bench_read.run_write(record_bytes, total_bytes, rounds, work)
 
 
 @bench_app.command("load")
