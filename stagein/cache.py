@@ -130,7 +130,10 @@ class Store:
     def mark(self, job: str) -> Iterator[None]:
         """Leave a mark that shows on which node this folder is seen, for `marks` of the same job."""
         path = self._folder / f"{_MARK_PREFIX}{job}.{node_name()}"
-        path.write_bytes(Owner.this_process().to_bytes())
+        try:
+            path.write_bytes(Owner.this_process().to_bytes())
+        except OSError as error:
+            raise destination_error(error, "writing", path) from None
         try:
             yield
         finally:
@@ -143,7 +146,10 @@ class Store:
 
     def try_lease(self) -> WriterLease | None:
         """The writer's lease of this data set on this node; None while another job has it."""
-        return WriterLease.take(self._lock_path)
+        try:
+            return WriterLease.take(self._lock_path)
+        except OSError as error:
+            raise destination_error(error, "locking", self._lock_path) from None
 
     def lease_holder(self) -> str:
         """Process and host that hold the lease."""

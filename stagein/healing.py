@@ -27,7 +27,7 @@ from .leases import WriterLease
 from .stage_plan import ChunkTable, Flags
 from .world import Communicator
 
-_READERS = 4
+DEFAULT_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,18 @@ class StagedCopies:
         content = self._all.broadcast(manifest.to_bytes() if manifest else None, root=found.index(True))
         return manifest or Manifest.parse(content, self._path / MANIFEST_NAME)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> tuple[CopyReport, ...]:
-        """Read all of this node's copy, every rank its share; a report for each node, the same on every rank.
+    def verify(
+        self, progress: Callable[[int, int], None] | None = None, threads: int = DEFAULT_THREADS
+    ) -> tuple[CopyReport, ...]:
+        """Read all of this node's copy, every rank its share, with `threads` threads each; a report for each node, the same on
+        every rank.
 
         `progress` is called with the bytes that this rank has read and will read.
         """
         here = self._all.on_this_node()
         share = np.flatnonzero(self._table.of_files(self._files))[self._world.local_rank :: self._world.local_size]
         with self._all.together():
-            wrong = self._find_wrong(share.tolist(), progress)
+            wrong = self._find_wrong(share.tolist(), progress, threads)
         self._damaged[wrong] = True
         self._damaged = here.any_rank(self._damaged)
         here.free()
@@ -105,7 +108,9 @@ class StagedCopies:
             *(name for name, target in self._store.links(self._path) if not _is_link(self._path / name, target)),
         ]
 
-    def _find_wrong(self, chunks: Sequence[int], progress: Callable[[int, int], None] | None) -> list[int]:
+    def _find_wrong(
+        self, chunks: Sequence[int], progress: Callable[[int, int], None] | None, threads: int
+    ) -> list[int]:
         reader = ChunkReader(self._path, self._table)
         total_bytes, done_bytes = self._table.total_bytes(np.array(chunks, dtype=np.int64)), 0
 
@@ -123,8 +128,8 @@ class StagedCopies:
             reader.close()
             return wrong
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            shares = pool.map(wrong_of, [chunks[number::_READERS] for number in range(_READERS)])
+        with ThreadPoolExecutor(threads) as pool:
+            shares = pool.map(wrong_of, [chunks[number::threads] for number in range(threads)])
             return [chunk for wrong in shares for chunk in wrong]
 
     def heal(self, source: Path | None = None) -> tuple[CopyReport, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _WORD_SECONDS = 1.0
 
-Phase: TypeAlias = Literal["preparing", "moving", "publishing"]
+Phase: TypeAlias = Literal["waiting", "preparing", "moving", "publishing"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class NodeProgress:
 
 @dataclass(frozen=True)
 class LiveView:
-    """A stage-in at one moment. Nodes are empty until something moves."""
+    """A stage-in at one moment. Nodes are empty until something moves; `waits_for` says who has the lease while it waits for it."""
 
     phase: Phase
     seconds: float
     """Since the phase began."""
     nodes: tuple[NodeProgress, ...] = ()
+    waits_for: str | None = None
 
     @property
     def done_bytes(self) -> int:
@@ -89,13 +90,21 @@ class Live:
         self._sent = self._received = 0
         self._problem: Exception | None = None
         self._phase: Phase = "preparing"
+        self._waits_for: str | None = None
         self._phase_start = self._last = time.monotonic()
         self._show()
 
     def begin(self, phase: Phase) -> None:
         """Another phase begins on this rank."""
-        self._phase, self._phase_start = phase, time.monotonic()
+        self._phase, self._phase_start, self._waits_for = phase, time.monotonic(), None
         self._show()
+
+    def wait(self, holder: str) -> None:
+        """The lease is still held by `holder`; called again and again."""
+        if self._phase != "waiting":
+            self.begin("waiting")
+        self._waits_for = holder
+        self.look()
 
     def note(self, done_bytes: int, total_bytes: int) -> None:
         """What this rank has done, and has to do. Raises what `watch` raised, if it did."""
@@ -140,7 +149,7 @@ class Live:
             of_node[world.node_name] = of_node.get(world.node_name, np.zeros(2, dtype=np.int64)) + progress
         nodes = tuple(NodeProgress(name, int(done), int(total), seconds) for name, (done, total) in of_node.items())
         try:
-            self._watch(LiveView(self._phase, seconds, nodes if self._progress.any() else ()))
+            self._watch(LiveView(self._phase, seconds, nodes if self._progress.any() else (), self._waits_for))
         except Exception as problem:  # it is raised where the other ranks hear of it, too
             self._watch, self._problem = None, problem
 

@@ -69,13 +69,13 @@ class NodeCopy:
         return not any(self._all.gather_all(self.lacks_something))
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[None]:
-        """Hold this data set's lease on every node."""
+    def lease(self, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Hold this data set's lease on every node; `on_wait` is called now and then with who has it, until he gives it back."""
         with self._all.together():
             if self._leads:
                 self.store.make_folder()
         self._refuse_shared_folder()
-        lease = self._wait_for_lease()
+        lease = self._wait_for_lease(on_wait)
         try:
             yield
         finally:
@@ -100,7 +100,7 @@ class NodeCopy:
                     )
             self._all.barrier()
 
-    def _wait_for_lease(self) -> WriterLease | None:
+    def _wait_for_lease(self, on_wait: Callable[[str], None]) -> WriterLease | None:
         """Take the lease on all nodes or on none, so that two jobs never wait for each other.
 
         Waits as long as the job that has it makes progress. Returns the lease on the node's first rank.
@@ -117,6 +117,7 @@ class NodeCopy:
                 return lease
             if lease is not None:
                 lease.close()
+            on_wait(lacking[0][0])
             journal_bytes = sum(nbytes for _, nbytes in lacking)
             if journal_bytes != seen_bytes:
                 seen_bytes, seen_at = journal_bytes, time.monotonic()

@@ -232,10 +232,12 @@ class StageJob:
         nothing = np.zeros(len(self._table), dtype=np.bool_)
         if self._copy.complete(here):
             return self._make_receipt(Transfer(), nothing, phases)
-        with self._copy.lease():
+        live = Live(self._all, self._all.gather_all(self._world), watch)
+        with self._copy.lease(live.wait):
             if self._copy.complete(here):  # another job had the lease before us and did the work
+                live.close()
                 return self._make_receipt(Transfer(), nothing, phases)
-            live = Live(self._all, self._all.gather_all(self._world), watch)
+            live.begin("preparing")
             missing = self._copy.find_missing(here)
             phases.prepare_seconds = time.monotonic() - self._start
             live.begin("moving")

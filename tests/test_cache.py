@@ -43,6 +43,7 @@ HOLD = (
 def no_trace_in_this_users_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "runtime").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "runtime"))
     monkeypatch.delenv("STAGEIN_TO", raising=False)
 
 
@@ -149,15 +150,14 @@ def test_the_commands_print_tables_and_json(sources: list[Path], to: Path, capsy
 
 
 def test_the_one_unused_for_longest_goes_first_and_no_more_than_it_takes(sources: list[Path], to: Path) -> None:
-    ids = stage_all(sources, to)
-    free = read_cache(to, "here").free_bytes
-    find_staged(ids[0], {"STAGEIN_TO": str(to)})  # used just now
-    wanted_bytes = free + entries(to)[ids[1]].disk_bytes // 2
-    run_evict([], str(to), free_bytes=wanted_bytes)
-    assert set(entries(to)) == {ids[0], ids[2]}
-    assert sorted(path.name for path in (to / "stagein").iterdir()) == sorted(
-        [each + suffix for each in (ids[0], ids[2]) for suffix in ("", ".lock")]
-    )
+    with small_disk(to, 16 << 20):
+        ids = stage_all(sources, to)
+        free_bytes = read_cache(to, "here").free_bytes
+        find_staged(ids[0], {"STAGEIN_TO": str(to)})  # used just now
+        run_evict([], str(to), free_bytes=free_bytes + entries(to)[ids[1]].disk_bytes // 2)
+        assert set(entries(to)) == {ids[0], ids[2]}
+        kept = [each + suffix for each in (ids[0], ids[2]) for suffix in ("", ".lock")]
+        assert sorted(path.name for path in (to / "stagein").iterdir()) == sorted(kept)
 
 
 def test_what_is_in_use_does_not_count_as_room(sources: list[Path], to: Path) -> None:
@@ -257,7 +257,7 @@ def partition_and_lack(source: Path, to: Path) -> Store:
     stage_alone(source, to)
     files = [entry.file for entry in manifest.all_files()]
     final = final_folder(source, to)
-    for number in plan.owned[1]:
+    for number in set(range(len(files))) - set(plan.files_of(0)):
         (final / files[number]).unlink()
     content = json.loads((final / READY_NAME).read_text())
     here = [files[number] for number in plan.files_of(0)]

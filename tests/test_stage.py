@@ -393,8 +393,10 @@ def test_waiting_for_another_job_is_bounded_and_names_it(source: Path, to: Path)
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write('{"pid": 123, "host": "somewhere", "boot": "", "since": 0}')
         lock.flush()
+        views = []
         with pytest.raises(WatchdogError, match=r"process 123 on somewhere .* is staging the same data set"):
-            stage_alone(source, to, timeout_seconds=0.5)
+            stage_alone(source, to, timeout_seconds=1.5, watch=views.append)
+        assert views[-1].phase == "waiting" and "process 123 on somewhere" in views[-1].waits_for
 
 
 # Finding the copy

@@ -47,6 +47,8 @@ class _PlainView:
 
 def summary(view: LiveView) -> str:
     """A view in one line."""
+    if view.phase == "waiting":
+        return f"waiting for {seconds_text(view.seconds)}: {view.waits_for} is staging the same data set"
     if view.phase != "moving" or not view.total_bytes:
         return f"{view.phase} for {seconds_text(view.seconds)}"
     rate = sum(node.bytes_per_second for node in view.nodes)

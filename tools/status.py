@@ -64,7 +64,8 @@ def _table(caches: Sequence[CacheStatus]) -> Table:
             rows.setdefault((entry.id, entry.state), []).append((cache.node, entry))
     table = Table()
     for column in ("data set", "source", "state", "bytes", "nodes", "in use by", "last used"):
-        table.add_column(column, overflow="fold")
+        may_wrap = column in ("source", "nodes", "in use by")
+        table.add_column(column, overflow="fold", no_wrap=not may_wrap)
     for (dataset_id, state), places in rows.items():
         entries = [entry for _, entry in places]
         sources = sorted({entry.source for entry in entries if entry.source})

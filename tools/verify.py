@@ -11,7 +11,7 @@ from stagein.cache import READY_NAME, expand_node
 from stagein.formats.errors import ChecksumError, UsageError
 from stagein.formats.repair import repair
 from stagein.formats.verification import verify
-from stagein.healing import CopyReport, StagedCopies
+from stagein.healing import DEFAULT_THREADS, CopyReport, StagedCopies
 from stagein.world import Communicator, connect
 
 from .console import bytes_text, count_text, progress_bytes, say, seconds_text
@@ -29,7 +29,7 @@ def run(path: Path, *, workers: int | None, repairs: bool, good: Path | None, as
     communicator = connect()
     copy = expand_node(str(path), communicator.world.node_name)
     if any(communicator.gather_all((copy / READY_NAME).exists())):
-        _verify_staged(copy, communicator, repairs, good, as_json)
+        _verify_staged(copy, communicator, workers or DEFAULT_THREADS, repairs, good, as_json)
     elif communicator.world.rank == 0:
         if repairs and good is None:
             raise UsageError(
@@ -64,12 +64,14 @@ def _verify_dataset(path: Path, workers: int, good: Path | None, as_json: bool) 
         )
 
 
-def _verify_staged(path: Path, communicator: Communicator, repairs: bool, good: Path | None, as_json: bool) -> None:
+def _verify_staged(
+    path: Path, communicator: Communicator, workers: int, repairs: bool, good: Path | None, as_json: bool
+) -> None:
     prints = communicator.world.rank == 0
     start = time.monotonic()
     copies = StagedCopies(path, communicator)
     with progress_bytes("verifying", quiet=as_json) if prints else contextlib.nullcontext() as update:
-        reports = copies.verify(update)
+        reports = copies.verify(update, workers)
     damaged = any(report.damaged_files for report in reports)
     if damaged and repairs:
         reports = copies.heal(good)
