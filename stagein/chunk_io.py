@@ -9,17 +9,23 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from stagein.formats.checksums import chunk_sum, pread_exactly, pwrite_all
 from stagein.formats.errors import ChecksumError, SourceError, destination_error, source_error
 
-from .stage_plan import ChunkTable, Place
+from .stage_plan import BLOCK_BYTES, ChunkTable, Place
 
 _PASSING_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """A server of a parallel file system that fails over answers with these for a while."""
 
 _RETRY_PAUSES_SECONDS = (0.1, 0.4, 1.6, 6.4)
+
+_TRIED_CHUNKS = 6
+"""So many chunks are read through the page cache, and as many past it, before one way is chosen."""
 
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -48,6 +54,46 @@ class OpenFile(threading.local):
             self._file = None
 
 
+class WayChoice:
+    """Through the page cache or past it (O_DIRECT): the first chunks go both ways in turns, then all go the way that was faster.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._bytes, self._seconds, self._chunks = [0, 0], [0.0, 0.0], [0, 0]
+        self.direct: bool | None = None
+        """What was chosen; None: both are still tried."""
+
+    def next_is_direct(self) -> bool:
+        """Which way the next chunk goes."""
+        with self._lock:
+            self._asked += 1
+            return bool(self._asked % 2) if self.direct is None else self.direct
+
+    def note(self, direct: bool, nbytes: int, seconds: float) -> None:
+        """How long a chunk took that went this way."""
+        with self._lock:
+            self._bytes[direct] += nbytes
+            self._seconds[direct] += seconds
+            self._chunks[direct] += 1
+            if self.direct is None and min(self._chunks) >= _TRIED_CHUNKS:
+                through, past = (size / (span or 1e-9) for size, span in zip(self._bytes, self._seconds, strict=True))
+                self.direct = past > through
+
+    def refuse_direct(self) -> None:
+        """This file system cannot do it."""
+        self.direct = False
+
+
+def can_go_direct(buffer: memoryview, offset: int) -> bool:
+    """Whether memory, place and length are whole blocks, as O_DIRECT asks for."""
+    address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+    return not (address % BLOCK_BYTES or offset % BLOCK_BYTES or len(buffer) % BLOCK_BYTES)
+
+
 class ChunkReader:
     """Reads chunks of the source. Safe to use from several threads; each calls `close` when it is done."""
 
@@ -55,6 +101,8 @@ class ChunkReader:
         self._root = root
         self._table = table
         self._open = OpenFile(self._open_source)
+        self._open_direct = OpenFile(partial(self._open_source, flags=os.O_DIRECT))
+        self._way = WayChoice()
 
     def read(self, chunk: int, buffer: memoryview) -> None:
         """Fill `buffer` with chunk number `chunk`, verified; wrong bytes are read once more from the disk itself.
@@ -81,16 +129,17 @@ class ChunkReader:
 
     def close(self) -> None:
         self._open.close()
+        self._open_direct.close()
 
     def _fill(self, place: Place, buffer: memoryview) -> None:
         for pause_seconds in (*_RETRY_PAUSES_SECONDS, None):
             try:
-                got = pread_exactly(self._open.descriptor(place.file), buffer, place.offset)
+                got = self._pread(place, buffer)
                 break
             except OSError as error:
                 if error.errno not in _PASSING_TROUBLE or pause_seconds is None:
                     raise source_error(error, "reading", self._root / place.name) from None
-                self._open.close()
+                self.close()
                 time.sleep(pause_seconds)
         if got < len(buffer):
             status = os.fstat(self._open.descriptor(place.file))
@@ -98,10 +147,26 @@ class ChunkReader:
                 describe_changed_file(self._root / place.name, status, self._table.files[place.file].nbytes)
             )
 
-    def _open_source(self, file: int) -> int:
+    def _pread(self, place: Place, buffer: memoryview) -> int:
+        """Fill the buffer, past the page cache where that is faster; the bytes read."""
+        if not can_go_direct(buffer, place.offset):
+            return pread_exactly(self._open.descriptor(place.file), buffer, place.offset)
+        direct, start = self._way.next_is_direct(), time.monotonic()
+        try:
+            opened = self._open_direct if direct else self._open
+            got = pread_exactly(opened.descriptor(place.file), buffer, place.offset)
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            self._way.refuse_direct()
+            return self._pread(place, buffer)
+        self._way.note(direct, got, time.monotonic() - start)
+        return got
+
+    def _open_source(self, file: int, flags: int = 0) -> int:
         entry = self._table.files[file]
         path = self._root / entry.file
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != entry.nbytes:
             os.close(descriptor)
@@ -112,19 +177,27 @@ class ChunkReader:
 class ChunkWriter:
     """Writes chunks below a node's work folder and notes each in the journal of this rank. Safe to use from several threads."""
 
-    def __init__(self, root: Path, table: ChunkTable, note: Callable[[int], object] | None) -> None:
+    def __init__(
+        self, root: Path, table: ChunkTable, note: Callable[[int], object] | None, *, direct: bool = False
+    ) -> None:
+        """`direct`: write past the page cache; `probes.probe_disk` tells what is faster."""
         self._root = root
         self._table = table
         self._note = note
-        self._open = OpenFile(lambda file: os.open(root / table.files[file].file, os.O_WRONLY | os.O_NOFOLLOW))
+        self._direct = direct
+        self._open = OpenFile(self._open_target)
+        self._open_direct = OpenFile(partial(self._open_target, flags=os.O_DIRECT))
 
     def write(self, chunk: int, buffer: memoryview) -> None:
         """Write chunk number `chunk`. Raises NoSpaceError when the disk is full."""
         place = self._table.place(chunk)
         try:
-            descriptor = self._open.descriptor(place.file)
-            pwrite_all(descriptor, buffer, place.offset)
-            start_writeback(descriptor, place.offset, place.nbytes)
+            if self._direct and can_go_direct(buffer, place.offset):
+                pwrite_all(self._open_direct.descriptor(place.file), buffer, place.offset)
+            else:
+                descriptor = self._open.descriptor(place.file)
+                pwrite_all(descriptor, buffer, place.offset)
+                start_writeback(descriptor, place.offset, place.nbytes)
             if self._note is not None:
                 self._note(chunk)
         except OSError as error:
@@ -132,6 +205,10 @@ class ChunkWriter:
 
     def close(self) -> None:
         self._open.close()
+        self._open_direct.close()
+
+    def _open_target(self, file: int, flags: int = 0) -> int:
+        return os.open(self._root / self._table.files[file].file, os.O_WRONLY | os.O_NOFOLLOW | flags)
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:

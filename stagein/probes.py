@@ -5,6 +5,9 @@ All nodes probe the same thing at the same time, as they will use it. Nothing st
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
 import os
 import tempfile
 import threading
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 _MESSAGE_BYTES = 8 << 20
 _SYNCED_BYTES = 8 * _MESSAGE_BYTES
 """What is written between two calls of fdatasync: the rate is that of the disk, not of the page cache."""
+
+_CLEAR_MARGIN = 1.2
+"""What was written through the page cache is still there when it is read for the first time: to go past it must pay."""
 
 _POLL_SECONDS = 50e-6
 _MORE, _LAST = 0, 1
@@ -64,23 +70,43 @@ def probe_source(reader: ChunkReader, table: ChunkTable, chunks: Chunks, seconds
     return sum(read_bytes) / (time.monotonic() - start)
 
 
-def probe_disk(folder: Path, seconds: float, most_bytes: int) -> float:
+def probe_disk(folder: Path, seconds: float, most_bytes: int, *, direct: bool = False) -> float:
     """Bytes a second that the disk below `folder` takes for good, written for `seconds` or until `most_bytes`; 0.0 without room.
+
+    direct  past the page cache; 0.0 where the file system cannot do that.
 
     The file has no name and is gone afterwards. Raises what `destination_error` makes of a failure.
     """
-    content = memoryview(os.urandom(_MESSAGE_BYTES))
+    content = mmap.mmap(-1, _MESSAGE_BYTES)  # whole pages, as O_DIRECT asks for
+    content.write(os.urandom(_MESSAGE_BYTES))
     start, written = time.monotonic(), 0
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with _unnamed_file(folder, os.O_DIRECT if direct else 0) as file:
             while time.monotonic() - start < seconds and written + _SYNCED_BYTES <= most_bytes:
                 for _ in range(_SYNCED_BYTES // _MESSAGE_BYTES):
-                    pwrite_all(file.fileno(), content, written)
+                    pwrite_all(file.fileno(), memoryview(content), written)
                     written += len(content)
                 os.fdatasync(file.fileno())
             return written / (time.monotonic() - start)
     except OSError as error:
+        if direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return 0.0
         raise destination_error(error, "probing", folder) from None
+
+
+def direct_is_faster(folder: Path, seconds: float, most_bytes: int) -> bool:
+    """Whether the disk below `folder` takes more a second past the page cache than through it, by a clear margin."""
+    through, past = (probe_disk(folder, seconds, most_bytes, direct=direct) for direct in (False, True))
+    return past > _CLEAR_MARGIN * through
+
+
+def _unnamed_file(folder: Path, flags: int) -> io.FileIO:
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    try:
+        return io.FileIO(os.open(name, os.O_RDWR | flags), "r+")
+    finally:
+        Path(name).unlink()
 
 
 def probe_network(communicator: Communicator, mpi: MPI.Comm, ring: Sequence[World], seconds: float) -> float:

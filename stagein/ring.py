@@ -30,7 +30,7 @@ from stagein.formats.errors import ChecksumError, InterruptedRunError, StageinEr
 from .chunk_io import ChunkReader, ChunkWriter
 from .chunk_threads import READER_THREADS, Buffers, ChunkThreads, Done
 from .neighbours import Arrival, Neighbours, Pulse, Sent
-from .stage_plan import ChunkTable, Flags, RankWork, buffers_within
+from .stage_plan import BLOCK_BYTES, ChunkTable, Flags, RankWork, buffers_within
 
 _MOST_POSTED_RECEIVES = 4
 _FIRST_WINDOW = 2
@@ -98,7 +98,8 @@ class Engine:
         passing = [*work.by_origin, work.local]
         self._to_finish_bytes = sum(table.total_bytes(chunks) for chunks in passing)
         self._finished_bytes = self._reported_bytes = 0
-        buffer_bytes = max((int(table.nbytes[chunks].max()) for chunks in passing if len(chunks)), default=1)
+        longest_bytes = max((int(table.nbytes[chunks].max()) for chunks in passing if len(chunks)), default=1)
+        buffer_bytes = -(-longest_bytes // BLOCK_BYTES) * BLOCK_BYTES
         number = buffers_within(memory_bytes, buffer_bytes, sum(map(len, passing)))
         self._buffers = Buffers(number, buffer_bytes)
         self._most_under_way = number // 2

@@ -35,7 +35,7 @@ from .finding import note_destination, note_use
 from .live import Live, Watch
 from .neighbours import Neighbours, Pulse
 from .node_copy import NodeCopy
-from .probes import probe_disk, probe_network, probe_source
+from .probes import direct_is_faster, probe_disk, probe_network, probe_source
 from .receipt import NodeReceipt, Receipt, find_bound
 from .ring import Engine, Progress, Transfer
 from .stage_plan import ChunkTable, Flags, NodeRates, NodeSpace, PlanSummary, Policy, make_plan, rank_work, stored_bytes
@@ -48,6 +48,11 @@ if TYPE_CHECKING:
 DEFAULT_MEMORY_BYTES = 256 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_PROBE_SECONDS = 1.0
+
+_PROBED_BYTES = 8 << 30
+_DIRECT_PROBE_SECONDS = 0.3
+"""A node that gets so much tries for so long, twice, how its disk is written fastest."""
+
 
 _ENOUGH_BYTES = 1 << 62
 _LISTED = 5
@@ -213,6 +218,14 @@ class StageJob:
         ]
         return [NodeRates(source=source, network=network or None, disk=disk) for source, network, disk in sums]
 
+    def _choose_direct_writes(self, here: Communicator, missing: Flags) -> bool:
+        """Whether this node writes past its page cache: probed where there is enough to write for that to matter."""
+        direct = False
+        with self._all.together():
+            if self._leads and self._table.total_bytes(missing) >= _PROBED_BYTES:
+                direct = direct_is_faster(self._store.to, _DIRECT_PROBE_SECONDS, self._store.free_bytes() // 2)
+        return bool(here.broadcast(direct))
+
     def _ring(self) -> list[World]:
         """The ranks that pass chunks on with this one, by their place."""
         mates = [world for world in self._all.gather_all(self._world) if world.local_rank == self._world.local_rank]
@@ -327,6 +340,7 @@ class StageJob:
             return self._stop_requested()
 
         work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing))
+        direct = self._choose_direct_writes(here, missing)
         ring = self._ring()
         chunks_apart, words_apart = self._all.duplicate(), self._all.duplicate()
         neighbours = None
@@ -344,7 +358,7 @@ class StageJob:
                         self._table,
                         missing,
                         self._open_source(self._source, self._table),
-                        ChunkWriter(self._store.work, self._table, journal),
+                        ChunkWriter(self._store.work, self._table, journal, direct=direct),
                         memory_bytes=memory_bytes,
                         timeout_seconds=self._all.timeout_seconds,
                         stop_requested=stop_requested,

@@ -17,7 +17,7 @@ from mpi import run_ranks, start_ranks
 from staged import assert_staged, final_folder, flip_byte, journaled_chunks, work_folder
 from synthetic import CHUNK_BYTES, write_dataset
 
-from stagein import chunk_threads
+from stagein import chunk_io, chunk_threads
 from stagein.cache import READY_NAME, Store, expand_node
 from stagein.finding import find_staged, note_destination
 from stagein.formats.errors import (
@@ -29,6 +29,7 @@ from stagein.formats.errors import (
     WatchdogError,
 )
 from stagein.formats.manifest import Manifest
+from stagein.probes import direct_is_faster
 from stagein.receipt import Receipt
 from stagein.stage_plan import PlanSummary
 from stagein.staging import plan_stage, stage
@@ -313,6 +314,56 @@ def test_a_dry_run_says_whether_it_fits_the_job(source: Path, to: Path, monkeypa
     assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
     assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits is False
+
+
+def opened_directly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The access modes of all files opened with O_DIRECT from now on."""
+    modes: list[int] = []
+    real_open = os.open
+
+    def noting_open(path, flags, *words, **named):
+        if flags & os.O_DIRECT:
+            modes.append(flags & os.O_ACCMODE)
+        return real_open(path, flags, *words, **named)
+
+    monkeypatch.setattr(os, "open", noting_open)
+    return modes
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_past_the_page_cache_the_bytes_are_the_same(
+    source: Path, to: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    modes = opened_directly(monkeypatch)
+    monkeypatch.setattr("stagein.chunk_io.WayChoice.next_is_direct", lambda self: direct)
+    monkeypatch.setattr("stagein.staging._PROBED_BYTES", 0)
+    monkeypatch.setattr("stagein.staging.direct_is_faster", lambda *_: direct)
+    stage_alone(source, to)
+    assert_staged(source, to)
+    assert set(modes) == ({os.O_RDONLY, os.O_WRONLY} if direct else set())
+
+
+def test_the_faster_way_is_found(to: Path) -> None:
+    for seconds_past, seconds_through in ((1.0, 2.0), (2.0, 1.0)):
+        way = chunk_io.WayChoice()
+        for _ in range(2 * chunk_io._TRIED_CHUNKS):
+            direct = way.next_is_direct()
+            way.note(direct, 1000, seconds_past if direct else seconds_through)
+        assert way.next_is_direct() == way.direct == (seconds_past < seconds_through)
+    assert isinstance(direct_is_faster(to, 0.01, 1 << 30), bool) and list(to.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_directly(source: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = os.open
+
+    def refusing_open(path, flags, *words, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_open(path, flags, *words, **named)
+
+    monkeypatch.setattr(os, "open", refusing_open)
+    stage_alone(source, to)
+    assert_staged(source, to)
 
 
 # What an earlier run left
