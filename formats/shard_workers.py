@@ -64,10 +64,13 @@ class ShardWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(at_once=error is not None)
 
-    def close(self) -> None:
-        """End the processes at once, whatever they are at."""
+    def close(self, *, at_once: bool) -> None:
+        """End the processes: when they are idle, or at once, whatever they are at."""
+        if not at_once:
+            self._pool.shutdown()
+            return
         processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
@@ -94,6 +97,9 @@ _worker_buffers: ShardBuffers = {}
 
 
 def _start_worker() -> None:
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # its locks (numcodecs makes one) leave no names when it is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

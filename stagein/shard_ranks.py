@@ -147,7 +147,7 @@ class RankPool:
         waited_for = set(self._followers)
         for rank in waited_for:
             self._mail.send(rank, _Stop(failure))
-        self._workers.close()
+        self._workers.close(at_once=failure is not None)
         deadline = time.monotonic() + _STOP_SECONDS
         while waited_for and time.monotonic() < deadline:
             waited_for -= {rank for rank, message in self._mail.received() if message == _Stop(None)}
@@ -182,7 +182,7 @@ def follow(communicator: Communicator, workers: ShardWorkers, stopping_signal: C
             mail.send(_LEADER, _Stop(_interrupted(f"{signal_name} to {where}")))
             is_reported = True
         time.sleep(_PAUSE_SECONDS)
-    workers.close()
+    workers.close(at_once=end.failure is not None)
     mail.send(_LEADER, _Stop(None))
     mail.flush()
     if end.failure is not None:

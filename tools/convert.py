@@ -24,7 +24,7 @@ from stagein.formats.conversion import (
     signals_as_errors,
     start_workers,
 )
-from stagein.formats.errors import ExitCode, StageinError, UsageError, WatchdogError
+from stagein.formats.errors import ExitCode, SourceError, StageinError, UsageError, WatchdogError
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
 from stagein.formats.source_images import BYTES_AFTER, BYTES_BEFORE, change_images
@@ -138,7 +138,10 @@ def _write_stream(stream: RecordStream, target: Path, options: ConvertOptions) -
             if now - last > _STREAM_SECONDS and not options.json:
                 last = now
                 complain(f"converting: {count_text(records, 'record')}, {records / (now - start):,.0f} records/s")
-    report = _report(target, Converted(Manifest.load(target), (), 0, {}), time.monotonic() - start, options)
+        if not records:
+            raise SourceError(f"{stream.name} yields no records: there is nothing to convert")
+    manifest = Manifest.load(target)
+    report = _report(target, Converted(manifest, (), 0, {}), manifest.nbytes, time.monotonic() - start, options)
     if options.json:
         say(json.dumps(report))
 
@@ -181,7 +184,7 @@ def _carry_out(plan: ConversionPlan, target: Path, options: ConvertOptions, exec
             overwrite=options.overwrite,
             on_progress=on_progress,
         )
-    return _report(target, converted, time.monotonic() - start, options)
+    return _report(target, converted, int(record_nbytes(plan.source).sum()), time.monotonic() - start, options)
 
 
 def _is_done(plan: ConversionPlan, target: Path) -> bool:
@@ -272,10 +275,12 @@ def _report_plans(plans: dict[Path, ConversionPlan], options: ConvertOptions) ->
     print_table(schema_table(plan.layout.schema))
 
 
-def _report(target: Path, converted: Converted, seconds: float, options: ConvertOptions) -> dict[str, Any]:
+def _report(
+    target: Path, converted: Converted, source_bytes: int, seconds: float, options: ConvertOptions
+) -> dict[str, Any]:
     manifest = converted.manifest
     if not options.json:
-        _say_converted(target, converted, seconds)
+        _say_converted(target, converted, source_bytes, seconds)
     return {
         "target": str(target),
         "id": manifest.id,
@@ -284,14 +289,14 @@ def _report(target: Path, converted: Converted, seconds: float, options: Convert
         "nbytes": manifest.nbytes,
         "seconds": round(seconds, 3),
         "records_per_second": round(manifest.num_records / seconds, 1),
-        "bytes_per_second": round(manifest.nbytes / seconds),
+        "bytes_per_second": round(source_bytes / seconds),
         "reused_shards": converted.reused_shards,
         "counts": converted.counts,
         "skipped": [asdict(refused) for refused in converted.skipped],
     }
 
 
-def _say_converted(target: Path, converted: Converted, seconds: float) -> None:
+def _say_converted(target: Path, converted: Converted, source_bytes: int, seconds: float) -> None:
     manifest = converted.manifest
     if converted.skipped:
         complain(
@@ -303,7 +308,7 @@ def _say_converted(target: Path, converted: Converted, seconds: float) -> None:
     reused = f", {converted.reused_shards} of them kept from an earlier attempt" if converted.reused_shards else ""
     say(
         f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'shard')}{reused}, "
-        f"{bytes_text(manifest.nbytes)}, in {seconds_text(seconds)} ({bytes_text(manifest.nbytes / seconds)}/s, "
+        f"{bytes_text(manifest.nbytes)}, in {seconds_text(seconds)} ({bytes_text(source_bytes / seconds)}/s, "
         f"{manifest.num_records / seconds:,.0f} records/s), id {manifest.id[:12]}"
     )
 
