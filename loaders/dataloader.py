@@ -153,7 +153,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             deliveries = InStep(deliveries, board, self._number, epoch.number)
         # Accelerate learns of our own order only from here: its `prepare` leaves such a loader as it is.
         view = view_for_accelerate(None if self._own is None else len(self))
-        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self, view=view)
+        where = None if self._own is None or self._number is None else f"on {self._own.place}"
+        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self, view=view, where=where)
 
     def __len__(self) -> int:
         if self._own is not None:

@@ -194,8 +194,8 @@ class ThreadFetcher:
         if not wait([future], self._timeout_s).done:
             self.close(join_seconds=0.0)  # that thread hangs, and may do so for ever
             raise StageinError(
-                f"epoch {step.epoch}, batch {step.number}: not loaded within {self._timeout_s:g} s; is the file system "
-                "still there? Otherwise give the loader a longer timeout"
+                f"epoch {step.epoch}, batch {step.number}: not loaded within {self._timeout_s:g} s (it starts with sample "
+                f"{_first(step.indices)!r}): is the file system still there? Otherwise give the loader a longer timeout"
             )
         self._pending.popleft()
         self._hand_out()
@@ -227,6 +227,10 @@ class ThreadFetcher:
                 self._late_error = error
                 return
             self._pending.append((self._workers.submit(step), step))
+
+
+def _first(indices: Any) -> Any:
+    return indices[0] if isinstance(indices, list) and indices else indices
 
 
 def _serve(

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
+from stagein.formats.errors import StageinError
+
 from .fetching import Failure
 from .frameworks import AccelerateView
 from .paths import Deliveries
@@ -15,6 +17,7 @@ class LoaderIterator:
     finish  what is done to each batch at last, in the caller's thread.
     len_of  the loader: `len()` of the iterator is that of a whole epoch, as in torch.
     view    is told of each step before its batch is handed over.
+    where   rank and node, noted in errors where there are several.
     """
 
     def __init__(
@@ -24,9 +27,10 @@ class LoaderIterator:
         finish: Callable[[Any], Any],
         len_of: Sized,
         view: AccelerateView | None = None,
+        where: str | None = None,
     ) -> None:
         self._deliveries, self._epoch, self._finish = deliveries, epoch, finish
-        self._len_of, self._view = len_of, view
+        self._len_of, self._view, self._where = len_of, view, where
         self._over = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -44,9 +48,13 @@ class LoaderIterator:
             self.close()
             self._epoch.finished()
             raise
+        except StageinError as raised:
+            self._note_where(raised)
+            raise
         if isinstance(batch, Failure):
             self._epoch.delivered(step)
             error = batch.error
+            self._note_where(error)
             del self, batch  # or the traceback would keep the iterator and its threads alive
             try:
                 raise error
@@ -57,6 +65,10 @@ class LoaderIterator:
         if self._view is not None:
             self._view.delivering(step.number)
         return batch
+
+    def _note_where(self, error: BaseException) -> None:
+        if self._where is not None and not getattr(error, "reported_by_peer", False):
+            error.add_note(self._where)
 
     def close(self) -> None:
         """End the epoch here: threads, processes and pipelines of it are gone when this returns."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from stagein.formats.errors import UsageError
+from stagein.world import node_name
 
 from .order import RankBatch, Tail, epoch_order, num_rank_samples, num_steps, rank_batches
 
@@ -118,6 +119,11 @@ class OwnOrder:
             f"order: the loader's own, seed {order.seed}, {'shuffled' if order.shuffle else 'not shuffled'}, "
             f"rank {order.rank} of {order.world_size} by {self.said_by}, global batch {order.global_batch}, tail: {order.tail}"
         )
+
+    @property
+    def place(self) -> str:
+        """This rank and its node, for errors."""
+        return f"rank {self.order.rank} of {self.order.world_size}, node {node_name()}"
 
     def begin(self) -> "OwnEpoch":
         if not self._at_start:

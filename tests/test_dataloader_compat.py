@@ -26,7 +26,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from stagein.formats.errors import StageinError, UsageError
+from stagein.formats.errors import ChecksumError, StageinError, UsageError
 from stagein.loaders import DataLoader
 
 TorchLoader = torch.utils.data.DataLoader
@@ -368,6 +368,19 @@ def test_an_error_in_a_thread_says_where():
     assert error.value.__notes__ == ["in stagein-worker-0, epoch 0, batch 2"]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_records_on_one_rank_of_several_notes_rank_and_node(num_workers, monkeypatch):
+    monkeypatch.setenv("STAGEIN_NODE", "node7")
+
+    class Bad(Numbers):
+        def __getitem__(self, index: int) -> int:
+            raise ChecksumError(f"record {index} is damaged")
+
+    with pytest.raises(ChecksumError) as error:
+        list(DataLoader(Bad(), 4, num_workers=num_workers, distributed=(1, 2)))
+    assert error.value.__notes__ == ["on rank 1 of 2, node node7"]
+
+
 def test_an_error_of_the_sampler_comes_after_the_batches_before_it():
     def sampler():
         yield from range(8)
@@ -399,7 +412,7 @@ def test_a_sample_that_takes_too_long_is_a_timeout_that_names_the_batch():
 
     batches = iter(DataLoader(Slow(), 4, num_workers=1, timeout=0.3))
     started = time.monotonic()
-    with pytest.raises(StageinError, match=r"epoch 0, batch 2: not loaded within 0\.3 s"):
+    with pytest.raises(StageinError, match=r"epoch 0, batch 2: not loaded within 0\.3 s \(it starts with sample 8\)"):
         list(batches)
     assert time.monotonic() - started < 3
     gate.set()
