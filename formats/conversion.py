@@ -23,7 +23,15 @@ from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Schema
 from .shard_tasks import ShardResult, ShardTask
 from .shard_workers import InProcess, ShardExecutor, ShardWorkers, result_of
-from .shards import DEFAULT_SHARD_BYTES, ShardLayout, ShardPlan, plan_shards, refuse_codecs, refuse_large_record
+from .shards import (
+    DEFAULT_SHARD_BYTES,
+    ShardLayout,
+    ShardPlan,
+    plan_shards,
+    refuse_codecs,
+    refuse_large_record,
+    refuse_sizes,
+)
 from .sources import RefusedRecord, Source, SourceRecord, record_nbytes, variable_nbytes
 from .values import row_bytes, to_rows
 
@@ -80,6 +88,7 @@ def plan_conversion(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> ConversionPlan:
     """The plan for `convert` with the same arguments. Raises UsageError for a record or a codec that cannot be."""
+    refuse_sizes(shard_bytes, chunk_bytes)
     for name, nbytes in variable_nbytes(source).items():
         if len(nbytes):
             refuse_large_record(int(nbytes.max()), f"field {name!r} of record {int(nbytes.argmax())} of {source.name}")

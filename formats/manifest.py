@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "stagein"
 FORMAT_VERSION = (1, 0)
 DEFAULT_CHUNK_BYTES = 8 << 20
+MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 1 << 30
 
 Container = Literal["hdf5+zarr", "hdf5", "zarr"]
@@ -87,7 +88,7 @@ class Manifest(BaseModel):
     num_records: int = pydantic_field(ge=0)
     capacity: dict[str, Annotated[int, pydantic_field(gt=0)]]
     """Rows of a full shard of each large field: the size of a Zarr shard along its first axis."""
-    chunk_bytes: int = pydantic_field(ge=4096)
+    chunk_bytes: int = pydantic_field(ge=MIN_CHUNK_BYTES)
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
     source: Origin

@@ -21,13 +21,15 @@ Storage = Literal["column", "shards"]
 SMALL_FIELD_BYTES = 4096
 """A field of at most this many bytes a record (on average, where they differ) is small: kept whole, as a column."""
 MAX_COLUMN_BYTES = 1 << 30
-"""A field whose records differ in size is no column when all of them together have more bytes than this."""
+"""A small field is no column when all of it together has more bytes than this, unless its records are tiny."""
+TINY_FIELD_BYTES = 64
+"""A field of at most this many bytes a record costs more to read record by record than to keep, however much it is."""
 MAX_RECORD_BYTES = 2**32 - 1
 
 BFLOAT16 = "bfloat16"
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NUMBERS = (*_INTEGERS, "float16", "float32", "float64", "complex64", "complex128", BFLOAT16)
-_RESERVED_NAMES = ("index", "journal", "shards", "zarr_index")
+_RESERVED_NAMES = ("READY", "index", "journal", "shards", "zarr_index")
 
 
 class Field(BaseModel):
@@ -175,6 +177,8 @@ class Schema(BaseModel):
             raise ValueError("the names of two fields differ only in case: rename one")
         for name, field in self.fields.items():
             _refuse_bad_field(name, field, is_primary=name == self.primary)
+            if field.rows_of is not None and field.rows_of not in self.fields:
+                raise ValueError(f"field {name!r} lists the rows of {field.rows_of!r}, which is not among the fields")
         return self
 
     @property
@@ -210,16 +214,15 @@ class Schema(BaseModel):
     def resolved(self, mean_bytes: Mapping[str, float], num_records: int | None = None) -> "Schema":
         """The schema with the storage of every field settled.
 
-        `mean_bytes` are the bytes a record on average of the fields whose records differ in size; `num_records`, where it
-        is known, says how many there are of them in all. A field that is not in `mean_bytes` becomes a column.
+        `mean_bytes` are the bytes a record on average of the fields whose records differ in size; one that is not in it
+        becomes a column. `num_records` is how many records there are, where that is known.
         """
         fields = dict(self.fields)
         for name, field in fields.items():
             if field.storage is None:
                 mean = mean_bytes.get(name, 0) if field.is_variable else field.record_bytes
-                small = mean <= SMALL_FIELD_BYTES and field.codec is None
-                if field.is_variable and num_records is not None:
-                    small &= mean * num_records <= MAX_COLUMN_BYTES
+                fits = mean <= TINY_FIELD_BYTES or mean * (num_records or 0) <= MAX_COLUMN_BYTES
+                small = mean <= SMALL_FIELD_BYTES and fits and field.codec is None
                 storage = "column" if small and name != self.primary else "shards"
                 fields[name] = field.model_copy(update={"storage": storage})
         return self.model_copy(update={"fields": fields})

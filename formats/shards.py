@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import hdf5_shard, zarr_view
 from .checksums import Buffer, chunk_sums, crc32c, pread_exactly, pwrite_all
 from .errors import SourceError, UsageError
-from .manifest import FORMAT_VERSION, Container, ShardEntry
+from .manifest import FORMAT_VERSION, MIN_CHUNK_BYTES, Container, ShardEntry
 from .publish import publish_file
 from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema
 from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
@@ -493,6 +493,14 @@ def _read_piece(descriptor: int, offset: int, nbytes: int) -> bytearray:
     piece = bytearray(nbytes)
     pread_exactly(descriptor, memoryview(piece), offset)
     return piece
+
+
+def refuse_sizes(shard_bytes: int, chunk_bytes: int) -> None:
+    """Raise UsageError for a size of shards or of summed chunks that no data set can have."""
+    if shard_bytes < 1:
+        raise UsageError(f"shards of {shard_bytes} bytes hold nothing: take at least 1, such as {DEFAULT_SHARD_BYTES}")
+    if chunk_bytes < MIN_CHUNK_BYTES:
+        raise UsageError(f"chunks of {chunk_bytes} bytes are too small to sum: take at least {MIN_CHUNK_BYTES}")
 
 
 def refuse_codecs(schema: Schema, container: Container) -> None:

@@ -24,6 +24,7 @@ from .shards import (
     ShardLayout,
     refuse_codecs,
     refuse_large_record,
+    refuse_sizes,
     shard_capacity,
 )
 from .values import BadValueError, Value, as_array, infer_schema, row_bytes, to_rows
@@ -65,6 +66,7 @@ class Writer:
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         overwrite: bool = False,
     ) -> None:
+        refuse_sizes(shard_bytes, chunk_bytes)
         if schema is not None:
             refuse_codecs(schema, container)
         self._schema = schema

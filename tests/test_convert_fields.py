@@ -63,6 +63,8 @@ class MadePart:
                 rows = to_rows(SCHEMA.fields[name], values.pop(name))
                 room(name, rows.nbytes)[:] = row_bytes(rows)
             if number in self.bad:
+                for name in SCHEMA.fields:  # room that was asked for before it was known
+                    room(name, SCHEMA.fields[name].record_bytes)
                 yield RefusedRecord(f"made {number}", "it is bad")
             else:
                 yield SourceRecord(values)

@@ -19,6 +19,7 @@ from stagein.formats.codecs import Codec
 from stagein.formats.errors import UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.schema import BFLOAT16
+from stagein.formats.values import to_rows
 
 CONTAINERS = get_args(Container)
 CODECS = [
@@ -179,6 +180,11 @@ def test_bfloat16_is_named_where_its_bits_are_stored(tmp_path: Path) -> None:
             writer.write({"x": np.array([1.5, -2.0, 1.001, 0], np.float32)})
     dataset = Dataset(tmp_path / "x.st")
     assert [record["x"].dtype for record in dataset] == [np.dtype(ml_dtypes.bfloat16)] * 4
+    for value in (1.001, 1.00390625, 1.01171875, -3.3e38, 3.3895314e38, 1e-41, float("nan")):
+        rows = to_rows(schema.fields["x"], [value] * 4)
+        assert rows.tobytes() == np.full(4, value, np.float32).astype(ml_dtypes.bfloat16).tobytes()
+    odd_nan = np.array([0x7FFFFFFF] * 4, np.uint32).view(np.float32)
+    assert np.isnan(to_rows(schema.fields["x"], odd_nan.tolist()).view(ml_dtypes.bfloat16)).all()
     rounded = exact.astype(ml_dtypes.bfloat16)
     assert all(record["x"].tobytes() == rounded.tobytes() for record in dataset)
     with h5py.File(dataset.path / dataset.manifest.shards[0].file) as file:
@@ -449,6 +455,7 @@ LARGE = Field(kind="tensor", dtype="int64", shape=(1000,))
         ({"a": SMALL}, "b", "is not among the fields"),
         ({"a b": SMALL}, "", "cannot be the name of a field"),
         ({"index": SMALL}, "", "cannot be the name of a field"),
+        ({"a": SMALL, "b": Field(kind="ragged", shape=(None,), rows_of="c")}, "", "lists the rows of 'c'"),
         ({"a": SMALL, "A": SMALL}, "", "differ only in case"),
         ({"a": Field(kind="tensor", shape=(0,))}, "a", "records of no bytes"),
         ({"a": SMALL.model_copy(update={"storage": "column"})}, "a", "cannot be a column"),
@@ -458,6 +465,34 @@ LARGE = Field(kind="tensor", dtype="int64", shape=(1000,))
 def test_schemas_that_cannot_be(fields: dict[str, Field], primary: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schema(fields=fields, primary=primary)
+
+
+@pytest.mark.parametrize(("name", "value"), [("shard_bytes", 0), ("chunk_bytes", 1000)])
+def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"of {value} bytes"):
+        Writer(tmp_path / "x.st", **{name: value})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_fields_are_columns_unless_there_is_too_much_of_them() -> None:
+    schema = Schema(
+        fields={
+            "x": LARGE,
+            "embedding": SMALL.model_copy(update={"shape": (384,)}),
+            "label": SMALL,
+            "text": Field(kind="text"),
+            "boxes": Field(kind="ragged", dtype="float32", shape=(None, 4)),
+        }
+    )
+
+    def columns(num_records: int | None, text_bytes: float = 200.0) -> set[str]:
+        resolved = schema.resolved({"text": text_bytes, "boxes": 60.0}, num_records)
+        return {name for name, field in resolved.fields.items() if field.storage == "column"}
+
+    assert columns(None) == columns(1000) == {"embedding", "label", "text", "boxes"}
+    assert columns(1_000_000) == {"label", "text", "boxes"}
+    assert columns(10**9) == {"label", "boxes"}
+    assert columns(1000, text_bytes=5000) == {"embedding", "label", "boxes"}
 
 
 def test_the_primary_field_is_the_first_that_is_not_small() -> None:

@@ -257,6 +257,13 @@ def test_an_index_of_another_record_gives_no_wrong_data(copy: Path) -> None:
     assert any("record 0 is damaged" in text for text in found)
 
 
+def move_record_between_shards(manifest: dict[str, Any], name: str) -> None:
+    """Shards that add up by themselves, but are not those of the other fields."""
+    first, second = [shard for shard in manifest["shards"] if shard["field"] == name][:2]
+    first["records"] -= 1
+    second.update(first=second["first"] - 1, records=second["records"] + 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -265,6 +272,7 @@ def test_an_index_of_another_record_gives_no_wrong_data(copy: Path) -> None:
         (lambda m: m["shards"][-1].update(records=1), "holds 1 records|hold .* records"),
         (lambda m: m["shards"][0].update(field="mask"), "equally many shards"),
         (lambda m: m["shards"][0].update(data_offset=2**40), "starts behind its end"),
+        (lambda m: move_record_between_shards(m, "mask"), "shards/mask/00000.h5 holds . records, shards/00000.h5"),
         (lambda m: m["capacity"].pop("mask"), "has capacities of"),
         (lambda m: m["capacity"].update(mask=0), "capacity.mask"),
         (lambda m: m.update(num_records=22), "shards hold 23 records"),
