@@ -25,7 +25,8 @@ DEFAULT_CHUNK_BYTES = 8 << 20
 MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 1 << 30
 
-Container = Literal["hdf5+zarr", "hdf5", "zarr"]
+Container = Literal["hdf5+zarr", "hdf5", "zarr", "foreign"]
+"""What shards are: HDF5 files, Zarr shards, or both; `foreign`: files that others wrote, adopted as they are."""
 
 
 class FileEntry(BaseModel):

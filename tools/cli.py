@@ -45,6 +45,32 @@ def _root(
 
 
 @app.command()
+def adopt(
+    source: Annotated[Path, typer.Argument(help="An HDF5 file, a folder of them, or the folder of a Zarr v3 array.")],
+    target: Annotated[Path, typer.Argument(help="The data set to make, on the same file system.")],
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--field", metavar="NAME=PLACE", help="A field and the HDF5 data set it is; repeat it."),
+    ] = None,
+    primary: Annotated[
+        str | None, typer.Option(help="The field that is read where it lies.  [default: the largest]")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make a data set over files of others whose records can be read where they lie: linked, summed, not rewritten.
+
+    HDF5: contiguous, or one record a chunk, raw or by blosc, zstd or lz4. Zarr v3: one record a chunk, with shards or without,
+    raw or by blosc or zstd.
+    """
+    from . import adopt
+
+    adopt.run(source, target, fields=fields, primary=primary, overwrite=overwrite, as_json=json)
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A data set.")],
     records: Annotated[int, typer.Option(min=0, help="How many of the first records to show.")] = 3,

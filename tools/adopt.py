@@ -1,0 +1,26 @@
+"""`stagein adopt`: a data set over HDF5 files or a Zarr array of others, which stay as they are."""
+
+import json
+from pathlib import Path
+
+from stagein.formats.adoption import adopt, scan_foreign
+
+from .console import bytes_text, count_text, progress_bytes, say
+from .convert_commands import parse_fields
+
+
+def run(
+    source: Path, target: Path, *, fields: list[str] | None, primary: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Adopt what is at `source` as the data set `target`. Raises StageinError."""
+    records = scan_foreign(source, parse_fields(fields), primary)
+    with progress_bytes("adopting", quiet=as_json) as update:
+        manifest = adopt(records, target, overwrite=overwrite, on_progress=update)
+    if as_json:
+        summary = {"path": str(target), "id": manifest.id, "records": manifest.num_records, "nbytes": manifest.nbytes}
+        say(json.dumps(summary | {"shards": manifest.num_shards}))
+        return
+    say(
+        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'file')} of {source}, "
+        f"{bytes_text(manifest.nbytes)}, linked and not copied"
+    )
