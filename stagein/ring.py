@@ -37,9 +37,10 @@ _FIRST_WINDOW = 2
 _MOST_DAMAGED_CHUNKS = 64
 """A rank that gets more of them gives up: a network or memory that bad should be taken out of the job."""
 
-_POLL_SECONDS = 100e-6
+_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 1e-3
 _POLL_SECONDS_ALONE = 0.2
-"""How long a rank sleeps, unless a helper thread has news, before it looks at MPI and at signals again."""
+"""How long a rank sleeps, unless a helper thread has news, before it looks at MPI and at signals again: the longer, the longer
+nothing has moved. Every look takes a core from the threads that move bytes."""
 
 _WARN_SECONDS = 15.0
 """When nothing has moved for so long, a rank says what it waits for, and goes on waiting."""
@@ -118,7 +119,7 @@ class Engine:
         self._threads = ChunkThreads(reader, writer, self._buffers, table)
         self._failure: StageinError | None = None
         self._failed = False
-        self._poll_seconds = _POLL_SECONDS_ALONE if pulse is None else _POLL_SECONDS
+        self._longest_poll_seconds = _POLL_SECONDS_ALONE if pulse is None else _LONGEST_POLL_SECONDS
         self._last_progress = time.monotonic()
         self._warned = False
         self.transfer = Transfer()
@@ -142,7 +143,9 @@ class Engine:
                 self._report_progress()
             else:
                 self._watch()
-            wait_seconds = 0.0 if moved else self._poll_seconds
+            wait_seconds = (
+                0.0 if moved else min(max(2 * wait_seconds, _SHORTEST_POLL_SECONDS), self._longest_poll_seconds)
+            )
         self._close()
         if self._failure is not None:
             raise self._failure
