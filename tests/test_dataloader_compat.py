@@ -804,13 +804,16 @@ def test_no_warning_for_more_threads_than_cores():
     after=st.tuples(st.integers(1, 70), st.integers(1, 8)),
     steps=st.integers(0, 8),
     shuffle=st.booleans(),
+    drop_last=st.booleans(),
 )
-def test_a_divided_epoch_goes_on_at_any_world_and_has_every_sample_once(samples, before, after, steps, shuffle):
+def test_a_divided_epoch_goes_on_at_any_world_and_has_every_sample_once(
+    samples, before, after, steps, shuffle, drop_last
+):
     def load(batch_size, world_size, state=None, steps=None):
         loaded, states, lengths = [], [], set()
         for rank in range(world_size):
             loader = DataLoader(
-                Numbers(samples), batch_size, shuffle=shuffle, distributed=(rank, world_size), seed=samples
+                Numbers(samples), batch_size, shuffle, drop_last=drop_last, distributed=(rank, world_size), seed=samples
             )
             if state is not None:
                 loader.load_state_dict(state)
@@ -825,4 +828,6 @@ def test_a_divided_epoch_goes_on_at_any_world_and_has_every_sample_once(samples,
 
     first, state = load(*before, steps=steps)
     rest, _ = load(*after, state=state)
-    assert sorted(first + rest) == list(range(samples))
+    dropped = (samples - len(first)) % (after[0] * after[1]) if drop_last else 0
+    assert len(set(first + rest)) == len(first + rest) == samples - dropped
+    assert set(first + rest) <= set(range(samples))
