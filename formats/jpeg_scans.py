@@ -389,7 +389,7 @@ def _refine(
 ) -> int:
     """Read the correction bit of a coefficient that is not zero; returns the position behind it."""
     value = signed(coefficients[block, place])
-    if _bits_at(plain, position, 1) and not abs(value) & bit:
+    if _bits_at(plain, position, 1):  # earlier scans left that bit out
         coefficients[block, place] = value + bit if value > 0 else value - bit
     return position + 1
 

@@ -42,12 +42,19 @@ def window_of(
     return found
 
 
+def assert_ends_within(decoded: NDArray[np.uint8], origin: NDArray[np.int64], height: int, width: int) -> None:
+    """A cut has no pixels that its image has not, though MCUs at the edges do."""
+    assert origin[0] + decoded.shape[0] <= height and origin[1] + decoded.shape[1] <= width
+
+
 def assert_windows_are_those_of_the_whole(name: str, windows: list[tuple[int, int, int, int]]) -> None:
     whole = SEEKABLE[name].content.tobytes()
     decoders = [pixels, opencv_pixels]
     if "CMYK" not in name and "YCCK" not in name:
         decoders.append(lambda content: simplejpeg.decode_jpeg(content))
     result = cut(SEEKABLE[name], windows)
+    for number in range(len(windows)):
+        assert_ends_within(pixels(result[number].tobytes()), result.origin[number], HEIGHT, WIDTH)
     for decode in decoders:
         expected = decode(whole)
         for number, window in enumerate(windows):

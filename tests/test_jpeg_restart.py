@@ -141,6 +141,18 @@ def test_progressive_files_that_lack_scans_are_refused() -> None:
         make_seekable(original[:last] + b"\xff\xd9")
 
 
+def test_quantisation_that_changes_between_scans_is_refused() -> None:
+    """Decoders take the table that stood when a component's first scan began; one header cannot say that."""
+    original = VARIANTS["three scans 4:4:4"]
+    table = original[original.index(b"\xff\xdb") :][:69]
+    second_scan = original.index(b"\xff\xda", original.index(b"\xff\xda") + 2)
+    same = original[:second_scan] + table + original[second_scan:]
+    assert_same_image(same, make_seekable(same).content.tobytes())
+    other = original[:second_scan] + table[:-1] + b"\x63" + original[second_scan:]
+    with pytest.raises(UnsupportedJpegError, match="change between scans"):
+        make_seekable(other)
+
+
 def test_restart_markers_out_of_order_are_refused() -> None:
     changed = VARIANTS["restarts every MCU"].replace(b"\xff\xd3", b"\xff\xd5", 1)
     with pytest.raises(UnsupportedJpegError, match="cut off"):
