@@ -119,6 +119,21 @@ def _refuse_other_size(name: str, stored: NDArray[np.uint8], record: NDArray[np.
         nbytes, _, stored_bytes = struct.unpack_from("<III", stored, 4)
         if nbytes != len(record) or stored_bytes != len(stored):
             raise ValueError(f"it says {nbytes} bytes in {stored_bytes}, not {len(record)} in {len(stored)}")
+    elif (nbytes := _zstd_content_bytes(stored)) != len(record):  # the library fills a part and says nothing
+        raise ValueError(f"it says {nbytes} bytes, not {len(record)}")
+
+
+def _zstd_content_bytes(stored: NDArray[np.uint8]) -> int | None:
+    """The size of its content that a Zstandard frame names (RFC 8878, section 3.1.1.1), None for one that does not."""
+    header = stored[:18].tobytes()
+    if header[:4] != b"\x28\xb5\x2f\xfd" or len(header) < 6:
+        raise ValueError("it is no Zstandard frame")
+    size_flag, is_single_segment, dictionary_flag = header[4] >> 6, header[4] >> 5 & 1, header[4] & 3
+    width = (is_single_segment, 2, 4, 8)[size_flag]
+    start = 5 + (1 - is_single_segment) + (0, 1, 2, 4)[dictionary_flag]
+    if not width or len(header) < start + width:
+        return None
+    return int.from_bytes(header[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 def _encode_lz4(record: memoryview) -> bytes:

@@ -132,8 +132,12 @@ class Dataset:
         for name, reader in self.readers.items():
             if name not in self.fields:
                 continue
-            for record, stored in zip(records, reader.read_records(numbers), strict=True):
-                record[name] = reader.decode(stored) if reader.field.codec else from_rows(reader.field, stored)
+            if reader.field.codec:
+                values: Sequence[Any] = list(reader.read_tensors(numbers))
+            else:
+                values = [from_rows(reader.field, stored) for stored in reader.read_records(numbers)]
+            for record, value in zip(records, values, strict=True):
+                record[name] = value
         return records
 
     def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:

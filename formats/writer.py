@@ -175,7 +175,8 @@ class Writer:
             try:
                 rows[name] = to_rows(field, record[name])
             except BadValueError as error:
-                raise UsageError(f"field {name!r}: {error}") from None
+                guessed = "; the first records said so: pass a schema that says what may differ"
+                raise UsageError(f"field {name!r}: {error}{guessed if self._schema is None else ''}") from None
             refuse_large_record(rows[name].nbytes, f"field {name!r}")
         return rows
 

@@ -415,6 +415,12 @@ def test_schemas_that_cannot_be_guessed(tmp_path: Path) -> None:
         Writer(tmp_path / "x.st") as writer,
     ):
         writer.write({"x": {}})
+    with (
+        pytest.raises(UsageError, match=r"field 'x': its shape is \(4,\), not \(3,\); the first records said so"),
+        Writer(tmp_path / "x.st") as writer,
+    ):
+        for number in range(100):
+            writer.write({"x": np.zeros(3 if number < 70 else 4)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from stagein.formats import Dataset, Field, Manifest, Schema, Writer, verify
 from stagein.formats.assembly import file_sums
+from stagein.formats.checksums import crc32c
 from stagein.formats.codecs import Codec
 from stagein.formats.errors import ChecksumError, SourceError, StageinError
 from stagein.formats.repair import repair
@@ -288,6 +289,44 @@ def test_manifests_that_do_not_add_up_are_refused(
     change(content)
     with pytest.raises(SourceError, match=message):
         Manifest.parse(json.dumps(content).encode(), "x")
+
+
+CODECS = {
+    "blosc-lz4": Codec(name="blosc-lz4", shuffle="byte"),
+    "zstd": Codec(name="zstd"),
+    "lz4": Codec(name="lz4"),
+}
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
+@pytest.mark.parametrize("damage", ["garbage", "zeros", "cut", "empty", "another"])
+def test_a_record_that_its_codec_cannot_decode_is_named(tmp_path: Path, codec: Codec, damage: str) -> None:
+    """All sums hold, as if it had been written so: only decoding it can tell."""
+    schema = Schema(fields={"x": Field(kind="tensor", dtype="int16", shape=(90, 90), codec=codec)})
+    with Writer(tmp_path / "x.st", schema, container="hdf5") as writer:
+        for number in range(5):
+            writer.write({"x": np.random.default_rng(number).integers(0, 9, (90, 90), np.int16)})
+    index = Dataset(tmp_path / "x.st").index
+    shard = tmp_path / "x.st/shards/00000.h5"
+    shard.chmod(0o644)
+    offset, nbytes = int(index.offset[2]), int(index.nbytes[2])
+    stored = shard.read_bytes()[offset : offset + nbytes]
+    bad = {
+        "garbage": np.random.default_rng(9).bytes(nbytes),
+        "zeros": bytes(nbytes),
+        "cut": stored[: nbytes // 2],
+        "empty": b"",
+        "another": codec.encode(np.zeros(45 * 90, np.int16), 2),  # well made, of half a record
+    }[damage]
+    overwrite(shard, offset, bad)
+    overwrite(tmp_path / "x.st/index/x/nbytes/c/0", 8, len(bad).to_bytes(4, "little"))
+    overwrite(tmp_path / "x.st/index/x/crc32c/c/0", 8, crc32c(bad).to_bytes(4, "little"))
+    reseal(tmp_path / "x.st")
+    dataset = Dataset(tmp_path / "x.st")
+    for read in (lambda: dataset[2], lambda: dataset.read_tensors([1, 2]), lambda: dataset[1:3]):
+        with pytest.raises(ChecksumError, match=r"record 2 in .*shards/00000\.h5: a .* chunk cannot be decoded"):
+            read()
+    assert dataset[3]["x"].shape == (90, 90)
 
 
 # Fuzzing
