@@ -197,6 +197,13 @@ def test_members_that_are_known_become_fields(tmp_path: Path) -> None:
         assert np.array_equal(record["npy"], maps[number])
 
 
+def test_what_few_records_have_is_no_field(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(0, 5) | {"000001.txt": b"a note", "000004.json": b"[1]"})
+    source = scan_webdataset(tmp_path)
+    assert set(source.schema.fields) == {"image", "hw", "label"}
+    assert not source.refused
+
+
 def test_boxes_and_sounds_without_images(tmp_path: Path) -> None:
     boxes = [[[n, 1.5]] * (n % 4) for n in range(7)]
     members = {f"{n}.flac": b"fLaC" + bytes([n]) * n for n in range(7)}
