@@ -1,62 +1,215 @@
-"""`stagein bench load`: our loader beside its peers, in interleaved rounds of one process."""
+"""`stagein bench load`: our loader beside its peers, each in a process of its own, in interleaved rounds.
 
+A peer takes part where its package can be imported; who is missing, or fails, is named.
+"""
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sized
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Literal
 
+from .console import say
 from .rates import print_rates
 
-_SETTLE_SECONDS = 0.5
+_START_SECONDS = 100
+_SETTLE_SECONDS = 0.3
 """Pause between two contestants: what one still has in its queue must not cost the other."""
-_WARM_UP_BATCHES = 4
-"""Not timed at the start of a round: what lay ready in the queue, and the start of the threads."""
-_TIMED_BATCHES = 12
+TensorKind = Literal["float32", "int16"]
+SHAPES: dict[TensorKind, tuple[int, ...]] = {"float32": (16, 192, 288), "int16": (64, 64, 64, 4)}
+"""Records of DeepCAM and of CosmoFlow, in small."""
+_RECORDS = 64
 
 
-def run_load(dataset: Path, images: Path, rounds: int, batch_size: int, size: int, threads: int) -> None:
-    """Measure and print: a line of JSON for each contestant, then a table of ratios to DALI's own file reader.
+class Contestant:
+    """A process that loads while it is told to; see `bench_contestant`. Ends with the `with` block."""
 
-    dataset, images  the same pictures, as a converted data set and as the image folder it was made from.
-    size             of the square that the random crops are resized to.
-    threads          decoding threads of each contestant.
+    def __init__(self, spec: dict[str, Any], log: Path) -> None:
+        self.name: str = spec["name"]
+        self.peak_bytes = 0
+        self._log = log
+        command = [sys.executable, "-m", f"{__package__}.bench_contestant", json.dumps(spec)]
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            )
+
+    def __enter__(self) -> "Contestant":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pid in _with_children(self._process.pid):
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+        self._process.wait()
+
+    def answer(self, timeout_s: float) -> dict[str, Any] | None:
+        """Its next line; None where it failed or did not answer in time."""
+        import select
+
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def run_round(self, timeout_s: float) -> float | None:
+        """Its rate in one more round."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        answer = self.answer(timeout_s)
+        self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, _with_children(self._process.pid))))
+        return None if answer is None else float(answer["rate"])
+
+    @property
+    def last_words(self) -> str:
+        """The last line it wrote to standard error."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else "it did not answer in time"
+
+
+def run_load(
+    images: Path | None, rounds: int, batch_size: int, size: int, threads: int, antialias: bool, round_s: float
+) -> None:
+    """Measure loaders of images and print: a line of JSON for each contestant, then a table of ratios to the best peer.
+
+    images  an image folder; None: a synthetic one. It is converted to data sets in a temporary folder.
+    size    of the square that the random crops are resized to.
     """
-    rates = bench_load(dataset, images, rounds=rounds, batch_size=batch_size, size=size, threads=threads)
-    print_rates(
-        "load", rates, baseline="dali readers.file", unit="images/s", batch_size=batch_size, size=size, threads=threads
-    )
+    from stagein.formats import convert, scan_imagefolder
+    from stagein.formats.seekable_images import SeekableJpegs
+    from stagein.formats.source_images import change_images
+    from stagein.loaders.image_peers import PEERS
+    from stagein.loaders.synthetic import make_image_folder
+
+    with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:
+        folder = Path(made)
+        if images is None:
+            images = folder / "images"
+            make_image_folder(images, images_per_class=max(32, batch_size), height=375, width=500)
+        convert(scan_imagefolder(images), folder / "plain.st")
+        convert(change_images(scan_imagefolder(images), SeekableJpegs()), folder / "seekable.st")
+        work = {
+            "images": str(images),
+            "batch_size": batch_size,
+            "size": size,
+            "threads": threads,
+            "antialias": antialias,
+        }
+        ours = {"stagein": folder / "plain.st", "stagein, seekable": folder / "seekable.st"}
+        specs = [{"name": name, "dataset": str(path), "kind": "images"} for name, path in ours.items()]
+        specs += [{"name": name, "kind": "images"} for name in PEERS if antialias or name not in _ANTIALIASED_ONLY]
+        settings = {"size": size, "antialias": antialias, "batch_size": batch_size, "threads": threads}
+        _compete(specs, work, folder, rounds, round_s, "images/s", settings)
 
 
-def bench_load(
-    dataset: Path, images: Path, *, rounds: int, batch_size: int, size: int, threads: int
-) -> dict[str, list[float]]:
-    """Images a second of every contestant in every round: random crop, resize, flip, normalise, on the CPU."""
-    from torch.utils.data import RandomSampler
-
-    from stagein.loaders import DataLoader, RecordDataset, image_train
-    from stagein.loaders.peers import dali_file_reader
-
-    records = RecordDataset(dataset)
-    graph = image_train(size)
-    batches_of_all = rounds * (_WARM_UP_BATCHES + _TIMED_BATCHES)
-    endless = RandomSampler(records, replacement=True, num_samples=batches_of_all * batch_size)
-    loader = DataLoader(
-        records, batch_size, sampler=endless, num_workers=1, transform=graph, device="cpu", decode_threads=threads
-    )
-    contestants: dict[str, Iterator[Mapping[str, Sized]]] = {
-        "stagein": iter(loader),
-        "dali readers.file": dali_file_reader(images, batch_size, threads, graph.output),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, batches in contestants.items():
-            rates[name].append(_images_per_second(batches))
-            time.sleep(_SETTLE_SECONDS)
-    return rates
+_ANTIALIASED_ONLY = ("torch + pillow", "ffcv")
 
 
-def _images_per_second(batches: Iterator[Mapping[str, Sized]]) -> float:
-    for _ in range(_WARM_UP_BATCHES):
-        next(batches)
-    started = time.perf_counter()
-    images = sum(len(next(batches)["image"]) for _ in range(_TIMED_BATCHES))
-    return images / (time.perf_counter() - started)
+def run_tensors(
+    kind: TensorKind, codec: str | None, rounds: int, batch_size: int, threads: int, round_s: float
+) -> None:
+    """The same for tensors without a graph, of a synthetic data set; `codec` is a codec's name, None for none."""
+    from stagein.loaders.tensor_peers import PEERS
+
+    with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:
+        folder = Path(made)
+        _make_tensors(folder / "records.st", kind, codec)
+        work = {"dataset": str(folder / "records.st"), "batch_size": batch_size, "threads": threads}
+        specs = [{"name": name, "kind": "tensors"} for name in ("stagein", *PEERS)]
+        settings = {"records": kind, "codec": codec or "none", "batch_size": batch_size, "threads": threads}
+        _compete(specs, work, folder, rounds, round_s, "MB/s", settings)
+
+
+def _make_tensors(path: Path, kind: TensorKind, codec: str | None) -> None:
+    """Smooth volumes with a little noise, which a codec shrinks to a third or so."""
+    import numpy as np
+
+    from stagein.formats import Writer
+
+    random, shape = np.random.default_rng(0), SHAPES[kind]
+    with Writer(path, codec={"record": codec} if codec else None) as writer:  # type: ignore[dict-item]
+        for number in range(_RECORDS):
+            smooth = np.sin(np.arange(np.prod(shape)) / 5000 + number).reshape(shape)
+            record = 300 * smooth + random.integers(0, 4, shape)
+            writer.write({"record": record.astype(kind)})
+
+
+def _compete(
+    specs: list[dict[str, Any]],
+    work: dict[str, Any],
+    folder: Path,
+    rounds: int,
+    round_s: float,
+    unit: str,
+    settings: dict[str, Any],
+) -> None:
+    rates: dict[str, list[float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        contestants = []
+        for number, spec in enumerate(specs):
+            own = folder / f"contestant{number}"
+            own.mkdir()
+            whole = {**spec, "work": {**work, "folder": str(own)}, "round_s": round_s}
+            contestant = stack.enter_context(Contestant(whole, folder / f"{number}.log"))
+            ready = contestant.answer(_START_SECONDS)
+            if ready is None:
+                say(f"{contestant.name} does not take part: {contestant.last_words}")
+                continue
+            contestants.append(contestant)
+            rates[contestant.name], facts[contestant.name] = [], ready
+        order = random.Random(0)
+        for _ in range(rounds):
+            for contestant in order.sample(contestants, len(contestants)):
+                rate = contestant.run_round(_START_SECONDS)
+                if rate is not None:
+                    rates[contestant.name].append(rate)
+                time.sleep(_SETTLE_SECONDS)
+    for contestant in contestants:
+        facts[contestant.name]["peak_mb"] = contestant.peak_bytes // 10**6
+    complete = {name: of_rounds for name, of_rounds in rates.items() if len(of_rounds) == rounds}
+    for name in rates.keys() - complete.keys():
+        say(f"{name} stopped before the end")
+    peers = [name for name in complete if not name.startswith("stagein") and name != "reading alone"]
+    baseline = max(peers or complete, key=lambda name: statistics.median(complete[name]))
+    print_rates("load", complete, baseline, unit=unit, **settings)
+    for name in complete:
+        say(f"{name:<20}" + "  ".join(f"{fact} {value}" for fact, value in facts[name].items()))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_children(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    for each in found:
+        for task in Path(f"/proc/{each}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:
+                continue
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    """Its share of what it has in memory: pages of several processes count in part for each. Linux."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -3,7 +3,7 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -286,18 +286,33 @@ def bench_write(
 
 @bench_app.command("load")
 def bench_load(
-    dataset: Annotated[Path, typer.Argument(help="A data set.")],
-    images: Annotated[Path, typer.Argument(help="The image folder it was made from.")],
-    rounds: Rounds = 9,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
+    images: Annotated[
+        Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
+    ] = None,
+    tensors: Annotated[
+        Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec of the tensors, such as blosc-lz4.")] = None,
+    rounds: Rounds = 7,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples in a batch.  [default: 64, tensors: 8]")
+    ] = None,
     size: Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")] = 224,
-    threads: Annotated[int | None, typer.Option(min=1, help="Decoding threads.  [default: all cores]")] = None,
+    antialias: Annotated[bool, typer.Option(help="Resize with an antialiasing filter.")] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads, or worker processes.  [default: all cores]")
+    ] = None,
+    round_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")] = 1.0,
 ) -> None:
-    """Our DataLoader beside DALI's own file reader: decode, random crop, resize, flip, normalise, on the CPU."""
+    """Our DataLoader beside those peers that are installed: random crop, resize, flip, normalise, on the CPU; or tensors."""
     from . import bench_load
     from .convert import usable_cores
 
-    bench_load.run_load(dataset, images, rounds, batch_size, size, threads or usable_cores())
+    threads = threads or usable_cores()
+    if tensors is None:
+        bench_load.run_load(images, rounds, batch_size or 64, size, threads, antialias, round_seconds)
+    else:
+        bench_load.run_tensors(tensors, codec, rounds, batch_size or 8, threads, round_seconds)
 
 
 @bench_app.command("stage")
