@@ -125,11 +125,12 @@ def half_way(slow_convert: list[str], tmp_path: Path) -> Iterator[subprocess.Pop
     """Three ranks in the middle of a conversion to tmp_path/x.st, each with its worker at work."""
     with start_ranks(3, *slow_convert, tmp_path / "x.st", *SLOW_OPTIONS, nodes=["a", "b", "c"]) as launcher:
         journal = tmp_path / f"x.st{PART_SUFFIX}" / "journal"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while (
             len(list(journal.glob("*.npz"))) < 5 or not all(workers_of(pid) for pid in rank_pids(launcher))
         ) and time.monotonic() < deadline:
             time.sleep(0.005)
+        assert launcher.poll() is None and rank_pids(launcher), "the conversion is not under way"
         yield launcher
 
 
