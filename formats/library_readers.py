@@ -19,7 +19,7 @@ def read_by_h5py(path: Path) -> Read:
 
     dataset = Dataset(path)
     name, shards = dataset.schema.primary, dataset.manifest.shards
-    opened = [h5py.File(path / shard.file, "r", locking=False)[name] for shard in shards]
+    opened = [h5py.File(path / shard.file, "r", locking=False)[f"{name}/data"] for shard in shards]
     firsts = [shard.first for shard in shards]
 
     def read(records: Sequence[int], out: NDArray[np.generic]) -> None:

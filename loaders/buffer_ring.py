@@ -35,7 +35,7 @@ class BufferRing:
 
     def _memory(self, nbytes: int) -> NDArray[np.uint8]:
         try:
-            memory = self._idle.popleft()
+            memory = self._idle.pop()  # the one used last, which may still be in the cache
         except IndexError:
             return np.empty(nbytes, np.uint8)
         return memory if len(memory) >= nbytes else np.empty(nbytes, np.uint8)

@@ -139,9 +139,11 @@ def _make_tensors(path: Path, kind: TensorKind, codec: str | None) -> None:
     import numpy as np
 
     from stagein.formats import Writer
+    from stagein.formats.codecs import Codec
 
+    codecs = {} if codec is None else {"record": Codec.model_validate({"name": codec})}
     random, shape = np.random.default_rng(0), SHAPES[kind]
-    with Writer(path, codec={"record": codec} if codec else None) as writer:  # type: ignore[dict-item]
+    with Writer(path, codec=codecs) as writer:
         for number in range(_RECORDS):
             smooth = np.sin(np.arange(np.prod(shape)) / 5000 + number).reshape(shape)
             record = 300 * smooth + random.integers(0, 4, shape)
