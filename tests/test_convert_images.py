@@ -119,6 +119,14 @@ def test_a_plain_data_set_of_the_same_images_is_another(
     assert plain.counts == {}
 
 
+def test_what_would_grow_much_is_kept_as_it_is() -> None:
+    """A strip of one colour, one MCU wide: a restart marker a row costs more than its pixels."""
+    flat = pillow_jpeg(np.full((60_000, 8, 3), 99, np.uint8))
+    kept = SeekableJpegs().apply(memoryview(flat), "image")
+    assert kept.outcome == f"{KEPT}it would grow by more than an eighth"
+    assert bytes(kept.content) == flat and len(kept.values[rows_name("image")]) == 0  # type: ignore[arg-type]
+
+
 def test_loader_does_not_show_the_row_table(seekable_path: Path) -> None:
     assert RecordDataset(seekable_path).fields == ("image", "label", "hw")
 
