@@ -55,7 +55,9 @@ def _open_litdata(folder: Path) -> Read:
     from litdata import StreamingDataset
 
     dataset: Any = StreamingDataset(str(folder))
-    return lambda numbers: sum(len(dataset[number]) for number in numbers.tolist())
+    return lambda numbers: sum(
+        len(bytes(dataset[number])) for number in numbers.tolist()
+    )  # views of a map: not read yet
 
 
 def _write_array_record(folder: Path, records: Sequence[bytes]) -> None:

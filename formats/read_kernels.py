@@ -83,15 +83,16 @@ def read_record(
 ) -> int:
     """Read a record to the address `target`, and compare the crc32c that continues `before` with `after`; returns 0 or what is
     wrong."""
+    if not check:
+        return read_exactly(descriptor, target, nbytes, offset)
     found = before
     for start in range(0, nbytes, _PIECE_BYTES):
         length = min(_PIECE_BYTES, nbytes - start)
         trouble = read_exactly(descriptor, target + start, length, offset + start)
         if trouble != 0:
             return trouble
-        if check:
-            found = crc32c_extend(found, target + start, length)
-    return DAMAGED if check and found != after else 0
+        found = crc32c_extend(found, target + start, length)
+    return DAMAGED if found != after else 0
 
 
 @kernel

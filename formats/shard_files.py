@@ -38,8 +38,9 @@ class ShardFiles:
         Raises SourceError when a shard cannot be opened. Waits while other threads use all descriptors; whoever waits uses
         none, so that somebody is always at work.
         """
-        needed, first_seen = np.unique(shards, return_index=True)
+        needed = np.unique(shards)
         if len(needed) > self._limit:
+            first_seen = np.unique(shards, return_index=True)[1]
             shards = shards[: np.sort(first_seen)[self._limit]]
             needed = np.unique(shards)
         with self._changed:
