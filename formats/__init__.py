@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .index import RecordIndex
     from .manifest import Manifest
     from .schema import Field, Schema
-    from .source_imagefolder import scan_imagefolder
+    from .sources.imagefolder import scan_imagefolder
     from .verification import verify
     from .writer import Writer
 
@@ -36,7 +36,7 @@ _MODULES = {
     "Writer": "writer",
     "convert": "conversion",
     "open": "dataset",
-    "scan_imagefolder": "source_imagefolder",
+    "scan_imagefolder": "sources.imagefolder",
     "verify": "verification",
 }
 

@@ -25,7 +25,7 @@ from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
 from .schema import Field
 from .shards import FieldContent, ShardContent, ShardLayout, write_shard_file
-from .sources import RefusedRecord
+from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
     column_chunk_path,

@@ -32,7 +32,7 @@ from .shards import (
     refuse_large_record,
     refuse_sizes,
 )
-from .sources import RefusedRecord, Source, SourceRecord, record_nbytes, variable_nbytes
+from .source import RefusedRecord, Source, SourceRecord, record_nbytes, variable_nbytes
 from .values import row_bytes, to_rows
 
 _LISTED_REFUSED = 20

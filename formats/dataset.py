@@ -20,7 +20,7 @@ from .schema import Field, Schema
 from .values import from_rows
 
 if TYPE_CHECKING:
-    from .jpeg_cut import CutJpegs
+    from .jpeg.cut import CutJpegs
     from .window_reader import WindowBuffers, WindowReader
 
 Record: TypeAlias = dict[str, Any]
@@ -176,7 +176,7 @@ class Dataset:
 
     @cached_property
     def _window_reader(self) -> "WindowReader":
-        from .jpeg_rows import RowTables
+        from .jpeg.rows import RowTables
         from .window_reader import WindowReader  # its kernels take numba, half a second to load
 
         return WindowReader(self.reader, RowTables(self._root, self.manifest, self.schema.primary))

@@ -43,7 +43,7 @@ class Field(BaseModel):
     dims      names of the extents, such as ("height", "width", "channel").
     codec     for `tensor`: how records are compressed; None: they are stored as they are.
     storage   `shards`: in shard files, read record by record; `column`: whole, in one file. None: follows from its size.
-    rows_of   the JPEG field whose MCU rows this one lists (`jpeg_rows`): an index for readers, no part of a record.
+    rows_of   the JPEG field whose MCU rows this one lists (`jpeg.rows`): an index for readers, no part of a record.
     meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
     """
 

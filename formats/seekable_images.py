@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .jpeg_header import UnsupportedJpegError
-from .jpeg_restart import make_seekable
-from .jpeg_rows import NO_ROWS, list_rows, rows_field, rows_name
+from .jpeg.header import UnsupportedJpegError
+from .jpeg.restart import make_seekable
+from .jpeg.rows import NO_ROWS, list_rows, rows_field, rows_name
 from .schema import Schema
-from .source_images import ChangedImage
+from .sources.images import ChangedImage
 
 MADE_SEEKABLE = "JPEGs made seekable"
 KEPT = "images kept as they are: "

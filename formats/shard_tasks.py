@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .assembly import FinishedShard, fingerprint, finish_shard, journal_shard, resume_shard
 from .shards import ShardBuffers, ShardBuilder, ShardLayout, ShardPlan
-from .sources import RefusedRecord, SourcePart
+from .source import RefusedRecord, SourcePart
 from .values import BadValueError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
-from .jpeg_cut import CutJpegs, cut_windows
-from .jpeg_rows import RowTables
+from .jpeg.cut import CutJpegs, cut_windows
+from .jpeg.rows import RowTables
 from .record_reader import RecordReader
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.schema import Schema
-from stagein.formats.source_images import ChangedImage
+from stagein.formats.sources.images import ChangedImage
 
 DEFAULT_QUALITY = 90
 _LEAST_QUALITY = 40

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stagein.formats.shard_tasks import ShardResult, ShardTask
 from stagein.formats.shard_workers import ShardWorkers
-from stagein.formats.source_python import scan_python
+from stagein.formats.sources.python import scan_python
 from stagein.tools import convert
 from stagein.tools.convert_commands import ConvertOptions
 

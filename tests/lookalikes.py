@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.schema import Field
-from stagein.formats.sources import RefusedRecord, Source
+from stagein.formats.source import RefusedRecord, Source
 
 DEEPCAM_SHAPE = (24, 36, 16)
 COSMOFLOW_SHAPE = (12, 12, 12, 4)

@@ -15,8 +15,8 @@ from disks import small_disk
 from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ZstdCodec
 
 from stagein.formats import Dataset, verify
-from stagein.formats.adoption import adopt, scan_foreign
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
+from stagein.formats.foreign.adoption import adopt, scan_foreign
 
 CUBES = np.random.default_rng(0).poisson(2, (13, 3, 20, 20)).astype(np.int16)
 LABELS = np.arange(13, dtype=np.float32)

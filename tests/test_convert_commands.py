@@ -33,7 +33,7 @@ from test_source_webdataset import write_tar
 
 from stagein.formats import Dataset
 from stagein.formats.publish import PART_SUFFIX
-from stagein.formats.source_selection import permutation
+from stagein.formats.sources.selection import permutation
 from stagein.tools.cli import main
 
 Rows = list[dict[str, Any]]

@@ -18,9 +18,9 @@ from readers import assert_read_alike
 from stagein import stage
 from stagein.formats import Dataset, Field, Schema, convert, verify
 from stagein.formats.errors import SourceError
-from stagein.formats.source_hdf5 import scan_hdf5
-from stagein.formats.source_npy import scan_npy
-from stagein.formats.sources import RefusedRecord, Room, SourceRecord
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.sources.hdf5 import scan_hdf5
+from stagein.formats.sources.npy import scan_npy
 from stagein.formats.values import row_bytes, to_rows
 
 SCHEMA = Schema(

@@ -18,11 +18,11 @@ from PIL import Image
 from stagein.formats import Dataset, convert, scan_imagefolder, verify
 from stagein.formats.checksums import crc32c
 from stagein.formats.errors import UsageError
-from stagein.formats.jpeg_rows import rows_name
+from stagein.formats.jpeg.rows import rows_name
 from stagein.formats.manifest import Manifest
 from stagein.formats.seekable_images import KEPT, MADE_SEEKABLE, SeekableJpegs
-from stagein.formats.source_images import BYTES_AFTER, BYTES_BEFORE, change_images
-from stagein.formats.source_npy import scan_npy
+from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
+from stagein.formats.sources.npy import scan_npy
 from stagein.loaders import RecordDataset
 from stagein.loaders.shrink import ShrinkImages
 

@@ -12,7 +12,7 @@ from stagein.formats import Dataset, Field, Schema, convert, verify
 from stagein.formats.codecs import Codec
 from stagein.formats.conversion import choose_codecs
 from stagein.formats.errors import UsageError
-from stagein.formats.sources import RefusedRecord, Room, SourceRecord
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from stagein.formats.codecs import Codec
 from stagein.formats.errors import ChecksumError
 from stagein.formats.schema import Field, Schema
 from stagein.formats.seekable_images import SeekableJpegs
-from stagein.formats.source_images import change_images
+from stagein.formats.sources.images import change_images
 from stagein.loaders import DataLoader, RecordDataset, image_eval, image_train
 from stagein.loaders.batches import tasks_of
 from stagein.loaders.buffer_ring import BufferRing

@@ -9,9 +9,9 @@ from jpegs import opencv_pixels, picture, pillow_jpeg, pixels, variants
 from numpy.typing import NDArray
 
 from stagein.formats.errors import ChecksumError
-from stagein.formats.jpeg_cut import CutJpegs, cut_windows, needed_rows
-from stagein.formats.jpeg_header import read_frame
-from stagein.formats.jpeg_restart import SeekableJpeg, make_seekable
+from stagein.formats.jpeg.cut import CutJpegs, cut_windows, needed_rows
+from stagein.formats.jpeg.header import read_frame
+from stagein.formats.jpeg.restart import SeekableJpeg, make_seekable
 
 HEIGHT, WIDTH = 83, 130
 SEEKABLE = {name: make_seekable(content) for name, content in variants(HEIGHT, WIDTH).items()}

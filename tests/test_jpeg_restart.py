@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jpegs import opencv_pixels, picture, pillow_jpeg, pixels, variants
 from numpy.typing import NDArray
 
-from stagein.formats.jpeg_header import UnsupportedJpegError, read_frame
-from stagein.formats.jpeg_huffman import complete_dc_table, optimal_table, stack_tables
-from stagein.formats.jpeg_restart import choose_interval, make_seekable
-from stagein.formats.jpeg_scans import BlockGrid, code_again, decode_coefficients
+from stagein.formats.jpeg.header import UnsupportedJpegError, read_frame
+from stagein.formats.jpeg.huffman import complete_dc_table, optimal_table, stack_tables
+from stagein.formats.jpeg.restart import choose_interval, make_seekable
+from stagein.formats.jpeg.scans import BlockGrid, code_again, decode_coefficients
 
 VARIANTS = variants()
 

@@ -18,8 +18,8 @@ from lookalikes import (
 
 from stagein.formats import Dataset, convert
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.source_hdf5 import scan_hdf5
-from stagein.formats.sources import RefusedRecord
+from stagein.formats.source import RefusedRecord
+from stagein.formats.sources.hdf5 import scan_hdf5
 
 STORAGE = {
     "contiguous": {},

@@ -12,7 +12,7 @@ from pictures import jpeg, png
 
 from stagein.formats import Dataset, convert, verify
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.source_lmdb import scan_lmdb
+from stagein.formats.sources.lmdb import scan_lmdb
 
 COUNT = 13
 

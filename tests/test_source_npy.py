@@ -25,8 +25,8 @@ from lookalikes import (
 
 from stagein.formats import Dataset, convert
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.source_npy import scan_npy
-from stagein.formats.sources import RefusedRecord
+from stagein.formats.source import RefusedRecord
+from stagein.formats.sources.npy import scan_npy
 
 
 @pytest.fixture

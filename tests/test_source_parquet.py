@@ -12,8 +12,8 @@ from pictures import jpeg, png
 
 from stagein.formats import Dataset, convert, verify
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.source_parquet import scan_parquet
-from stagein.formats.source_selection import select
+from stagein.formats.sources.parquet import scan_parquet
+from stagein.formats.sources.selection import select
 
 COUNT = 13
 CLASSES = ["cat", "dög"]

@@ -11,7 +11,7 @@ from lookalikes import ODD_NAN, assert_all_same, assert_same_bits, deepcam_sampl
 
 from stagein.formats import Dataset, convert
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.source_python import scan_python
+from stagein.formats.sources.python import scan_python
 
 HEADER = """
 import sys

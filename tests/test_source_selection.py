@@ -11,9 +11,9 @@ from lookalikes import assert_same_bits, read_source, write_cosmoflow_npy, write
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.errors import UsageError
-from stagein.formats.source_hdf5 import scan_hdf5
-from stagein.formats.source_npy import scan_npy
-from stagein.formats.source_selection import SelectedRecords, permutation, select, split
+from stagein.formats.sources.hdf5 import scan_hdf5
+from stagein.formats.sources.npy import scan_npy
+from stagein.formats.sources.selection import SelectedRecords, permutation, select, split
 
 
 def numbers_of(source: object) -> list[int]:

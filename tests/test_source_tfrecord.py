@@ -16,7 +16,9 @@ from pictures import jpeg, png
 
 from stagein.formats import Dataset, Field, convert
 from stagein.formats.errors import SourceError, StageinError, UsageError
-from stagein.formats.source_tfrecord import (
+from stagein.formats.source import RefusedRecord, SourceRecord
+from stagein.formats.sources.tf_example import BadExampleError, Span, feature_spans, feature_values, fetch_from
+from stagein.formats.sources.tfrecord import (
     FieldMapping,
     MappedFeature,
     TFRecords,
@@ -24,8 +26,6 @@ from stagein.formats.source_tfrecord import (
     image_mapping,
     scan_tfrecord,
 )
-from stagein.formats.sources import RefusedRecord, SourceRecord
-from stagein.formats.tf_example import BadExampleError, Span, feature_spans, feature_values, fetch_from
 
 SHAPE = (4, 4, 4, 2)
 COSMOFLOW = cosmoflow_mapping(SHAPE)

@@ -17,9 +17,9 @@ from pictures import jpeg, png
 
 from stagein.formats import Dataset, convert
 from stagein.formats.errors import SourceError, StageinError, UsageError
-from stagein.formats.source_webdataset import scan_webdataset
-from stagein.formats.sources import SourceRecord
-from stagein.formats.tar_headers import BadTarError, read_members
+from stagein.formats.source import SourceRecord
+from stagein.formats.sources.tar_headers import BadTarError, read_members
+from stagein.formats.sources.webdataset import scan_webdataset
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 FULL_BLOCK = 512

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
-from stagein.formats.jpeg_rows import rows_name
+from stagein.formats.jpeg.rows import rows_name
 from stagein.formats.seekable_images import SeekableJpegs
-from stagein.formats.source_images import change_images
+from stagein.formats.sources.images import change_images
 from stagein.formats.window_reader import WindowBuffers
 
 

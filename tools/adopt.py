@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stagein.formats.adoption import adopt, scan_foreign
+from stagein.formats.foreign.adoption import adopt, scan_foreign
 
 from .console import bytes_text, count_text, progress_bytes, say
 from .convert_commands import parse_fields

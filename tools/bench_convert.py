@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stagein.formats.source_imagefolder import scan_imagefolder
+from stagein.formats.sources.imagefolder import scan_imagefolder
 
 from .rates import print_rates
 

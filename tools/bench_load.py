@@ -91,7 +91,7 @@ def run_load(
     """
     from stagein.formats import convert, scan_imagefolder
     from stagein.formats.seekable_images import SeekableJpegs
-    from stagein.formats.source_images import change_images
+    from stagein.formats.sources.images import change_images
     from stagein.loaders.image_peers import PEERS
     from stagein.loaders.synthetic import make_image_folder
 

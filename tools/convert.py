@@ -27,10 +27,10 @@ from stagein.formats.conversion import (
 from stagein.formats.errors import ExitCode, SourceError, StageinError, UsageError, WatchdogError
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
-from stagein.formats.source_images import BYTES_AFTER, BYTES_BEFORE, change_images
-from stagein.formats.source_python import RecordStream
-from stagein.formats.source_selection import select, split
-from stagein.formats.sources import Source, record_nbytes
+from stagein.formats.source import Source, record_nbytes
+from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
+from stagein.formats.sources.python import RecordStream
+from stagein.formats.sources.selection import select, split
 from stagein.formats.writer import Writer
 from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect

@@ -13,8 +13,8 @@ import typer
 from .options import Json, parse_size
 
 if TYPE_CHECKING:
-    from stagein.formats.source_python import RecordStream
-    from stagein.formats.sources import Source
+    from stagein.formats.source import Source
+    from stagein.formats.sources.python import RecordStream
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack a source into a data set of verified shards.")
 
@@ -154,7 +154,7 @@ def _imagefolder(
     source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
 ) -> "Source":
     """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
-    from stagein.formats.source_imagefolder import scan_imagefolder
+    from stagein.formats.sources.imagefolder import scan_imagefolder
 
     return scan_imagefolder(source)
 
@@ -166,7 +166,7 @@ def _webdataset(
     primary: Primary = None,
 ) -> "Source":
     """Pack the samples of tar archives: images, .cls, .txt, .json and .npy, any other extension by --field."""
-    from stagein.formats.source_webdataset import scan_webdataset
+    from stagein.formats.sources.webdataset import scan_webdataset
 
     return scan_webdataset(source, parse_fields(fields), primary=primary)
 
@@ -184,7 +184,7 @@ def _tfrecord(
     first_label: Annotated[int, typer.Option(help="The number that the classes of images are counted from.")] = 1,
 ) -> "Source":
     """Pack TFRecord files: as CosmoFlow and ResNet-50 have them, or any features by --field, such as x=x:int16:8x8x4."""
-    from stagein.formats.source_tfrecord import scan_tfrecord
+    from stagein.formats.sources.tfrecord import scan_tfrecord
 
     return scan_tfrecord(source, fields=parse_fields(fields), primary=primary, first_label=first_label)
 
@@ -196,7 +196,7 @@ def _parquet(
     primary: Primary = None,
 ) -> "Source":
     """Pack the rows of Parquet files: numbers, texts, lists, images as Hugging Face stores them."""
-    from stagein.formats.source_parquet import scan_parquet
+    from stagein.formats.sources.parquet import scan_parquet
 
     return scan_parquet(source, fields=parse_fields(fields), primary=primary)
 
@@ -208,7 +208,7 @@ def _lmdb(
     primary: Primary = None,
 ) -> "Source":
     """Pack the values of LMDB databases: images, .npy arrays, texts; --field image=image-* where keys differ by field."""
-    from stagein.formats.source_lmdb import scan_lmdb
+    from stagein.formats.sources.lmdb import scan_lmdb
 
     return scan_lmdb(source, fields=parse_fields(fields), primary=primary)
 
@@ -221,7 +221,7 @@ def _hdf5(
     pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
 ) -> "Source":
     """Pack HDF5 files: of a folder one record a file (DeepCAM), of one file one record a row."""
-    from stagein.formats.source_hdf5 import scan_hdf5
+    from stagein.formats.sources.hdf5 import scan_hdf5
 
     return scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern)
 
@@ -233,7 +233,7 @@ def _npy(
     primary: Primary = None,
 ) -> "Source":
     """Pack .npy or .npz files: of a folder one record a file (CosmoFlow), of one file one record a row."""
-    from stagein.formats.source_npy import scan_npy
+    from stagein.formats.sources.npy import scan_npy
 
     return scan_npy(source, fields=parse_fields(fields), primary=primary)
 
@@ -244,6 +244,6 @@ def _python(
     primary: Primary = None,
 ) -> "Source | RecordStream":
     """Pack what a function of yours returns: a torch Dataset, any sequence of records, or a generator of them."""
-    from stagein.formats.source_python import scan_python
+    from stagein.formats.sources.python import scan_python
 
     return scan_python(source, primary=primary)

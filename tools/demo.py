@@ -10,7 +10,7 @@ from typing import Any
 
 from stagein.formats.conversion import convert
 from stagein.formats.errors import StageinError, UsageError
-from stagein.formats.source_imagefolder import scan_imagefolder
+from stagein.formats.sources.imagefolder import scan_imagefolder
 from stagein.loaders.synthetic import PATTERNS, make_image_folder
 from stagein.receipt import Receipt
 

@@ -7,8 +7,9 @@ of zeros, more than one block can use up, so that kernels check once a block.
 import numpy as np
 from numpy.typing import NDArray
 
-from .jpeg_huffman import LOOK_BITS, MAX_CODE_BITS, HuffmanTables
-from .native import kernel, signed
+from stagein.formats.native import kernel, signed
+
+from .huffman import LOOK_BITS, MAX_CODE_BITS, HuffmanTables
 
 PADDING_BYTES = 512
 """A block has at most 64 codes of 16 bits, each with at most 15 raw bits, and 64 correction bits: below 300 bytes."""

@@ -12,14 +12,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import crc32c_extend
-from .errors import SourceError
-from .index import RecordIndex, load_column
-from .jpeg_cut import needed_rows
-from .jpeg_restart import SeekableJpeg
-from .manifest import Manifest
-from .native import kernel, signed
-from .schema import Field
+from stagein.formats.checksums import crc32c_extend
+from stagein.formats.errors import SourceError
+from stagein.formats.index import RecordIndex, load_column
+from stagein.formats.manifest import Manifest
+from stagein.formats.native import kernel, signed
+from stagein.formats.schema import Field
+
+from .cut import needed_rows
+from .restart import SeekableJpeg
 
 _ENTRY = Field(kind="tensor", dtype="uint32", shape=(2,))
 NO_ROWS = np.empty((0, 2), np.uint32)

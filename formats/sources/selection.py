@@ -9,9 +9,9 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
-from .schema import Schema
-from .sources import RefusedRecord, Source, SourcePart
+from stagein.formats.errors import UsageError
+from stagein.formats.schema import Schema
+from stagein.formats.source import RefusedRecord, Source, SourcePart
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from .errors import SourceError, UsageError
-from .schema import Field, Schema
-from .source_fields import make_schema
-from .source_files import SourceFile, find_files
-from .source_tensors import (
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import Room, SourceRecord
+
+from .fields import make_schema
+from .files import SourceFile, find_files
+from .tensors import (
     BadTensorError,
     Sample,
     StoredArray,
@@ -32,7 +34,6 @@ from .source_tensors import (
     tensor_field,
     without_empty_files,
 )
-from .sources import Room, SourceRecord
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 

@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from .errors import UsageError
-from .images import IMAGE_SUFFIXES, read_header
-from .schema import Field, Schema
-from .source_files import most_common
-from .values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_schema
+from stagein.formats.errors import UsageError
+from stagein.formats.images import IMAGE_SUFFIXES, read_header
+from stagein.formats.schema import Field, Schema
+from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_schema
+
+from .files import most_common
 
 SIZE_FIELD = Field(kind="tensor", dtype="int32", shape=(2,), dims=("height_width",))
 """The column `hw` beside an image."""

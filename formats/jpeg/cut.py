@@ -1,4 +1,4 @@
-"""Crop before decode: from a seekable JPEG (`jpeg_restart`), by bytes, the smaller JPEG that holds a crop window.
+"""Crop before decode: from a seekable JPEG (`jpeg.restart`), by bytes, the smaller JPEG that holds a crop window.
 
 What lies between two restart markers can be decoded by itself, so the segments that a window touches, with their
 markers numbered anew and the frame's height and width changed, are a JPEG again. A few pixels of margin make the
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ChecksumError
-from .jpeg_bits import has_ff
-from .jpeg_header import BLOCK_PIXELS
-from .native import kernel, signed
+from stagein.formats.errors import ChecksumError
+from stagein.formats.native import kernel, signed
+
+from .bits import has_ff
+from .header import BLOCK_PIXELS
 
 _MARGIN_SAMPLES = 2
 """Chroma samples around a window that its pixels may depend on: decoders look at one on either side, we give two."""

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import crc32c
-from .codecs import Codec
-from .errors import ChecksumError, SourceError, source_error
-from .foreign import ForeignFile, ForeignRecords, refuse, tensor_field
-from .schema import Field
+from stagein.formats.checksums import crc32c
+from stagein.formats.codecs import Codec
+from stagein.formats.errors import ChecksumError, SourceError, source_error
+from stagein.formats.schema import Field
+
+from .layout import ForeignFile, ForeignRecords, refuse, tensor_field
 
 _ABSENT = 2**64 - 1
 _LITTLE_BYTES = (

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .errors import SourceError, UsageError
-from .images import BadImageError
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.images import BadImageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.values import BadValueError, Value, infer_schema
+
+from .fields import SIZE_FIELD, file_field, image_size
+from .files import SourceFile, find_files, source_name, used_files
 from .npy_files import array_in
-from .schema import Field, Schema
-from .source_fields import SIZE_FIELD, file_field, image_size
-from .source_files import SourceFile, find_files, source_name, used_files
-from .sources import RefusedRecord, Room, SourceRecord
-from .values import BadValueError, Value, infer_schema
 
 _DATA_NAME = "data.mdb"
 _NPY_MAGIC = b"\x93NUMPY"

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import pread_exactly
-from .errors import SourceError
-from .images import IMAGE_SUFFIXES, BadImageError, read_header
-from .schema import Field, Schema
-from .sources import RefusedRecord, Room, SourceRecord
+from stagein.formats.checksums import pread_exactly
+from stagein.formats.errors import SourceError
+from stagein.formats.images import IMAGE_SUFFIXES, BadImageError, read_header
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
 
 _SCAN_THREADS = 16
 """Folders listed at a time: on a parallel file system a stat is a round trip, on a local one it costs nothing more."""

@@ -7,12 +7,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import Buffer
-from .errors import UsageError
-from .schema import Field, Schema
-from .source_fields import SIZE_FIELD
-from .sources import RefusedRecord, Room, Source, SourcePart, SourceRecord
-from .values import BadValueError, Value, row_bytes, to_rows
+from stagein.formats.checksums import Buffer
+from stagein.formats.errors import UsageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, Source, SourcePart, SourceRecord
+from stagein.formats.values import BadValueError, Value, row_bytes, to_rows
+
+from .fields import SIZE_FIELD
 
 _IMAGES = ("jpeg", "png", "image")
 _SIZE_NAME = "hw"

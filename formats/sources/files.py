@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SourceError, source_error
+from stagein.formats.errors import SourceError, source_error
 
 AnyFile = TypeVar("AnyFile")
 AnyValue = TypeVar("AnyValue", bound=Hashable)

@@ -2,7 +2,7 @@
 
 Nothing is lost: every quantised coefficient stays what it is, so every decoder gives the same pixels. A sequential JPEG of
 one scan, as nearly all are, is rewritten bit by bit: only the DC codes behind new restart markers change. Others
-(progressive, several scans) are decoded to coefficients and coded again (`jpeg_scans`).
+(progressive, several scans) are decoded to coefficients and coded again (`jpeg.scans`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .jpeg_bits import (
+from stagein.formats.native import kernel, signed
+
+from .bits import (
     INVALID,
     PADDING_BYTES,
     bit_size,
@@ -22,9 +24,8 @@ from .jpeg_bits import (
     put,
     unstuff,
 )
-from .jpeg_header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
-from .jpeg_huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
-from .native import kernel, signed
+from .header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
+from .huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
 
 MAX_OVERHEAD = 0.014
 """Restart markers are set so densely that they cost about this share of a file."""
@@ -70,7 +71,7 @@ def make_seekable(content: bytes) -> SeekableJpeg:
         complete = [table for table in dc_tables if table is not None]
         if len(complete) == len(dc_tables):
             return _insert_restarts(np.frombuffer(content, np.uint8), frame, complete, interval)
-    from .jpeg_scans import code_again
+    from .scans import code_again
 
     return code_again(np.frombuffer(content, np.uint8), frame, interval)
 

@@ -8,8 +8,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
-from .schema import Field
+from stagein.formats.errors import UsageError
+from stagein.formats.schema import Field
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import hdf5plugin  # noqa: F401 (registers the filters that columns may have)
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import Codec
-from .errors import SourceError, UsageError
-from .foreign import ForeignFile, ForeignRecords, refuse, tensor_field
-from .schema import SMALL_FIELD_BYTES, Field
+from stagein.formats.codecs import Codec
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.schema import SMALL_FIELD_BYTES, Field
+
+from .layout import ForeignFile, ForeignRecords, refuse, tensor_field
 
 _CODECS = {32001: Codec(name="blosc-lz4"), 32015: Codec(name="zstd"), 32004: Codec(name="lz4")}
 

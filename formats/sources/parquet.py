@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .errors import SourceError, UsageError
-from .images import BadImageError
-from .schema import Field, Schema
-from .source_fields import SIZE_FIELD, file_field, image_size
-from .source_files import SourceFile, find_files, most_common, source_name, used_files
-from .sources import RefusedRecord, Room, SourceRecord
-from .values import BadValueError, Value
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.images import BadImageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.values import BadValueError, Value
+
+from .fields import SIZE_FIELD, file_field, image_size
+from .files import SourceFile, find_files, most_common, source_name, used_files
 
 if TYPE_CHECKING:
     import pyarrow

@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .checksums import pread_exactly
-from .errors import SourceError, UsageError
-from .images import IMAGE_SUFFIXES, BadImageError
-from .npy_files import array_in
-from .schema import SMALL_FIELD_BYTES, Field, Schema
-from .source_fields import (
+from stagein.formats.checksums import pread_exactly
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.images import IMAGE_SUFFIXES, BadImageError
+from stagein.formats.schema import SMALL_FIELD_BYTES, Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, Value, as_array
+
+from .fields import (
     LABEL_FIELD,
     SIZE_FIELD,
     column_value,
@@ -32,10 +34,9 @@ from .source_fields import (
     image_field,
     image_size,
 )
-from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
-from .sources import RefusedRecord, Room, SourceRecord
+from .files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
+from .npy_files import array_in
 from .tar_headers import BadTarError, TarMember, read_members
-from .values import UNKNOWN_ENCODING, BadValueError, Value, as_array
 
 _ABSENT = -1
 _NUMBER_BYTES = 16 * SMALL_FIELD_BYTES

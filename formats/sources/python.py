@@ -16,14 +16,15 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SourceError, UsageError, source_error
-from .images import BadImageError
-from .schema import Field, Schema
-from .source_fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size, make_schema
-from .source_files import most_common
-from .source_tensors import copy_little_endian
-from .sources import RefusedRecord, Room, SourceRecord
-from .values import BadValueError, Value, row_bytes, to_rows
+from stagein.formats.errors import SourceError, UsageError, source_error
+from stagein.formats.images import BadImageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.values import BadValueError, Value, row_bytes, to_rows
+
+from .fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size, make_schema
+from .files import most_common
+from .tensors import copy_little_endian
 
 _PAIR_FIELDS = ("data", "label")
 _SIZE_NAME = "hw"

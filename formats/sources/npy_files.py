@@ -17,10 +17,11 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from .errors import SourceError
-from .schema import Field
-from .source_files import SourceFile
-from .source_tensors import BadTensorError, StoredArray, copy_little_endian, make_little_endian, row_count, tensor_field
+from stagein.formats.errors import SourceError
+from stagein.formats.schema import Field
+
+from .files import SourceFile
+from .tensors import BadTensorError, StoredArray, copy_little_endian, make_little_endian, row_count, tensor_field
 
 _PIECE_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 17

@@ -15,11 +15,12 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import pread_exactly
-from .errors import SourceError, UsageError
-from .schema import Field, Schema
-from .source_files import SourceFile, most_common
-from .sources import RefusedRecord, Room, SourceRecord
+from stagein.formats.checksums import pread_exactly
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+
+from .files import SourceFile, most_common
 
 FieldReader: TypeAlias = Callable[[str, memoryview], None]
 """Fills the memory with the little-endian bytes of the named field of one record. Raises BadTensorError."""

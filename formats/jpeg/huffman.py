@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .jpeg_header import damaged
-from .native import kernel, signed
+from stagein.formats.native import kernel, signed
+
+from .header import damaged
 
 LOOK_BITS = 11
 """Codes of up to so many bits are looked up at once; 2,048 entries of 4 bytes stay in the level 1 cache."""

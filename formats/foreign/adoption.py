@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import FinishedField, FinishedShard, GrowingDataset, file_sums
-from .checksums import crc32c
-from .errors import ChecksumError, SourceError, UsageError, source_error
-from .foreign import ForeignFile, ForeignRecords
-from .index import RecordIndex
-from .manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
-from .record_reader import RecordReader
-from .schema import MAX_RECORD_BYTES, Schema
-from .shards import ShardLayout
+from stagein.formats.assembly import FinishedField, FinishedShard, GrowingDataset, file_sums
+from stagein.formats.checksums import crc32c
+from stagein.formats.errors import ChecksumError, SourceError, UsageError, source_error
+from stagein.formats.index import RecordIndex
+from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
+from stagein.formats.record_reader import RecordReader
+from stagein.formats.schema import MAX_RECORD_BYTES, Schema
+from stagein.formats.shards import ShardLayout
+
+from .layout import ForeignFile, ForeignRecords
 
 _BATCH_BYTES = 16 << 20
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".nc")
@@ -32,12 +33,12 @@ def scan_foreign(source: Path, fields: Mapping[str, str] | None = None, primary:
     Raises UsageError, one sentence, for what cannot be adopted; SourceError for what cannot be read.
     """
     if (source / "zarr.json").exists():
-        from .foreign_zarr import scan_foreign_zarr
+        from .zarr import scan_foreign_zarr
 
         if fields:
             raise UsageError(f"{source} is a Zarr array, one field: name it by --primary")
         return scan_foreign_zarr(source, primary or "data")
-    from .foreign_hdf5 import scan_foreign_hdf5
+    from .hdf5 import scan_foreign_hdf5
 
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in _HDF5_SUFFIXES)
     if not paths:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
-from .errors import SourceError, UsageError, source_error
+from stagein.formats.errors import SourceError, UsageError, source_error
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+
+from .fields import make_schema
+from .files import find_files
 from .npy_files import (
     array_field,
     npz_members,
@@ -22,10 +27,7 @@ from .npy_files import (
     stored_array,
     stored_rows,
 )
-from .schema import Field, Schema
-from .source_fields import make_schema
-from .source_files import find_files
-from .source_tensors import (
+from .tensors import (
     BadTensorError,
     Sample,
     StoredArray,
@@ -39,7 +41,6 @@ from .source_tensors import (
     tensor_field,
     without_empty_files,
 )
-from .sources import RefusedRecord, Room, SourceRecord
 
 _KNOWN_PAIRS = (
     {"data": "*_data.npy", "label": "*_label.npy"},  # CosmoFlow

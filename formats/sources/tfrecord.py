@@ -23,15 +23,16 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksums import Buffer, crc32c
-from .errors import SourceError, UsageError
-from .images import BadImageError
-from .schema import Field, Schema
-from .source_fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size, make_schema
-from .source_files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
-from .sources import RefusedRecord, Room, SourceRecord
+from stagein.formats.checksums import Buffer, crc32c
+from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.images import BadImageError
+from stagein.formats.schema import Field, Schema
+from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, Value, to_rows
+
+from .fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size, make_schema
+from .files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes
-from .values import UNKNOWN_ENCODING, BadValueError, Value, to_rows
 
 COSMOFLOW_SHAPE = (128, 128, 128, 4)
 

@@ -1,0 +1,1 @@
+"""HDF5 files and Zarr arrays of others, adopted as data sets without rewriting them."""

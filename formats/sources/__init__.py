@@ -1,0 +1,1 @@
+"""Sources of records: one module a kind, each of which implements the protocols of `stagein.formats.source`."""
