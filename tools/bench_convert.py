@@ -1,5 +1,6 @@
 """`stagein bench convert`: packing a folder beside copying it, whole commands in interleaved rounds."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,23 +11,32 @@ from pathlib import Path
 
 from stagein.formats.sources.imagefolder import scan_imagefolder
 
+from .console import say
+from .convert import usable_cores
 from .rates import print_rates
 
 
 def run_convert(source: Path, rounds: int, work: Path | None = None) -> None:
-    """Convert the image folder `source` and copy it with `cp -r`, in turn, `rounds` times, below the folder `work`.
+    """Convert the image folder `source`, copy it with `cp -r` and pack it as installed peers do, in turn, below the folder `work`.
 
     Conversion ends with everything on the disk; `cp -r` ends earlier, with its bytes in the page cache, so that
-    `cp -r` followed by `sync` is measured too. Before each run the disk is let come to rest.
+    `cp -r` followed by `sync` is measured too; peers are followed by `sync`. All use all cores. Before each run the disk is
+    let come to rest.
     """
     nbytes = int(scan_imagefolder(source).nbytes.sum())
     folder = Path(tempfile.mkdtemp(prefix="stagein-bench-", dir=work))
     copy, target = str(folder / "copy"), str(folder / "x.st")
-    commands = {
+    commands: dict[str, list[str]] = {
         "stagein convert": [sys.executable, "-m", "stagein.tools.cli", "convert", "imagefolder", str(source), target],
         "cp -r": ["cp", "-r", str(source), copy],
         "cp -r, sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), copy],
     }
+    for peer, library in (("mds", "streaming"), ("webdataset", "webdataset")):
+        if importlib.util.find_spec(library) is None:
+            say(f"{peer} is left out: {library} is not installed")
+            continue
+        pack = [sys.executable, "-m", "stagein.tools.pack_peers", peer, str(source), copy, str(usable_cores())]
+        commands[f"{peer}, sync"] = ["sh", "-c", '"$@" && sync', "sh", *pack]
     rates: dict[str, list[float]] = {name: [] for name in commands}
     try:
         for _ in range(rounds):

@@ -247,7 +247,7 @@ def bench_convert(
     rounds: Rounds = 5,
     work: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a temporary one]")] = None,
 ) -> None:
-    """Packing an image folder beside copying it with `cp -r`."""
+    """Packing an image folder beside copying it with `cp -r`, and beside every installed peer."""
     from . import bench_convert
 
     bench_convert.run_convert(source, rounds, work)
