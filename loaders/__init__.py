@@ -7,9 +7,22 @@ if TYPE_CHECKING:
     from .dataloader import DataLoader
     from .dataset import RecordDataset
     from .graphs import Graph, image_eval, image_train
+    from .segmentation_graphs import segmentation_eval, segmentation_train
     from .transforms import PerSample
+    from .volume_graphs import volume_eval, volume_train
 
-__all__ = ["DataLoader", "Graph", "PerSample", "RecordDataset", "image_eval", "image_train"]
+__all__ = [
+    "DataLoader",
+    "Graph",
+    "PerSample",
+    "RecordDataset",
+    "image_eval",
+    "image_train",
+    "segmentation_eval",
+    "segmentation_train",
+    "volume_eval",
+    "volume_train",
+]
 
 _MODULES = {
     "DataLoader": "dataloader",
@@ -18,6 +31,10 @@ _MODULES = {
     "RecordDataset": "dataset",
     "image_eval": "graphs",
     "image_train": "graphs",
+    "segmentation_eval": "segmentation_graphs",
+    "segmentation_train": "segmentation_graphs",
+    "volume_eval": "volume_graphs",
+    "volume_train": "volume_graphs",
 }
 
 

@@ -4,6 +4,7 @@ Windows depend on (seed, epoch, sample id) and the image's size only, so they ar
 resume, on the CPU and on the GPU, and they are known before a byte is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,22 @@ def _centre_windows(
 def random_flips(uniforms: NDArray[np.float64], probability: float = 0.5) -> NDArray[np.int32]:
     """1 where the image is mirrored left to right, else 0: int32 `[batch]`."""
     return (uniforms[:, _FLIP_BLOCK, 0] < probability).astype(np.int32)
+
+
+def volume_uniforms(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The random numbers of a volume, `[batch, 2, 4]`: where it is cropped, and along which axes it is flipped."""
+    return sample_uniforms(seed, epoch, ids, 2)
+
+
+def random_starts(uniforms: NDArray[np.float64], shape: Sequence[int], crop: Sequence[int]) -> NDArray[np.int32]:
+    """Where crops of a fixed size begin along each axis of volumes of `shape`, any place alike: int32 `[batch, axes]`."""
+    room: NDArray[np.int64] = np.subtract(shape, crop) + 1
+    return np.floor(uniforms[:, 0, : len(crop)] * room).astype(np.int32)
+
+
+def random_axis_flips(uniforms: NDArray[np.float64], probabilities: Sequence[float]) -> NDArray[np.int32]:
+    """1 where a volume is reversed along an axis, each by itself, else 0: int32 `[batch, axes]`."""
+    return np.less(uniforms[:, 1, : len(probabilities)], probabilities).astype(np.int32)
 
 
 def centre_crops(height_width: NDArray[np.int32], size: int, resize: int) -> EvalWindows:

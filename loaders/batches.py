@@ -16,6 +16,8 @@ from .order import RankBatch
 
 RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
+Rows = NDArray[Any] | list[NDArray[np.uint8]]
+"""Records of the primary field: tensors `[batch, ...]`, or the bytes of files."""
 _STAND_IN = np.zeros(1, dtype=np.int64)
 """Read in place of an empty batch; its row is not delivered."""
 
@@ -86,16 +88,14 @@ class BatchReader:
     def _read(self, task: BatchTask, ids: NDArray[np.int64]) -> HostBatch:
         started = time.perf_counter()
         primary = self.dataset.records.schema.primary
-        ids, stored, plan = self._read_replacing(task, ids)
+        ids, rows, plan = self._read_replacing(task, ids)
         unwanted = self.dataset.records.columns.keys() - set(self.dataset.fields)
         fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
-        num_rows, num_bytes = len(task.rows.ids), sum(map(len, stored))
-        return HostBatch(task, ids, {primary: stored, **fed}, ready, num_rows, time.perf_counter() - started, num_bytes)
+        num_rows, num_bytes = len(task.rows.ids), sum(row.nbytes for row in rows)
+        return HostBatch(task, ids, {primary: rows, **fed}, ready, num_rows, time.perf_counter() - started, num_bytes)
 
-    def _read_replacing(
-        self, task: BatchTask, ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], HostPlan]:
+    def _read_replacing(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Rows, HostPlan]:
         """The samples read, with others in place of those that cannot be; their records, and what is planned for them."""
         try:
             return ids, *self._read_and_plan(task, ids)
@@ -104,18 +104,21 @@ class BatchReader:
                 ids = self.on_failure(task, ids, failures)
             return ids, *self._read_and_plan(task, ids)
 
-    def _read_and_plan(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], HostPlan]:
-        """The stored records of the primary field, and the plan made of the small fields and what else was asked for.
+    def _read_and_plan(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[Rows, HostPlan]:
+        """The records of the primary field, and the plan made of the small fields and what else was asked for: tensors,
+        and files as they are stored.
 
         Of seekable JPEGs only the rows that a ready graph will look at are read.
         """
         records, graph = self.dataset.records, self.graph
         others = [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
         columns = {name: self.dataset.rows(name, ids) for name in [*records.columns, *others]}
-        plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, columns))
+        plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, records.schema, columns))
         if len(ids) and records.is_seekable and isinstance(graph, ImageGraph):
             cut = records.read_windows(ids, graph.views(plan.fed).windows)
             return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
+        if records.schema.primary_field.kind == "tensor":
+            return records.readers[records.schema.primary].read_tensors(ids), plan
         return records.read_records(ids), plan  # type: ignore[arg-type]
 
     def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:

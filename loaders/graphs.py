@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.errors import UsageError
+from stagein.formats.schema import Schema
 
 from .augment import centre_crops, random_flips, random_resized_crops, train_uniforms
 from .dali import import_dali
@@ -30,11 +31,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """What the host knows of a batch before its records are read: who is in it, and their small fields."""
+    """What the host knows of a batch before its records are read: who is in it, what a record holds, and their small fields."""
 
     seed: int
     epoch: int
     ids: NDArray[np.int64]
+    schema: Schema
     columns: Columns
 
 
@@ -45,7 +47,7 @@ class HostPlan:
     Few inputs are better than many: DALI has a thread for each, and three small ones more cost 3 % on two cores.
     """
 
-    fed: Columns
+    fed: dict[str, Any]
     ready: Columns
 
 
@@ -115,20 +117,11 @@ class ImageOutput:
         mean, std = np.array(self.mean), np.array(self.std)
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
-    def decode(self, records: Any, window: Any, decode_device: DecodeDevice) -> Any:
-        """A window of each image, RGB, height x width x channel; only what it needs is decoded.
-
-        window  int32 `[batch, 4]` and longer: y, x, height, width.
-        """
-        return import_dali().fn.decoders.image_slice(
-            records,
-            start=window[0:2],
-            shape=window[2:4],
-            axis_names="HW",
-            device=decode_device,
-            output_type=import_dali().types.RGB,
-            adjust_orientation=False,  # sizes and windows are those of the image as stored
-        )
+    def build(self, nodes: Nodes, view: "ViewNodes", decode_device: DecodeDevice) -> Nodes:
+        """The field of a batch that these views of its images are."""
+        window = decode_window(nodes[self.field], view.window, decode_device, import_dali().types.RGB)
+        mirror = {} if view.mirror is None else {"mirror": view.mirror}
+        return {self.field: self.normalise(self.resize(window, **view.region), **mirror)}
 
     def resize(self, image: Any, **region: Any) -> Any:
         """`size` x `size` pixels, linear; `region` is `roi_start` and `roi_end`, the whole image without it."""
@@ -149,6 +142,23 @@ class ImageOutput:
         )
 
 
+def decode_window(records: Any, window: Any, decode_device: DecodeDevice, output_type: Any) -> Any:
+    """A window of each image, height x width x channel; only what it needs is decoded.
+
+    window       int32 `[batch, 4]` and longer: y, x, height, width.
+    output_type  of DALI's, such as `types.RGB`.
+    """
+    return import_dali().fn.decoders.image_slice(
+        records,
+        start=window[0:2],
+        shape=window[2:4],
+        axis_names="HW",
+        device=decode_device,
+        output_type=output_type,
+        adjust_orientation=False,  # sizes and windows are those of the image as stored
+    )
+
+
 @dataclass(frozen=True)
 class ImageViews:
     """What is seen of each image of a batch.
@@ -163,14 +173,33 @@ class ImageViews:
     mirrored: NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class ViewNodes:
+    """What is seen of each image, as DALI's operators take it.
+
+    window  int32 `[batch, 4]` and longer: top, left, height, width of what is decoded.
+    region  `roi_start` and `roi_end` of what is resized to the whole output, in pixels of the window; empty: all of it.
+    mirror  int32 `[batch]`, 1: left to right, after that; None: none is.
+    """
+
+    window: Any
+    region: Nodes
+    mirror: Any | None
+
+
 @runtime_checkable
 class ImageGraph(Graph, Protocol):
     """A ready graph of images, which an engine without DALI can do too."""
 
-    output: ImageOutput
+    @property
+    def output(self) -> ImageOutput:
+        """How what is seen becomes a tensor."""
 
     def views(self, fed: Columns) -> ImageViews:
         """What `plan` planned, from the values to feed to DALI."""
+
+    def view_nodes(self, nodes: Nodes) -> ViewNodes:
+        """The same, from the nodes of these values."""
 
     def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
         """The values to feed for images of which the part from `origin` `[batch, 2]` (top, left) on was read."""
@@ -200,10 +229,12 @@ class ImageTrain:
     def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
         return {**fed, "window_and_mirror": _moved(fed["window_and_mirror"], origin)}
 
+    def view_nodes(self, nodes: Nodes) -> ViewNodes:
+        plan = nodes["window_and_mirror"]
+        return ViewNodes(plan, {}, plan[4])
+
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
-        field, plan = self.output.field, nodes["window_and_mirror"]
-        image = self.output.resize(self.output.decode(nodes[field], plan, decode_device))
-        return {field: self.output.normalise(image, mirror=plan[4])}
+        return self.output.build(nodes, self.view_nodes(nodes), decode_device)
 
 
 @dataclass(frozen=True)
@@ -226,11 +257,12 @@ class ImageEval:
     def moved(self, fed: Columns, origin: NDArray[np.int64]) -> Columns:
         return {**fed, "window": _moved(fed["window"], origin)}
 
+    def view_nodes(self, nodes: Nodes) -> ViewNodes:
+        region = nodes["region"]
+        return ViewNodes(nodes["window"], {"roi_start": region[0:2], "roi_end": region[2:4]}, None)
+
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
-        field, region = self.output.field, nodes["region"]
-        window = self.output.decode(nodes[field], nodes["window"], decode_device)
-        image = self.output.resize(window, roi_start=region[0:2], roi_end=region[2:4])
-        return {field: self.output.normalise(image)}
+        return self.output.build(nodes, self.view_nodes(nodes), decode_device)
 
 
 def _moved(windows: NDArray[np.int32], origin: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -1,0 +1,123 @@
+"""Crops, flips and normalised values of volumes are those of plain numpy, for the same numbers of Philox."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from stagein.formats import Field, Schema, Writer
+from stagein.formats.codecs import Codec
+from stagein.formats.errors import UsageError
+from stagein.loaders import DataLoader, RecordDataset, volume_eval, volume_train
+from stagein.loaders.augment import random_axis_flips, random_starts, volume_uniforms
+
+pytest.importorskip("nvidia.dali")
+RECORDS = 8
+MEAN, STD = (3.0, -20.0), (40.0, 7.5)
+
+
+def volume(record: int, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+    return np.random.default_rng(record).integers(-90, 90, shape).astype(dtype)
+
+
+def written(path: Path, shape: tuple[int, ...], dtype: str, codec: str | None = None) -> RecordDataset:
+    field = Field(kind="tensor", dtype=dtype, shape=shape, codec=codec and Codec(name=codec))
+    schema = Schema(fields={"volume": field, "label": Field(kind="tensor", dtype="int64")}, primary="volume")
+    with Writer(path, schema, container="hdf5", shard_bytes=64 << 10) as writer:
+        for record in range(RECORDS):
+            writer.write({"volume": volume(record, shape, dtype), "label": record})
+    return RecordDataset(path, staged=None)
+
+
+def seen(values: NDArray[np.generic], start, crop, flips, channels: str) -> NDArray[np.float32]:
+    """What a volume looks like: cropped, flipped, normalised, by numpy."""
+    first = 1 if channels == "first" else 0
+    window = [slice(None)] * values.ndim
+    for axis, (begin, extent) in enumerate(zip(start, crop, strict=True)):
+        window[first + axis] = slice(begin, begin + extent)
+    flipped = np.flip(values[tuple(window)], [first + axis for axis, flip in enumerate(flips) if flip])
+    shape = [1] * values.ndim
+    shape[0 if channels == "first" else -1] = 2
+    return (flipped.astype(np.float32) - np.reshape(MEAN, shape)) / np.reshape(STD, shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "crop", "channels", "dtype", "codec"),
+    [
+        ((2, 12, 14, 16), (5, 14, 9), "first", "float32", None),
+        ((12, 14, 16, 2), (5, 13, 9), "last", "int16", "lz4"),
+        ((2, 40, 50), (20, 31), "first", "float64", "blosc-lz4"),
+        ((40, 50, 2), (20, 31), "last", "float16", "zstd"),
+        ((2, 40, 50), (40, 50), "first", "int64", None),
+    ],
+)
+def test_training_volumes_are_numpys_crops_flipped_and_normalised(tmp_path, shape, crop, channels, dtype, codec):
+    dataset = written(tmp_path / "v.st", shape, dtype, codec)
+    graph = volume_train(crop, mean=MEAN, std=STD, channels=channels)
+    spatial = shape[1:] if channels == "first" else shape[:-1]
+    loader = DataLoader(dataset, 3, device="cpu", seed=4, num_workers=2, transform=graph)
+    for epoch in range(2):
+        uniforms = volume_uniforms(4, epoch, np.arange(RECORDS))
+        starts, flips = random_starts(uniforms, spatial, crop), random_axis_flips(uniforms, [0.5] * len(crop))
+        assert all(0 < column.sum() < RECORDS for column in flips.T) or epoch
+        row = 0
+        for batch in loader:
+            assert batch["volume"].dtype == torch.float32
+            for image, label in zip(batch["volume"], batch["label"].tolist(), strict=True):
+                assert label == row
+                expected = seen(volume(row, shape, dtype), starts[row], crop, flips[row], channels)
+                np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
+                row += 1
+        assert row == RECORDS
+
+
+def test_crops_reach_both_ends_and_every_place_between():
+    starts = random_starts(volume_uniforms(0, 0, np.arange(2000)), (12, 9), (8, 9))
+    assert np.unique(starts[:, 0], return_counts=True)[1].min() > 300
+    assert np.unique(starts[:, 0]).tolist() == [0, 1, 2, 3, 4]
+    assert not starts[:, 1].any()
+
+
+def test_flips_along_each_axis_have_their_own_probability():
+    flips = random_axis_flips(volume_uniforms(0, 0, np.arange(2000)), (0, 0.3, 1))
+    assert flips[:, 0].sum() == 0 and 500 < flips[:, 1].sum() < 700 and flips[:, 2].all()
+
+
+def test_evaluation_volumes_are_the_centre(tmp_path):
+    dataset = written(tmp_path / "v.st", (2, 12, 14, 16), "int16")
+    (batch,) = DataLoader(dataset, RECORDS, device="cpu", transform=volume_eval((5, 14, 9), mean=MEAN, std=STD))
+    for row, image in enumerate(batch["volume"]):
+        expected = seen(volume(row, (2, 12, 14, 16), "int16"), (3, 0, 3), (5, 14, 9), (0, 0, 0), "first")
+        np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_volumes_do_not_depend_on_the_number_of_ranks(tmp_path):
+    dataset = written(tmp_path / "v.st", (2, 12, 14, 16), "int16")
+    graph = volume_train((4, 5, 6), mean=MEAN, std=STD)
+
+    def epoch(rank: int, world: int) -> list[bytes]:
+        loader = DataLoader(dataset, 8 // world, shuffle=True, device="cpu", transform=graph, distributed=(rank, world))
+        return [image.numpy().tobytes() for batch in loader for image in batch["volume"]]
+
+    assert sorted(epoch(0, 1)) == sorted(epoch(0, 2) + epoch(1, 2))
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    dataset = written(tmp_path / "v.st", (2, 12, 14, 16), "int16")
+
+    def load(*crop: int, field: str = "volume", mean=MEAN) -> None:
+        graph = volume_train(crop, mean=mean, std=mean and [1.0] * len(mean), field=field)
+        next(iter(DataLoader(dataset, 2, device="cpu", transform=graph)))
+
+    with pytest.raises(UsageError, match="crop of 4 x 15 x 6 does not lie in 'volume' of 2 x 12 x 14 x 16"):
+        load(4, 15, 6)
+    with pytest.raises(UsageError, match="crop of 4 x 5 does not lie"):
+        load(4, 5)
+    with pytest.raises(UsageError, match="2 channels, mean and std are given for 1"):
+        load(4, 5, 6, mean=(1.0,))
+    with pytest.raises(UsageError, match="needs the field 'scan'"):
+        load(4, 5, 6, field="scan")
+    with pytest.raises(UsageError, match="above 0"):
+        volume_train((4, 5, 6), mean=(0,), std=(0,))
