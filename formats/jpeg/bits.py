@@ -63,6 +63,14 @@ def unstuff(
 
 
 @kernel
+def copy_bytes(source: NDArray[np.uint8], start: int, stop: int, target: NDArray[np.uint8], filled: int) -> int:
+    """Append `source[start:stop]` to `target`; returns the bytes that it then has. With slices numba compiles for 2 s more."""
+    for byte in range(stop - start):  # becomes one memcpy
+        target[np.uint64(filled + byte)] = source[np.uint64(start + byte)]
+    return filled + stop - start
+
+
+@kernel
 def peek32(plain: NDArray[np.uint8], position: int) -> int:
     """The 32 bits from bit `position` on; reads 8 bytes."""
     at = np.uint64(position >> 3)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stagein.formats.errors import ChecksumError
 from stagein.formats.native import kernel, signed
 
-from .bits import has_ff
+from .bits import copy_bytes, has_ff
 from .header import BLOCK_PIXELS
 
 _MARGIN_SAMPLES = 2
@@ -121,15 +121,13 @@ def _cut_batch(
     origin: NDArray[np.int64],
 ) -> int:
     """Fill `target`, `start`, `stop` and `origin`; returns the number of the first file that is not what it must be, or -1."""
-    filled = 0
+    filled = signed(0)  # the constant 0 is a type of its own to numba: all that is called would be compiled for it too
     for number in range(len(windows)):
         start[number] = filled
         if not 0 <= header_start[number] <= rows_start[number] <= rows_stop[number] <= len(source):
             return number
         if num_rows[number] == 0:
-            nbytes = rows_stop[number] - header_start[number]
-            target[filled : filled + nbytes] = source[header_start[number] : rows_stop[number]]
-            filled += nbytes
+            filled = copy_bytes(source, header_start[number], rows_stop[number], target, filled)
             origin[number] = 0
         else:
             filled = _cut(
@@ -199,9 +197,7 @@ def _cut(
             if position < 0:
                 return -1
             if first <= segment < stop:
-                nbytes = position - segment_start
-                target[filled : filled + nbytes] = source[segment_start:position]
-                filled += nbytes
+                filled = copy_bytes(source, segment_start, position, target, filled)
                 target[filled - 1] = 0xD0 + (count & 7)
                 count += 1
     if position != rows_stop:
@@ -243,8 +239,7 @@ def _copy_header(
                 frame_place = filled
             elif marker == 0xDD and nbytes == 6:
                 interval = signed(source[position + 4]) << 8 | signed(source[position + 5])
-            target[filled : filled + nbytes] = source[position : position + nbytes]
-            filled += nbytes
+            filled = copy_bytes(source, position, position + nbytes, target, filled)
         position += nbytes
         if marker == 0xDA:
             break
