@@ -1,7 +1,7 @@
 """From sample ids to what a graph is fed: the part of loading that the reader threads do."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,11 +134,3 @@ class BatchReader:
 
 def _contiguous(value: Any) -> Any:
     return np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
-
-
-def tasks_of(epoch: int, first_number: int, batches: Iterable[RankBatch | Sequence[int]]) -> Iterator[BatchTask]:
-    """Number the batches of an epoch; a plain sequence of ids, as a torch sampler yields it, has no padding."""
-    for number, batch in enumerate(batches, start=first_number):
-        if not isinstance(batch, RankBatch):
-            batch = RankBatch(np.asarray(batch, dtype=np.int64), len(batch))
-        yield BatchTask(epoch, number, batch)

@@ -326,13 +326,6 @@ class Store:
         """Keep the receipt beside READY."""
         publish_bytes(self.final / RECEIPT_NAME, content)
 
-    def read_receipt(self) -> bytes | None:
-        """The receipt of the run that staged the copy, if it is still there."""
-        try:
-            return (self.final / RECEIPT_NAME).read_bytes()
-        except OSError:
-            return None
-
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what dead processes left in a store's folder and nobody can use: their marks, and copies half evicted."""

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from stagein.formats.checksums import chunk_sum, pread_exactly, pwrite_all
+from stagein.formats.checksums import (
+    PASSING_TROUBLE,
+    RETRY_PAUSES_SECONDS,
+    chunk_sum,
+    pread_exactly,
+    pwrite_all,
+)
 from stagein.formats.errors import ChecksumError, SourceError, destination_error, source_error
 
 from .stage_plan import BLOCK_BYTES, ChunkTable, Place
-
-_PASSING_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""A server of a parallel file system that fails over answers with these for a while."""
-
-_RETRY_PAUSES_SECONDS = (0.1, 0.4, 1.6, 6.4)
 
 _TRIED_CHUNKS = 6
 """So many chunks are read through the page cache, and as many past it, before one way is chosen."""
@@ -132,12 +133,12 @@ class ChunkReader:
         self._open_direct.close()
 
     def _fill(self, place: Place, buffer: memoryview) -> None:
-        for pause_seconds in (*_RETRY_PAUSES_SECONDS, None):
+        for pause_seconds in (*RETRY_PAUSES_SECONDS, None):
             try:
                 got = self._pread(place, buffer)
                 break
             except OSError as error:
-                if error.errno not in _PASSING_TROUBLE or pause_seconds is None:
+                if error.errno not in PASSING_TROUBLE or pause_seconds is None:
                     raise source_error(error, "reading", self._root / place.name) from None
                 self.close()
                 time.sleep(pause_seconds)

@@ -3,7 +3,7 @@
 import gc
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from stagein.formats.schema import Field, Schema
 from stagein.formats.seekable_images import SeekableJpegs
 from stagein.formats.sources.images import change_images
 from stagein.loaders import DataLoader, RecordDataset, image_eval, image_train
-from stagein.loaders.batches import tasks_of
+from stagein.loaders.batches import BatchTask
 from stagein.loaders.buffer_ring import BufferRing
 from stagein.loaders.dali_engine import DaliEngine
 from stagein.loaders.dataset import decode_image
@@ -27,12 +27,19 @@ from stagein.loaders.engine import EngineOptions, raise_first
 from stagein.loaders.fastpath import FastPath, ReadOptions
 from stagein.loaders.image_decoder import ImageDecoder
 from stagein.loaders.image_engine import ImageEngine
+from stagein.loaders.order import RankBatch
 
 RECORDS = 30
 SHAPE = (3, 40, 50)
 
 
 CPU = EngineOptions(decode_threads=2, device=torch.device("cpu"), pin_memory=False, keep_between_epochs=False)
+
+
+def tasks_of(epoch: int, batches: Iterable[Sequence[int]]) -> Iterator[BatchTask]:
+    """Batches of these samples, numbered from 0, without padding."""
+    for number, ids in enumerate(batches):
+        yield BatchTask(epoch, number, RankBatch(np.asarray(ids, dtype=np.int64), len(ids)))
 
 
 def volume(record: int) -> np.ndarray:
@@ -168,7 +175,7 @@ class Substitutes:
 
 
 def deliver(path: FastPath, batches) -> Iterator:
-    return (batch for _, batch in path.run(tasks_of(0, 0, batches)))
+    return (batch for _, batch in path.run(tasks_of(0, batches)))
 
 
 @pytest.mark.parametrize("num_readers", [0, 2])
@@ -209,7 +216,7 @@ def photos(tmp_path_factory) -> Path:
 
 def by_engine(engine: type, path: Path, graph, batch_size: int = 5, seed: int = 3) -> list[dict[str, torch.Tensor]]:
     dataset = RecordDataset(path, staged=None)
-    tasks = tasks_of(1, 0, [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)])
+    tasks = tasks_of(1, [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)])
     made = engine(dataset, graph, seed, CPU, raise_first)
     return [batch for _, batch in made.transform(made.load(task) for task in tasks)]
 
@@ -311,15 +318,12 @@ def test_images_that_cannot_be_decoded_are_named_and_replaced(photos, tmp_path, 
     dataset, policy = RecordDataset(tmp_path / "images.st", staged=None), Substitutes()
     made = engine(dataset, image_train(16), 0, CPU, policy)
     batches = [
-        batch["image"]
-        for _, batch in made.transform(made.load(task) for task in tasks_of(0, 0, [range(4), range(4, 8)]))
+        batch["image"] for _, batch in made.transform(made.load(task) for task in tasks_of(0, [range(4), range(4, 8)]))
     ]
     assert [(number, row) for number, row, _ in policy.failures] == [(0, 2), (1, 1)]
     assert "record 2 in" in policy.failures[0][2] and "cannot be decoded" in policy.failures[0][2]
     clean = engine(dataset, image_train(16), 0, CPU, raise_first)
-    whole = [
-        b["image"] for _, b in clean.transform(clean.load(t) for t in tasks_of(0, 0, [[0, 1, 3, 3], [4, 6, 6, 7]]))
-    ]
+    whole = [b["image"] for _, b in clean.transform(clean.load(t) for t in tasks_of(0, [[0, 1, 3, 3], [4, 6, 6, 7]]))]
     assert all(torch.equal(one, other) for one, other in zip(batches, whole, strict=True))
 
 
@@ -327,7 +331,7 @@ def test_an_error_of_reading_comes_after_the_batches_before_it(photos):
     made = ImageEngine(RecordDataset(photos / "plain.st", staged=None), image_train(16), 0, CPU, raise_first)
 
     def failing():
-        yield made.load(next(tasks_of(0, 0, [[0, 1]])))
+        yield made.load(next(tasks_of(0, [[0, 1]])))
         raise LookupError("no more")
 
     batches = made.transform(failing())
