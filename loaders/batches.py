@@ -12,6 +12,7 @@ from stagein.formats.errors import ChecksumError, SourceError, StageinError
 
 from .dataset import RecordDataset
 from .graphs import Columns, Graph, HostPlan, ImageGraph, SampleBatch
+from .inflate import InflateOnGpu
 from .order import RankBatch
 
 RECORD_ERRORS = (SourceError, ChecksumError)
@@ -117,6 +118,10 @@ class BatchReader:
         if len(ids) and records.is_seekable and isinstance(graph, ImageGraph):
             cut = records.read_windows(ids, graph.views(plan.fed).windows)
             return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
+        if isinstance(graph, InflateOnGpu):
+            stored = records.read_records(ids)  # type: ignore[arg-type]
+            blocks = graph.block_table(stored, lambda row: self.dataset.place(int(ids[row])))
+            return stored, replace(plan, fed={**plan.fed, **blocks})
         if records.schema.primary_field.kind == "tensor":
             return records.readers[records.schema.primary].read_tensors(ids), plan
         return records.read_records(ids), plan  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from .dali_pipeline import GraphPipeline, RowsFailedError
 from .dataset import RecordDataset
 from .engine import Delivered, EngineOptions, OnFailure
 from .graphs import Graph
+from .inflate import InflateOnGpu
 
 
 class DaliEngine:
@@ -24,7 +25,8 @@ class DaliEngine:
 
     @property
     def description(self) -> str:
-        return f"DALI with {self._options.decode_threads} threads"
+        inflates = ", lz4 inflated on the GPU" if isinstance(self._graph, InflateOnGpu) else ""
+        return f"DALI with {self._options.decode_threads} threads{inflates}"
 
     def load(self, task: BatchTask) -> HostBatch:
         return self._reader.read(task)

@@ -6,7 +6,7 @@ The pipeline is fed by `external_source` and runs ahead of the caller in DALI's 
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,10 +156,31 @@ class _Source:
 
 def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, tuple[str, ...]]:
     """A DALI pipeline fed by `source`, and the names of its outputs."""
+    pipeline, output_names = define_pipeline(graph, source, source.names, source.max_rows, device, num_threads)
+    with warnings.catch_warnings():
+        # A user's graph is offered every small field; DALI would warn of each that it does not use.
+        warnings.filterwarnings("ignore", message="The external source node")
+        pipeline.build()
+    leave_to_parent(pipeline)
+    return pipeline, output_names
+
+
+def define_pipeline(
+    graph: Graph,
+    source: Callable[[], Sequence[Any]],
+    names: Sequence[str],
+    max_rows: int,
+    device: torch.device,
+    num_threads: int,
+) -> tuple[Any, tuple[str, ...]]:
+    """The pipeline of `graph`, not built yet, which takes no GPU; and the names of its outputs, all on `device`.
+
+    `source` gives batches of the inputs `names`, of at most `max_rows` rows.
+    """
     dali = import_dali()
     on_gpu = device.type == "cuda"
     pipeline = dali.Pipeline(
-        batch_size=source.max_rows,
+        batch_size=max_rows,
         num_threads=num_threads,
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=QUEUE_DEPTH,
@@ -167,14 +188,9 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
     with pipeline:
         # On the CPU, DALI reads the records where they lie, and copies what passes through to an output. For a GPU it
         # copies them first: outputs are handed out before the GPU is done with the batch, which then ends here.
-        nodes = dali.fn.external_source(source, num_outputs=len(source.names), no_copy=not on_gpu)
-        outputs = graph.build(dict(zip(source.names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
+        nodes = dali.fn.external_source(source, num_outputs=len(names), no_copy=not on_gpu)
+        outputs = graph.build(dict(zip(names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
         pipeline.set_outputs(*(node.gpu() if on_gpu else node for node in outputs.values()))
-    with warnings.catch_warnings():
-        # A user's graph is offered every small field; DALI would warn of each that it does not use.
-        warnings.filterwarnings("ignore", message="The external source node")
-        pipeline.build()
-    leave_to_parent(pipeline)
     return pipeline, tuple(outputs)
 
 

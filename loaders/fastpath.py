@@ -12,6 +12,7 @@ from .dataset import RecordDataset
 from .engine import Batch, Delivered, Engine, EngineOptions, OnFailure, raise_first
 from .graphs import Graph, ImageGraph
 from .image_engine import ImageEngine
+from .inflate import inflating, why_not_inflated
 from .reading import ReadAhead, TaskTimeoutError
 from .tensor_engine import TensorEngine
 from .worker_info import MAX_SEED, Introduced
@@ -128,8 +129,12 @@ class FastPath:
 def _choose_engine(
     dataset: RecordDataset, graph: Graph | None, seed: int, options: EngineOptions, on_failure: OnFailure
 ) -> Engine:
-    if graph is None:
+    inflated = why_not_inflated(dataset, options.device) is None
+    if graph is None and not inflated:
         return TensorEngine(dataset, options, on_failure)
+    if inflated:
+        return DaliEngine(dataset, inflating(graph, dataset), seed, options, on_failure)
+    assert graph is not None
     if (
         isinstance(graph, ImageGraph)
         and options.device.type == "cpu"

@@ -69,7 +69,7 @@ class FunctionGraph:
     function: Callable[[Nodes], Nodes]
 
     def plan(self, batch: SampleBatch) -> HostPlan:
-        fed = {name: rows for name, rows in batch.columns.items() if _has_dali_type(rows)}
+        fed = {name: rows for name, rows in batch.columns.items() if has_dali_type(rows)}
         return HostPlan(fed, ready={name: rows for name, rows in batch.columns.items() if name not in fed})
 
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
@@ -81,10 +81,10 @@ class FunctionGraph:
             ) from error
 
 
-def _has_dali_type(rows: Any) -> bool:
+def has_dali_type(rows: Any) -> bool:
     """DALI reads complex numbers as if they were real, has no text, and no bfloat16 that numpy could hand it."""
     if isinstance(rows, list):
-        return all(map(_has_dali_type, rows))
+        return all(map(has_dali_type, rows))
     return isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf"
 
 

@@ -30,3 +30,15 @@ def jpeg_dataset_path(jpeg_folder: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def jpeg_dataset(jpeg_dataset_path: Path) -> Dataset:
     return Dataset(jpeg_dataset_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` say why they do not run where there is no GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # a second that other tests do without
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))

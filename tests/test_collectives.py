@@ -42,7 +42,6 @@ def test_a_single_process_keeps_what_it_has() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nccl_sums_gpu_tensors() -> None:
     torch.cuda.set_device(0)
     collective = make_collective("nccl", Communicator(), device_type="cuda")
