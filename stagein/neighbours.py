@@ -22,12 +22,16 @@ _PULSE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message from the left, in buffer number `buffer`; `origin` is the place in the ring of the node that read the chunk."""
+    """A message from the left, in buffer number `buffer`; `origin` is the place in the ring of the node that read the chunk.
+
+    `is_lost`: that node could not read it; the message is empty.
+    """
 
     kind: Literal["chunk", "end"]
     buffer: int
     chunk: int = -1
     origin: int = -1
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Neighbours:
     """Messages come from the left and go to the right, in order.
 
     A message's tag is the place of the node that read the chunk. As messages of one sender do not overtake each other, the tag
-    and the plan say which chunk it is. The last message is empty, with the number of places as its tag. Beside the ring, on
+    and the plan say which chunk it is; an empty message stands for a chunk that could not be read. The last message is empty, with the number of places as its tag. Beside the ring, on
     `words`, the last node that gets a chunk says so to the one that read it.
     """
 
@@ -86,7 +90,7 @@ class Neighbours:
         self.to_receive -= 1
         chunk = int(self._coming[origin][self._come[origin]])
         self._come[origin] += 1
-        return Arrival("chunk", buffer, chunk, origin)
+        return Arrival("chunk", buffer, chunk, origin, is_lost=not status.Get_count(self._MPI.BYTE))
 
     def send_chunk(self, view: memoryview, origin: int, sent: Sent) -> None:
         """Send a chunk to the right; `next_sent` returns `sent` when the buffer is no longer needed for that."""

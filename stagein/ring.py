@@ -11,6 +11,9 @@ Why it cannot lock up, with buffers that do not grow with the number of nodes: t
 that read it; and no rank has more chunks under way than half its buffers. So there is always a free buffer somewhere on the
 ring, and the chunk to the left of it can move on.
 
+A file of the source that turns out bad costs the others nothing: an empty message takes the place of each of its chunks, so that all
+bad files can be told at the end, and what is good is kept for the next run.
+
 How it ends: a rank sends an empty end message when it has nothing more to send. One that fails sends it early; its neighbour sees
 that chunks are missing, does the same, and so the news goes round while no request is left open. Ranks outside that ring
 hear of it by the *pulse*, a small allreduce that also tells when all are done and that every rank is alive.
@@ -25,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from stagein.formats.errors import ChecksumError, InterruptedRunError, StageinError, WatchdogError
+from stagein.formats.errors import ChecksumError, InterruptedRunError, SourceError, StageinError, WatchdogError
 
 from .chunk_io import ChunkReader, ChunkWriter
 from .chunk_threads import READER_THREADS, Buffers, ChunkThreads, Done
@@ -36,6 +39,8 @@ _MOST_POSTED_RECEIVES = 4
 _FIRST_WINDOW = 2
 _MOST_DAMAGED_CHUNKS = 64
 """A rank that gets more of them gives up: a network or memory that bad should be taken out of the job."""
+_MOST_BAD_FILES = 20
+"""A rank that meets more of them gives up: the source is away, and every try to read takes its time."""
 
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 1e-3
 _POLL_SECONDS_ALONE = 0.2
@@ -117,6 +122,9 @@ class Engine:
         self._ready: dict[int, int] = {}  # those of them that are right, in a buffer, before their turn
         self._to_pass_on = len(work.traveling)  # how many chunks are in all turns
         self._threads = ChunkThreads(reader, writer, self._buffers, table)
+        self._lost: set[int] = set()  # chunks that could not be read, here or at their origin
+        self.bad_files: dict[int, StageinError] = {}
+        """Files of the source, by number, of which this rank could not read a chunk, and why."""
         self._failure: StageinError | None = None
         self._failed = False
         self._longest_poll_seconds = _POLL_SECONDS_ALONE if pulse is None else _LONGEST_POLL_SECONDS
@@ -125,8 +133,8 @@ class Engine:
         self.transfer = Transfer()
 
     def run(self) -> Transfer:
-        """Move everything. Raises the error of this rank; when another rank failed, returns early and leaves it to
-        `Communicator.together` to say so. Raises WatchdogError when nothing has moved for `timeout_seconds`."""
+        """Move everything but what is in `bad_files`. Raises the error of this rank; when another rank failed, returns early and
+        leaves it to `Communicator.together` to say so. Raises WatchdogError when nothing has moved for `timeout_seconds`."""
         wait_seconds = 0.0
         while not self._finished():
             moved = self._handle_done(wait_seconds) + self._handle_arrivals() + self._handle_sent()
@@ -198,7 +206,9 @@ class Engine:
         handled = 0
         while (done := self._threads.next_done(0.0 if handled else wait_seconds)) is not None:
             handled += 1
-            if done.error is not None:
+            if done.task != "write" and isinstance(done.error, ChecksumError | SourceError):
+                self._note_bad_file(done.chunk, done.error)
+            elif done.error is not None:
                 self._fail(done.error)
             if done.task == "read":
                 self._after_read(done)
@@ -218,6 +228,13 @@ class Engine:
             if travels:
                 self._pass_on_in_turn(done.chunk, done.buffer, self._work.position)
             self._keep(done.chunk, done.buffer)
+
+    def _note_bad_file(self, chunk: int, error: StageinError) -> None:
+        """A chunk cannot be had: the others are told that it will not come, and this rank reads no more of that file."""
+        self._lost.add(chunk)
+        self.bad_files.setdefault(int(self._table.file_of[chunk]), error)
+        if len(self.bad_files) > _MOST_BAD_FILES:
+            self._fail(None)
 
     def _after_check(self, done: Done) -> None:
         origin = self._checking.pop(done.chunk)
@@ -263,11 +280,13 @@ class Engine:
             self._neighbours.send_been_everywhere(origin)
             return
         self._buffers.use_again(buffer)
-        nbytes = int(self._table.nbytes[chunk])
+        nbytes = 0 if chunk in self._lost else int(self._table.nbytes[chunk])
         self._neighbours.send_chunk(self._buffers.view(buffer, nbytes), origin, Sent(nbytes, buffer))
 
     def _keep(self, chunk: int, buffer: int) -> None:
         """Have the chunk written if this node misses it."""
+        if chunk in self._lost:
+            return
         if self._wanted[chunk]:
             self._buffers.use_again(buffer)
             self._threads.start("write", chunk, buffer)
@@ -293,11 +312,16 @@ class Engine:
 
     def _after_arrival(self, arrival: Arrival) -> None:
         """Have the chunk checked; it is passed on and written when it is right."""
-        self.transfer.received_bytes += int(self._table.nbytes[arrival.chunk])
+        if not arrival.is_lost:
+            self.transfer.received_bytes += int(self._table.nbytes[arrival.chunk])
         if self._failed:
             return
         self._turns[arrival.origin].append(arrival.chunk)
         self._to_pass_on += 1
+        if arrival.is_lost:
+            self._lost.add(arrival.chunk)
+            self._pass_on_in_turn(arrival.chunk, arrival.buffer, arrival.origin)
+            return
         self._checking[arrival.chunk] = arrival.origin
         self._buffers.use_again(arrival.buffer)
         self._threads.start("check", arrival.chunk, arrival.buffer)
@@ -358,8 +382,15 @@ class Engine:
         return past_reading < self._window and self._under_way < self._most_under_way
 
     def _read(self, chunk: int, travels: bool) -> None:
-        self._reading[chunk] = travels
-        self._threads.start("read", chunk, self._buffers.take())
+        buffer = self._buffers.take()
+        if int(self._table.file_of[chunk]) not in self.bad_files:
+            self._reading[chunk] = travels
+            self._threads.start("read", chunk, buffer)
+            return
+        self._lost.add(chunk)
+        if travels:
+            self._pass_on_in_turn(chunk, buffer, self._work.position)
+        self._buffers.release(buffer)
 
     def _end_stream(self) -> None:
         """Tell the right neighbour that nothing more comes, once that is so."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -25,10 +26,12 @@ from stagein.formats.errors import (
     SourceError,
     StageinError,
     WatchdogError,
+    source_error,
 )
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 
 from . import inventory
+from .bad_files import refuse_bad_files
 from .cache import Store, check_destination, expand_node, mount_of, refuse_odd_mounts
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
 from .finding import note_destination, note_use
@@ -55,8 +58,6 @@ _DIRECT_PROBE_SECONDS = 0.3
 
 
 _ENOUGH_BYTES = 1 << 62
-_LISTED = 5
-"""Of a long list of files, an error names this many."""
 
 
 def stage(
@@ -171,8 +172,7 @@ class StageJob:
         self.manifest = self._load_manifest()
         self._table = ChunkTable(self.manifest)
         self._store = Store(expand_node(to, self._world.node_name), self.manifest)
-        with self._all.together():
-            self._check_source()
+        self._check_source()
         space = self._look_at_destination()
         self._check_mounts(to)
         self._evicted_bytes = 0
@@ -273,19 +273,19 @@ class StageJob:
 
     def _check_source(self) -> None:
         """Find files that are missing or changed before anything is moved; each rank looks at its share of them."""
-        wrong = []
-        for entry in self._table.files[self._world.rank :: self._world.size]:
-            path = self._source / entry.file
-            try:
-                status = path.lstat()
-            except OSError as error:
-                wrong.append(f"{path} cannot be read: {error.strerror}")
-                continue
-            if status.st_size != entry.nbytes:
-                wrong.append(describe_changed_file(path, status, entry.nbytes))
-        if wrong:
-            more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-            raise SourceError("; ".join(wrong[:_LISTED]) + more)
+        bad: dict[int, StageinError] = {}
+        with self._all.together():
+            for file in range(self._world.rank, len(self._table.files), self._world.size):
+                entry = self._table.files[file]
+                path = self._source / entry.file
+                try:
+                    status = path.lstat()
+                except OSError as error:
+                    bad[file] = source_error(error, "reading", path)
+                    continue
+                if status.st_size != entry.nbytes or not stat.S_ISREG(status.st_mode):
+                    bad[file] = SourceError(describe_changed_file(path, status, entry.nbytes))
+        refuse_bad_files(bad, self._all)
 
     def _look_at_destination(self) -> list[NodeSpace]:
         """The room on every node, as its first rank sees it."""
@@ -327,7 +327,10 @@ class StageJob:
     def _move(
         self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None, live: Live
     ) -> Transfer:
-        """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed."""
+        """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed.
+
+        Bad files of the source do not keep the others from being moved: they are listed at the end.
+        """
 
         def note(done_bytes: int, total_bytes: int) -> None:
             live.note(done_bytes, total_bytes)
@@ -372,6 +375,7 @@ class StageJob:
                     except NoSpaceError:
                         disk_is_full = True
                         raise
+                refuse_bad_files(engine.bad_files, self._all)
         except WatchdogError:
             raise
         except StageinError:

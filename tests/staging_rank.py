@@ -13,9 +13,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from staged import flip_byte
+from synthetic import CHUNK_BYTES
+
 from stagein import chunk_io, neighbours, ring
 from stagein.cache import Store
 from stagein.formats.errors import StageinError
+from stagein.node_copy import NodeCopy
 from stagein.staging import stage
 from stagein.world import Communicator, connect
 
@@ -38,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--disk-gets-full", action="store_true", help="the room that the plan saw is gone when it is used"
     )
+    parser.add_argument("--damage-source", action="store_true", help="as soon as all files were found to be there")
     parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
     parser.add_argument(
         "--slow-seconds", type=float, default=0, help="on every rank, each chunk read takes this much longer"
@@ -51,6 +56,9 @@ def plant_faults(arguments: argparse.Namespace) -> None:
     if arguments.disk_gets_full:
         Store.free_bytes = lambda self: 1 << 40
         os.posix_fallocate = lambda descriptor, offset, nbytes: os.ftruncate(descriptor, nbytes)
+    if arguments.damage_source:
+        find_missing = NodeCopy.find_missing
+        NodeCopy.find_missing = lambda *words: (damage_source(arguments.source / "shards"), find_missing(*words))[1]
     if arguments.flip_arrivals:
         after_arrival, arrivals = ring.Engine._after_arrival, itertools.count()
 
@@ -60,6 +68,12 @@ def plant_faults(arguments: argparse.Namespace) -> None:
             after_arrival(engine, arrival)
 
         ring.Engine._after_arrival = flip
+
+
+def damage_source(shards: Path) -> None:
+    (shards / "00000.h5").unlink()
+    os.truncate(shards / "00001.h5", 10)
+    flip_byte(shards / "00003.h5", 9 * CHUNK_BYTES)
 
 
 def read_slowly(pause_seconds: float) -> None:

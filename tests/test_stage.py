@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,8 +199,50 @@ def test_a_wrong_source_file_is_refused_before_anything_moves(source: Path, to: 
 def test_all_bad_files_are_listed(source: Path, to: Path) -> None:
     (source / "shards/00001.h5").unlink()
     truncate(source / "shards/00003.h5")
-    with pytest.raises(SourceError, match=r"00001\.h5 .*00003\.h5 "):
+    with pytest.raises(SourceError, match=r"00001\.h5 failed: No such.*\n.*00003\.h5 has "):
         stage_alone(source, to)
+
+
+def test_of_very_many_bad_files_the_first_are_listed_and_all_counted(tmp_path: Path, to: Path) -> None:
+    write_dataset(tmp_path / "many", [CHUNK_BYTES] * 30)
+    for number in range(1, 30):
+        truncate(tmp_path / f"many/shards/{number:05d}.h5")
+    with pytest.raises(SourceError, match=r"(?s)^29 files .*00001\.h5 has .*00020\.h5 has [^\n]*\n  and 9 more$"):
+        stage_alone(tmp_path / "many", to)
+
+
+def unreadable_from_now_on(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], error_number: int) -> None:
+    """Reading files of these names fails, as it does where a server or a permission is gone."""
+    preadv = os.preadv
+
+    def refusing_preadv(descriptor: int, *words):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name in names:
+            raise OSError(error_number, os.strerror(error_number))
+        return preadv(descriptor, *words)
+
+    monkeypatch.setattr(os, "preadv", refusing_preadv)
+
+
+@pytest.mark.parametrize("error_number", [errno.EACCES, errno.EIO])
+def test_all_files_that_cannot_be_read_are_listed_and_the_others_kept(
+    source: Path, to: Path, monkeypatch: pytest.MonkeyPatch, error_number: int
+) -> None:
+    monkeypatch.setattr(chunk_io, "RETRY_PAUSES_SECONDS", (0.01, 0.01))
+    with monkeypatch.context() as broken:
+        unreadable_from_now_on(broken, ("00000.h5", "00003.h5"), error_number)
+        why = os.strerror(error_number)
+        with pytest.raises(SourceError, match=rf"(?s)^2 files .*00000\.h5 failed: {why}\n.*00003\.h5 failed: {why}$"):
+            stage_alone(source, to)
+    bad_bytes = SHARD_SIZES[0] + SHARD_SIZES[3]
+    assert stage_alone(source, to).read_bytes == bad_bytes
+    assert_staged(source, to)
+
+
+def test_a_source_that_is_gone_is_not_tried_for_ever(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "many", [CHUNK_BYTES] * 200)
+    unreadable_from_now_on(monkeypatch, tuple(f"{number:05d}.h5" for number in range(200)), errno.EACCES)
+    with pytest.raises(SourceError, match=r"^2\d files of the source"):
+        stage_alone(tmp_path / "many", to)
 
 
 @pytest.mark.parametrize(
@@ -586,6 +629,24 @@ def test_a_flipped_byte_ends_every_rank_with_one_sentence(source: Path, node_dis
     assert result.stderr.count("stagein: ") == 1 and "00003.h5" in result.stderr and "Traceback" not in result.stderr
     for node in "ab":
         assert not final_folder(source, expand_node(node_disks, node)).exists()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("nodes", ["abc", "aab", "aa"])
+def test_bad_files_that_several_ranks_meet_are_listed_once_and_the_others_kept(
+    tmp_path: Path, source: Path, node_disks: str, nodes: str
+) -> None:
+    shutil.copytree(source, tmp_path / "good")
+    result, _ = stage_over_ranks(source, node_disks, nodes, "--policy", "replicate", "--damage-source")
+    assert result.returncode == ExitCode.SOURCE
+    assert result.stderr.count("stagein: ") == 1 and "3 files of the source" in result.stderr
+    named = [line for line in result.stderr.splitlines() if "/shards/" in line]
+    assert ["00000.h5" in named[0], "00001.h5" in named[1], "00003.h5" in named[2]] == [True] * 3 and len(named) == 3
+    result, report = stage_over_ranks(tmp_path / "good", node_disks, nodes, "--policy", "replicate")
+    assert report is not None, result.stderr
+    assert Receipt.model_validate(report["receipt"]).read_bytes <= SHARD_SIZES[0] + SHARD_SIZES[1] + SHARD_SIZES[3]
+    for node in set(nodes):
+        assert_staged(source=tmp_path / "good", to=expand_node(node_disks, node))
 
 
 @pytest.mark.mpi
