@@ -6,7 +6,7 @@ and come out the same.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,15 @@ class Source(Protocol):
 
     def part(self, numbers: NDArray[np.int64]) -> SourcePart:
         """The records of these numbers, in this order; no number twice."""
+
+
+@runtime_checkable
+class PiecewiseSource(Protocol):
+    """A source that may have to be read in pieces of many records, from which one alone cannot be had."""
+
+    @property
+    def costly_order(self) -> str | None:
+        """Why records in another order take all of it for every shard; None where any order is as good."""
 
 
 def variable_nbytes(source: Source) -> dict[str, NDArray[np.int64]]:

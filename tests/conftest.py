@@ -1,11 +1,14 @@
-"""What many tests need: a small folder of real JPEGs, and the data set made from it."""
+"""What many tests need: a small folder of real JPEGs, the data set made from it, and stagein commands run in this process."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.loaders.synthetic import make_image_folder
+from stagein.tools.cli import main
 
 IMAGES_PER_CLASS = 17
 NUM_CLASSES = 5
@@ -42,3 +45,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture
+def stagein(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a stagein command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stagein", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return run

@@ -34,24 +34,9 @@ from test_source_webdataset import write_tar
 from stagein.formats import Dataset
 from stagein.formats.publish import PART_SUFFIX
 from stagein.formats.sources.selection import permutation
-from stagein.tools.cli import main
 
 Rows = list[dict[str, Any]]
 COUNT = 13
-
-
-@pytest.fixture
-def stagein(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a stagein command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stagein", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        return int(end.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def spoil(good: Path, *, prefix: str = "") -> None:

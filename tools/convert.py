@@ -27,7 +27,7 @@ from stagein.formats.conversion import (
 from stagein.formats.errors import ExitCode, SourceError, StageinError, UsageError, WatchdogError
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
-from stagein.formats.source import Source, record_nbytes
+from stagein.formats.source import PiecewiseSource, Source, record_nbytes
 from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
 from stagein.formats.sources.python import RecordStream
 from stagein.formats.sources.selection import select, split
@@ -40,6 +40,8 @@ from .convert_commands import ConvertOptions, parse_split
 from .info import schema_table
 
 _LISTED_SKIPPED = 20
+_MANY_READS = 4
+"""How often a source is read before it is worth a warning."""
 _SPLIT = "{split}"
 _STREAM_SECONDS = 5.0
 """How often the progress of records is shown whose number is not known."""
@@ -94,6 +96,8 @@ def _convert(
     source = with_changed_images(found, options)
     refuse_bad_records(source, skip_bad=options.skip_bad)
     plans = _plans(source, target, options)
+    if options.shuffle_seed is not None and isinstance(scanned, PiecewiseSource):
+        _warn_of_costly_order(scanned.costly_order, found.name, sum(len(plan.shards) for plan in plans.values()))
     if options.dry_run:
         _report_plans(plans, options)
         return
@@ -102,6 +106,14 @@ def _convert(
     reports = [_carry_out(plan, path, options, executors) for path, plan in plans.items()]
     if options.json:
         say(json.dumps(reports[0] if options.split is None else {"targets": reports}))
+
+
+def _warn_of_costly_order(why: str | None, name: str, shards: int) -> None:
+    if why is not None and shards >= _MANY_READS:
+        complain(
+            f"{name}: with --shuffle-seed each of {shards} shards takes reading all of it, because {why}: leave the option "
+            "out (loaders shuffle in any case), or convert a decompressed copy"
+        )
 
 
 def _write_stream(stream: RecordStream, target: Path, options: ConvertOptions) -> None:

@@ -81,6 +81,7 @@ class Hdf5Rows:
 
     file: SourceFile
     paths: Mapping[str, str]
+    shares_chunks: bool
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
@@ -159,12 +160,14 @@ def _scan_file(file: SourceFile, fields: Mapping[str, str] | None, primary: str 
         with file.open(), _opened(file.path) as content:
             paths = _choose_fields(file.path, content, fields)
             datasets = {name: _dataset(content, file.path, path) for name, path in paths.items()}
+            shares_chunks = any(dataset.chunks is not None and dataset.chunks[0] > 1 for dataset in datasets.values())
             rows = {paths[name]: row_count(file.path, dataset.shape) for name, dataset in datasets.items()}
             found = {name: _field(file.path, dataset, dataset.shape[1:]) for name, dataset in datasets.items()}
     except BadTensorError as error:
         raise SourceError(str(error)) from None
     schema = make_schema(found, primary or next(iter(found)))
-    return TensorRows("hdf5", file.path, schema, common_row_count(file.path, rows), Hdf5Rows(file, paths))
+    reader = Hdf5Rows(file, paths, shares_chunks)
+    return TensorRows("hdf5", file.path, schema, common_row_count(file.path, rows), reader)
 
 
 def _choose_fields(path: Path, content: h5py.File, fields: Mapping[str, str] | None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from stagein.formats.values import BadValueError, Value, infer_schema
 from .fields import SIZE_FIELD, file_field, image_size
 from .files import SourceFile, find_files, source_name, used_files
 from .npy_files import array_in
+from .read_order import read_in_order
 
 _DATA_NAME = "data.mdb"
 _NPY_MAGIC = b"\x93NUMPY"
@@ -97,10 +98,14 @@ class LmdbPart:
         return fields, self.has_size, [file.mark() for file in self.files], self.file_numbers, stems
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
-        for number, records in groupby(range(len(self.stems)), key=lambda record: self.file_numbers[record]):
+        pieces = np.array(self.file_numbers, np.int64)
+        return read_in_order(pieces, np.zeros(len(pieces), np.int64), self._read, room)
+
+    def _read(self, records: NDArray[np.int64], room: Room) -> Iterator[SourceRecord | RefusedRecord]:
+        for number, of_file in groupby(records.tolist(), key=lambda record: self.file_numbers[record]):
             file = self.files[number]
             with _opened(file) as transaction:
-                for record in records:
+                for record in of_file:
                     stem = self.stems[record]
                     try:
                         yield self._read_record(file, transaction, stem, room)

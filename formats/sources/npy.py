@@ -100,6 +100,7 @@ class NpyRows:
 
     files: Sample
     fields: tuple[str, ...]
+    shares_chunks: bool = False
 
     def mark(self) -> object:
         return self.fields

@@ -26,6 +26,7 @@ from stagein.formats.values import BadValueError, Value
 
 from .fields import SIZE_FIELD, file_field, image_size
 from .files import SourceFile, find_files, most_common, source_name, used_files
+from .read_order import read_in_order
 
 if TYPE_CHECKING:
     import pyarrow
@@ -73,6 +74,10 @@ class ParquetRecords:
     def secondary_nbytes(self) -> Mapping[str, NDArray[np.int64]]:
         return {name: nbytes for name, nbytes in self.sizes.items() if name != self.schema.primary}
 
+    @property
+    def costly_order(self) -> str | None:
+        return "row groups of Parquet are read whole" if self.places[:, 2].any() else None
+
     def identity(self) -> object:
         sizes = {name: nbytes.tolist() for name, nbytes in self.sizes.items()}
         names = [(file.path.name, file.nbytes) for file in self.files]
@@ -100,7 +105,11 @@ class ParquetRows:
         return columns, self.has_size, [file.mark() for file in self.files], self.places.tolist()
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
-        for number, of_file in groupby(self.places.tolist(), key=lambda place: place[0]):
+        groups = np.unique(self.places[:, :2], axis=0, return_inverse=True)[1].reshape(-1)
+        return read_in_order(groups, np.zeros(len(groups), np.int64), self._read, room)
+
+    def _read(self, records: NDArray[np.int64], room: Room) -> Iterator[SourceRecord | RefusedRecord]:
+        for number, of_file in groupby(self.places[records].tolist(), key=lambda place: place[0]):
             file = self.files[number]
             with _opened(file) as content:
                 for group, of_group in groupby(of_file, key=lambda place: place[1]):

@@ -21,6 +21,7 @@ from stagein.formats.schema import Field, Schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 
 from .files import SourceFile, most_common
+from .read_order import read_in_order
 
 FieldReader: TypeAlias = Callable[[str, memoryview], None]
 """Fills the memory with the little-endian bytes of the named field of one record. Raises BadTensorError."""
@@ -251,6 +252,10 @@ class RowReader(Protocol):
     @property
     def files(self) -> tuple[SourceFile, ...]: ...
 
+    @property
+    def shares_chunks(self) -> bool:
+        """Whether several rows are read, and decompressed, together."""
+
     def mark(self) -> object: ...
 
     def open(self) -> AbstractContextManager[Callable[[int, str, memoryview], None]]:
@@ -280,6 +285,10 @@ class TensorRows:
     def nbytes(self) -> NDArray[np.int64]:
         return np.full(self.count, self.schema.primary_field.record_bytes, np.int64)
 
+    @property
+    def costly_order(self) -> str | None:
+        return "chunks of several rows are read whole" if self.reader.shares_chunks else None
+
     def identity(self) -> object:
         return self.reader.mark(), [(file.path.name, file.nbytes) for file in self.reader.files], self.count
 
@@ -299,8 +308,12 @@ class TensorRowsPart:
         return self.reader.mark(), [file.mark() for file in self.reader.files], self.numbers
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
+        numbers = np.array(self.numbers, np.int64)
+        return read_in_order(np.zeros_like(numbers), numbers * self.reader.shares_chunks, self._read, room)
+
+    def _read(self, records: NDArray[np.int64], room: Room) -> Iterator[SourceRecord | RefusedRecord]:
         with self.reader.open() as read_cell:
-            for number in self.numbers:
+            for number in (self.numbers[record] for record in records.tolist()):
                 try:
                     record: SourceRecord | RefusedRecord = read_record(self.schema, room, partial(read_cell, number))
                 except BadTensorError as error:

@@ -32,6 +32,7 @@ from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, Value, to_ro
 
 from .fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size, make_schema
 from .files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
+from .read_order import read_in_order
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes
 
 COSMOFLOW_SHAPE = (128, 128, 128, 4)
@@ -164,6 +165,12 @@ class TFRecords:
         sizes = zip(self.mapping.variable, self.sizes.T, strict=True)
         return {name: nbytes for name, nbytes in sizes if name != self.mapping.primary}
 
+    @property
+    def costly_order(self) -> str | None:
+        if any(file.is_gzip and not file.is_lone for file in self.files):
+            return "gzip can only be read from its start"
+        return None
+
     def identity(self) -> object:
         names = [file.file.path.name for file in self.files]
         records = [array.tolist() for array in (self.file_numbers, self.numbers, self.lengths, self.sizes)]
@@ -192,11 +199,16 @@ class ExampleRecords:
         return [file.file.mark() for file in self.files], [array.tolist() for array in arrays], self.mapping.mark()
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
+        is_gzip = np.array([file.is_gzip for file in self.files], bool)
+        positions = np.where(is_gzip[self.file_numbers], self.offsets, 0)  # a plain file is read at any offset
+        return read_in_order(self.file_numbers, positions, self._read, room)
+
+    def _read(self, records: NDArray[np.int64], room: Room) -> Iterator[SourceRecord | RefusedRecord]:
         frame = bytearray(int(self.lengths.max(initial=0)) + _FRAME_BYTES)
-        for number, records in groupby(range(len(self.numbers)), key=lambda record: int(self.file_numbers[record])):
+        for number, of_file in groupby(records.tolist(), key=lambda record: int(self.file_numbers[record])):
             file = self.files[number]
             with file.open() as stream:
-                for record in records:
+                for record in of_file:
                     content = memoryview(frame)[: int(self.lengths[record]) + _FRAME_BYTES]
                     try:
                         _read_frame(stream, content, int(self.offsets[record]))

@@ -36,6 +36,7 @@ from .fields import (
 )
 from .files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .npy_files import array_in
+from .read_order import read_in_order
 from .tar_headers import BadTarError, TarMember, read_members
 
 _ABSENT = -1
@@ -127,10 +128,13 @@ class TarRecords:
         return [file.mark() for file in self.files], places, members
 
     def read(self, room: Room) -> Iterator[SourceRecord | RefusedRecord]:
-        for number, records in groupby(range(len(self.keys)), key=lambda record: int(self.file_numbers[record])):
+        return read_in_order(self.file_numbers, np.zeros(len(self.keys), np.int64), self._read, room)
+
+    def _read(self, records: NDArray[np.int64], room: Room) -> Iterator[SourceRecord | RefusedRecord]:
+        for number, of_file in groupby(records.tolist(), key=lambda record: int(self.file_numbers[record])):
             file = self.files[number]
             with file.open() as descriptor:
-                for record in records:
+                for record in of_file:
                     try:
                         yield self._read_record(file, descriptor, record, room)
                     except (BadValueError, BadImageError) as error:
