@@ -14,7 +14,11 @@ from typing import Any, ParamSpec, SupportsInt, TypeVar
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
 from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -60,3 +64,16 @@ def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
 def signed(value: SupportsInt) -> int:
     """An element of an array as a signed integer of 64 bits: numba makes a float of uint64 with int64."""
     return np.int64(value)  # type: ignore[return-value, call-overload, unused-ignore]
+
+
+def _fetch_add(_context: Any, counter: Any, amount: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(array.data, ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", address, arguments[1], "monotonic")
+
+    return types.int64(types.Array(types.int64, 1, "C"), types.int64), generate
+
+
+fetch_add: Callable[[NDArray[np.int64], int], int] = intrinsic(_fetch_add)  # type: ignore[assignment, unused-ignore]
+"""(array of one int64, amount) -> what was in it, before `amount` was added: by one thread after the other."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codecs import LZ4, ZSTD
-from .native import kernel, signed
+from .native import fetch_add, kernel, signed
 from .native_calls import (
     blosc_decompress,
     crc32c_extend,
@@ -97,6 +97,8 @@ def read_record(
 
 @kernel
 def read_records(
+    counter: NDArray[np.int64],
+    share: int,
     descriptors: NDArray[np.int32],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
@@ -104,66 +106,85 @@ def read_records(
     before: NDArray[np.uint32],
     after: NDArray[np.uint32],
 ) -> tuple[int, int]:
-    """Read records, or ranges of them, to the addresses `targets`.
+    """Read records, or ranges of them, to the addresses `targets`; several threads with one `counter` share them out.
 
+    counter        [1], the first record that no thread has taken yet; `share` of them are taken at a time.
     before, after  the crc32c of each record up to where its range starts, and up to where it ends. Nothing for `before`: they
                    start with the record; nothing for `after`: they are not checked.
 
-    Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first, and 0
-    or what is wrong with the next.
+    Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first on, should
+    other threads do theirs, and 0 or what is wrong with the next.
     """
     count, check = len(offsets), len(after) > 0
-    first = 0
-    while first < count:
-        last, run_bytes = first, nbytes[first]
-        while (
-            last + 1 < count
-            and run_bytes + nbytes[last + 1] <= _PIECE_BYTES
-            and descriptors[last + 1] == descriptors[first]
-            and offsets[last + 1] == offsets[first] + run_bytes
-            and targets[last + 1] == targets[first] + run_bytes
-        ):
-            last += 1
-            run_bytes += nbytes[last]
-        if last == first:
-            seed = before[first] if len(before) else np.uint32(0)
-            expected = after[first] if check else np.uint32(0)
-            trouble = read_record(descriptors[first], targets[first], run_bytes, offsets[first], check, seed, expected)
+    while True:
+        first = fetch_add(counter, share)
+        if first == 0:
+            read_ahead_where_cold(descriptors, offsets, nbytes)
+        stop = min(first + share, count)
+        if first >= stop:
+            return count, 0
+        while first < stop:
+            end, run_bytes = first + 1, nbytes[first]
+            while (
+                end < stop
+                and run_bytes + nbytes[end] <= _PIECE_BYTES
+                and descriptors[end] == descriptors[first]
+                and offsets[end] == offsets[first] + run_bytes
+                and targets[end] == targets[first] + run_bytes
+            ):
+                run_bytes += nbytes[end]
+                end += 1
+            if end == first + 1:
+                seed = before[first] if len(before) else np.uint32(0)
+                expected = after[first] if check else np.uint32(0)
+                trouble = read_record(
+                    descriptors[first], targets[first], run_bytes, offsets[first], check, seed, expected
+                )
+            else:
+                trouble = read_exactly(descriptors[first], targets[first], run_bytes, offsets[first])
             if trouble != 0:
+                fetch_add(counter, count)
                 return first, trouble
-        else:
-            trouble = read_exactly(descriptors[first], targets[first], run_bytes, offsets[first])
-            if trouble != 0:
-                return first, trouble
-            if check:
-                for number in range(first, last + 1):
+            if check and end > first + 1:
+                for number in range(first, end):
                     seed = before[number] if len(before) else np.uint32(0)
                     if crc32c_extend(seed, targets[number], nbytes[number]) != after[number]:
+                        fetch_add(counter, count)
                         return number, DAMAGED
-        first = last + 1
-    return count, 0
+            first = end
 
 
 @kernel
 def read_and_decode(
+    counter: NDArray[np.int64],
     descriptors: NDArray[np.int32],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
     sums: NDArray[np.uint32],
     codec: int,
+    scratch: NDArray[np.uint8],
     rows: NDArray[np.uint8],
 ) -> tuple[int, int]:
-    """Read records and decompress each into its row of `rows`, [records, bytes of a record]. Returns as `read_records` does."""
-    room = nbytes.max() if len(nbytes) else 0
-    stored = np.empty(room, np.uint8)
-    for number in range(len(offsets)):
-        target, start = stored.ctypes.data, np.uint32(0)
-        trouble = read_record(descriptors[number], target, nbytes[number], offsets[number], True, start, sums[number])
+    """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
+    `counter`, [1], share them out. Returns as `read_records` does.
+
+    scratch  this thread's memory for the stored bytes of a record.
+    """
+    count, stored = len(offsets), scratch.ctypes.data
+    while True:
+        number = fetch_add(counter, 1)
+        if number == 0:
+            read_ahead_where_cold(descriptors, offsets, nbytes)
+        if number >= count:
+            return count, 0
+        trouble = read_record(
+            descriptors[number], stored, nbytes[number], offsets[number], True, np.uint32(0), sums[number]
+        )
+        if trouble == 0 and not decode_record(codec, scratch[: nbytes[number]], rows[number]):
+            trouble = UNDECODABLE
         if trouble != 0:
+            fetch_add(counter, count)
             return number, trouble
-        if not decode_record(codec, stored[: nbytes[number]], rows[number]):
-            return number, UNDECODABLE
-    return len(offsets), 0
 
 
 @kernel

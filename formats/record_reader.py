@@ -6,11 +6,10 @@ asking the kernel for a whole batch at once keeps a disk busier than reading aro
 """
 
 import functools
-import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, overload
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from .checksums import PASSING_TROUBLE, RETRY_PAUSES_SECONDS, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, UsageError
+from .helper_threads import HelperThreads
 from .index import RecordIndex
 from .schema import Field
 from .shard_files import ShardFiles
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
+_Read: TypeAlias = Callable[[], tuple[int, int]]
+"""Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
+_Plan: TypeAlias = Callable[[slice, NDArray[np.int32], NDArray[np.int64]], _Read]
 _NO_SUMS = np.empty(0, np.uint32)
+_SHARES_OF_A_THREAD = 8
+"""A thread takes so many records at a time that its part is done in about so many steps: none is left alone with the rest."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class RecordReader:
         self.index = index
         self._shards = tuple(shards)
         self._files = ShardFiles(shards)
+        self._helpers = HelperThreads()
+        self._scratch = _Scratch()
 
     def read_records(self, records: RecordNumbers, buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
         """The stored bytes of these records, in this order, as a list of views into one buffer; see `read_packed`."""
@@ -99,7 +106,7 @@ class RecordReader:
         """
         numbers = np.asarray(records, np.int64)
         sums = _Sums(_NO_SUMS, self.index.crc32c[numbers] if check else _NO_SUMS)
-        return self._read(numbers, self.index.offset[numbers], self.index.nbytes[numbers], buffer, sums)
+        return self._read(numbers, self.index.offset[numbers], self.index.nbytes[numbers], buffer, sums, threads=1)
 
     def read_ranges(
         self,
@@ -125,7 +132,7 @@ class RecordReader:
                 f"which has {self.index.nbytes[records[first]]}: its row table does not belong to it"
             )
         offset = self.index.offset[records] + start.view(np.uint64)
-        self._read(records, offset, nbytes, buffer, _Sums(before, np.where(nbytes == 0, before, after)))
+        self._read(records, offset, nbytes, buffer, _Sums(before, np.where(nbytes == 0, before, after)), threads=1)
 
     def read_tensors(
         self, records: RecordNumbers, out: NDArray[np.generic] | None = None, *, threads: int = 1
@@ -147,16 +154,11 @@ class RecordReader:
                 f"{out.dtype} {out.shape} with strides {out.strides}"
             )
         rows = out.reshape(-1).view(np.uint8).reshape(len(numbers), self.field.record_bytes)
-        bounds = np.linspace(0, len(numbers), max(1, min(threads, len(numbers))) + 1, dtype=int).tolist()
-        parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        if len(parts) == 1:
-            self._read_rows(numbers, rows)
-            return out
-        with ThreadPoolExecutor(len(parts) - 1) as pool:
-            jobs = [pool.submit(self._read_rows, numbers[part], rows[part]) for part in parts[1:]]
-            self._read_rows(numbers[parts[0]], rows[parts[0]])
-            for job in jobs:
-                job.result()
+        offset, nbytes, sums = self.index.offset[numbers], self.index.nbytes[numbers], self.index.crc32c[numbers]
+        if self.field.codec is None:
+            self._read(numbers, offset, nbytes, rows.reshape(-1), _Sums(_NO_SUMS, sums), threads)
+        else:
+            self._read_and_decode(numbers, offset, nbytes, sums, rows, threads)
         return out
 
     def decode(self, stored: NDArray[np.uint8]) -> NDArray[np.generic]:
@@ -168,7 +170,8 @@ class RecordReader:
         return content.view(self.field.array_dtype).reshape(self.field.fixed_shape)
 
     def close(self) -> None:
-        """Close the shards; nothing can be read afterwards."""
+        """Close the shards and end the threads; nothing can be read afterwards."""
+        self._helpers.close()
         self._files.close()
 
     def _read(
@@ -178,50 +181,59 @@ class RecordReader:
         sizes: NDArray[np.integer],
         buffer: memoryview | NDArray[np.uint8] | None,
         sums: _Sums,
+        threads: int,
     ) -> PackedRecords:
         nbytes = sizes.astype(np.int64)
-        ends = np.cumsum(nbytes)
+        ends = nbytes.cumsum()
         total = int(ends[-1]) if len(ends) else 0
-        packed = _as_array(np.empty(total, np.uint8) if buffer is None else buffer)
+        packed = np.empty(total, np.uint8) if buffer is None else _as_array(buffer)
         if len(packed) < total:
             raise UsageError(f"a buffer of {len(packed)} bytes cannot take records of {total} bytes: make it larger")
         start = ends - nbytes
-        targets = start + packed.ctypes.data
-        places = offset.view(np.int64)
-        kernels = _kernels()
+        targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
+        share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
-        def read(done: int, descriptors: NDArray[np.int32]) -> tuple[int, int]:
-            some = slice(done, done + len(descriptors))
-            kernels.read_ahead_where_cold(descriptors, places[some], nbytes[some])
+        def read(some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]") -> "_Read":
             before, after = sums.before[some], sums.after[some]
-            return kernels.read_records(descriptors, places[some], nbytes[some], targets[some], before, after)  # type: ignore[no-any-return]
+            return lambda: kernels.read_records(
+                counter, share, descriptors, places[some], nbytes[some], targets[some], before, after
+            )
 
-        self._read_all(numbers, read)
+        kernels = _kernels()
+        self._read_all(numbers, read, threads)
         return PackedRecords(packed, start, nbytes)
 
-    def _read_rows(self, numbers: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+    def _read_and_decode(
+        self,
+        numbers: NDArray[np.int64],
+        offset: NDArray[np.uint64],
+        sizes: NDArray[np.integer],
+        sums: NDArray[np.uint32],
+        rows: NDArray[np.uint8],
+        threads: int,
+    ) -> None:
         """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
-        if self.field.codec is None:
-            self.read_packed(numbers, memoryview(rows.reshape(-1)))
-            return
-        kernels, codec = _kernels(), self.field.codec.kernel_number
-        places, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
-        sums = self.index.crc32c[numbers]
+        assert self.field.codec is not None
+        codec, places, nbytes = self.field.codec.kernel_number, offset.view(np.int64), sizes.astype(np.int64)
+        room = int(nbytes.max(initial=0))
 
-        def read(done: int, descriptors: NDArray[np.int32]) -> tuple[int, int]:
-            some = slice(done, done + len(descriptors))
-            kernels.read_ahead_where_cold(descriptors, places[some], nbytes[some])
-            return kernels.read_and_decode(descriptors, places[some], nbytes[some], sums[some], codec, rows[some])  # type: ignore[no-any-return]
+        def read(some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]") -> "_Read":
+            return lambda: kernels.read_and_decode(
+                counter, descriptors, places[some], nbytes[some], sums[some], codec, self._scratch.of(room), rows[some]
+            )
 
-        self._read_all(numbers, read)
+        kernels = _kernels()
+        self._read_all(numbers, read, threads)
 
-    def _read_all(self, numbers: NDArray[np.int64], read: Callable[[int, NDArray[np.int32]], tuple[int, int]]) -> None:
-        """Let `read(done, descriptors)` go on from entry `done` until all of `numbers` are read, past what a retry can heal."""
-        shards = self.index.shard[numbers]
+    def _read_all(self, numbers: NDArray[np.int64], plan: "_Plan", threads: int) -> None:
+        """Read entry after entry of `numbers`, past what a retry can heal. `plan(some, …)` says how to read some of them: what
+        it returns is called by so many threads at once."""
+        shards, threads = self.index.shard[numbers], max(1, min(threads, len(numbers)))
         done, troubled, attempts = 0, -1, 0
         while done < len(numbers):
             with self._files.use(shards[done:]) as descriptors:
-                count, trouble = read(done, descriptors)
+                read = plan(slice(done, done + len(descriptors)), descriptors, np.zeros(1, np.int64))
+                count, trouble = read() if threads == 1 else min(self._helpers.run(read, threads))
             done += count
             if trouble == 0:
                 continue
@@ -273,6 +285,17 @@ class RecordReader:
 
     def _place(self, record: int | np.integer) -> str:
         return f"record {record} in {self._shards[self.index.shard[record]]}"
+
+
+class _Scratch(threading.local):
+    """Memory of a thread, kept: fresh pages cost as much as reading into them."""
+
+    _memory = np.empty(0, np.uint8)
+
+    def of(self, nbytes: int) -> NDArray[np.uint8]:
+        if len(self._memory) < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SourceError
+from .forks import renew_in_forks
 
 _RESERVED_DESCRIPTORS = 256
 """Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
@@ -24,12 +25,17 @@ class ShardFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self._limit = _allowed_descriptors()
-        self._changed = threading.Condition()
         self._descriptors = np.full(len(paths), _CLOSED, np.int32)
-        self._users = np.zeros(len(paths), np.int32)
         self._used_at = np.zeros(len(paths), np.int64)
         self._clock = 0
         self._is_closed = False
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        """Forget the users: in a process that was forked there are none."""
+        self._changed = threading.Condition()
+        self._in_use: dict[int, NDArray[np.uint32]] = {}
 
     @contextmanager
     def use(self, shards: NDArray[np.uint32]) -> Iterator[NDArray[np.int32]]:
@@ -38,28 +44,20 @@ class ShardFiles:
         Raises SourceError when a shard cannot be opened. Waits while other threads use all descriptors; whoever waits uses
         none, so that somebody is always at work.
         """
-        needed = np.unique(shards)
-        if len(needed) > self._limit:
-            first_seen = np.unique(shards, return_index=True)[1]
-            shards = shards[: np.sort(first_seen)[self._limit]]
-            needed = np.unique(shards)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._make_room(needed), _PATIENCE_SECONDS):
-                raise SourceError(
-                    f"{self.paths[needed[0]]} cannot be opened: for {_PATIENCE_SECONDS} s reads of other threads have held all "
-                    f"{self._limit} file descriptors; raise the limit (`ulimit -n`), or see whether the file system hangs"
-                )
-            for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
-                self._descriptors[shard] = self._open(shard)
-            self._users[needed] += 1
-            self._clock += 1
-            self._used_at[needed] = self._clock
             descriptors = self._descriptors[shards]
+            if _CLOSED in descriptors:
+                shards = self._open_all(shards)
+                descriptors = self._descriptors[shards]
+            self._clock += 1
+            use = self._clock
+            self._used_at[shards] = use
+            self._in_use[use] = shards
         try:
             yield descriptors
         finally:
             with self._changed:
-                self._users[needed] -= 1
+                self._in_use.pop(use, None)
                 if self._is_closed:
                     self._close_idle()
                 self._changed.notify_all()
@@ -67,7 +65,7 @@ class ShardFiles:
     def forget(self, shard: int) -> None:
         """Open this shard anew when it is next used, if nobody uses it now."""
         with self._changed:
-            if self._users[shard] == 0:
+            if self._is_idle()[shard]:
                 self._close(shard)
 
     def close(self) -> None:
@@ -77,8 +75,23 @@ class ShardFiles:
             self._close_idle()
 
     def __del__(self) -> None:
-        if hasattr(self, "_is_closed"):
+        if hasattr(self, "_in_use"):
             self.close()
+
+    def _open_all(self, shards: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Open what is closed of these; the first of them, as many as are open now."""
+        needed, first_seen = np.unique(shards, return_index=True)
+        if len(needed) > self._limit:
+            shards = shards[: np.sort(first_seen)[self._limit]]
+            needed = np.unique(shards)
+        if not self._changed.wait_for(lambda: self._make_room(needed), _PATIENCE_SECONDS):
+            raise SourceError(
+                f"{self.paths[needed[0]]} cannot be opened: for {_PATIENCE_SECONDS} s reads of other threads have held all "
+                f"{self._limit} file descriptors; raise the limit (`ulimit -n`), or see whether the file system hangs"
+            )
+        for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
+            self._descriptors[shard] = self._open(shard)
+        return shards
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:
         """Close what is in the way of opening `needed`; False when too much of it is in use."""
@@ -88,15 +101,21 @@ class ShardFiles:
         in_the_way = np.count_nonzero(is_open) + np.count_nonzero(~is_open[needed]) - self._limit
         if in_the_way <= 0:
             return True
-        is_idle = is_open & (self._users == 0)
+        is_idle = is_open & self._is_idle()
         is_idle[needed] = False
         idle = np.flatnonzero(is_idle)
         for shard in idle[np.argsort(self._used_at[idle])][:in_the_way].tolist():
             self._close(shard)
         return bool(len(idle) >= in_the_way)
 
+    def _is_idle(self) -> NDArray[np.bool_]:
+        is_idle = np.ones(len(self.paths), np.bool_)
+        for shards in self._in_use.values():
+            is_idle[shards] = False
+        return is_idle
+
     def _close_idle(self) -> None:
-        for shard in np.flatnonzero(self._users == 0).tolist():
+        for shard in np.flatnonzero(self._is_idle()).tolist():
             self._close(shard)
 
     def _close(self, shard: int) -> None:

@@ -1,0 +1,147 @@
+"""Threads that help their caller: all at work at once, none left behind, none missed in a process that is forked."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stagein.formats import Dataset, Field, Schema, Writer
+from stagein.formats.codecs import Codec
+from stagein.formats.helper_threads import HelperThreads
+
+SHAPE = (40, 40)
+
+
+def _helpers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stagein-helper")]
+
+
+def _wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    field = Field(kind="tensor", dtype="float32", shape=SHAPE, codec=Codec(name="zstd"))
+    with Writer(tmp_path / "x.st", Schema(fields={"x": field}, primary="x"), container="hdf5") as writer:
+        for number in range(20):
+            writer.write({"x": np.full(SHAPE, number, np.float32)})
+    return Dataset(tmp_path / "x.st")
+
+
+def test_all_work_at_once_and_the_same_threads_the_next_time() -> None:
+    team = HelperThreads()
+    seen = []
+    for _ in range(5):
+        meeting = threading.Barrier(3, timeout=20)
+
+        def work(meeting: threading.Barrier = meeting) -> int:
+            meeting.wait()
+            return threading.get_ident()
+
+        seen.append(set(team.run(work, 3)))
+    assert all(threads == seen[0] for threads in seen)
+    assert len(seen[0]) == 3
+    team.close()
+    assert not _helpers()
+
+
+@pytest.mark.parametrize("failing", ["caller", "helper"])
+def test_an_error_of_one_is_raised_when_nobody_is_at_work_any_more(failing: str) -> None:
+    team, caller, meeting, done = HelperThreads(), threading.get_ident(), threading.Barrier(2, timeout=20), []
+
+    def work() -> None:
+        meeting.wait()
+        if (threading.get_ident() == caller) == (failing == "caller"):
+            raise OSError("no")
+        time.sleep(0.2)
+        done.append(True)
+
+    with pytest.raises(OSError, match="no"):
+        team.run(work, 2)
+    assert done == [True]
+    team.close()
+
+
+def test_a_caller_does_not_wait_for_threads_that_are_busy_for_others() -> None:
+    team, leave, begun = HelperThreads(), threading.Event(), threading.Barrier(3, timeout=20)
+
+    def hold() -> None:
+        begun.wait()
+        leave.wait(20)
+
+    other = threading.Thread(target=team.run, args=(hold, 2))
+    other.start()
+    begun.wait()
+    assert team.run(lambda: 7, 2) == [7]
+    leave.set()
+    other.join()
+    team.close()
+
+
+def test_threads_end_with_their_reader(dataset: Dataset) -> None:
+    order = list(range(20))
+    dataset.reader.read_tensors(order, threads=3)
+    assert len(_helpers()) == 2
+    dataset.close()
+    assert not _helpers()
+    again = Dataset(dataset.path)
+    again.reader.read_tensors(order, threads=2)
+    assert len(_helpers()) == 1
+    del again
+    _wait_for(lambda: not _helpers())
+
+
+def _in_fork(work: Callable[[], bool]) -> bool:
+    """Whether `work()` is true in a process forked now, within 20 s."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if work() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_reads_with_threads_of_its_own(dataset: Dataset) -> None:
+    reader, held, leave = dataset.reader, threading.Event(), threading.Event()
+    order = list(range(20))
+    expected = reader.read_tensors(order, threads=2)
+
+    def hold_its_locks() -> None:
+        with reader._files._changed, reader._helpers._starting:
+            held.set()
+            leave.wait(20)
+
+    holder = threading.Thread(target=hold_its_locks)
+    holder.start()
+    held.wait()
+    try:
+        assert _in_fork(
+            lambda: np.array_equal(reader.read_tensors(order, threads=2), expected) and len(_helpers()) == 1
+        )
+    finally:
+        leave.set()
+        holder.join()
+    assert np.array_equal(reader.read_tensors(order, threads=2), expected)
+
+
+def test_the_interpreter_exits_with_readers_open(dataset: Dataset) -> None:
+    script = (
+        "import sys; from stagein.formats import Dataset\n"
+        "dataset = Dataset(sys.argv[1])\n"
+        "dataset.reader.read_tensors(range(20), threads=3)\n"
+        "print('read')\n"
+    )
+    command = [sys.executable, "-c", script, str(dataset.path)]
+    result = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("read\n", "")
