@@ -11,9 +11,8 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from stagein import __version__
 from stagein.formats.errors import (
+    InterruptedRunError,
     NoSpaceError,
     SourceError,
     StageinError,
@@ -42,6 +42,7 @@ from .probes import direct_is_faster, probe_disk, probe_network, probe_source
 from .receipt import NodeReceipt, Receipt, find_bound
 from .ring import Engine, Progress, Transfer
 from .stage_plan import ChunkTable, Flags, NodeRates, NodeSpace, PlanSummary, Policy, make_plan, rank_work, stored_bytes
+from .stop_signals import STOP_SIGNALS, StopSignals
 from .time_left import job_seconds_left
 from .world import NODE_VARIABLE, Communicator, World, connect
 
@@ -92,7 +93,7 @@ def stage(
     """
     communicator = _join(world, timeout_seconds)
     try:
-        with _stop_on_signals() as stop_requested:
+        with StopSignals((*STOP_SIGNALS, signal.SIGINT)) as signals:
             job = StageJob(
                 Path(source),
                 to,
@@ -100,7 +101,7 @@ def stage(
                 policy=policy,
                 copies=copies,
                 make_room=make_room,
-                stop_requested=stop_requested,
+                stop_requested=lambda: signals.received is not None,
             )
             return job.run(memory_bytes, progress, watch)
     except WatchdogError as error:
@@ -236,6 +237,11 @@ class StageJob:
         here = self._all.on_this_node()
         receipt = self._bring_files(here, memory_bytes, progress, watch)
         here.free()
+        with self._all.together():  # a signal that came when nothing was left to do is not to be lost, either
+            if self._stop_requested():
+                raise InterruptedRunError(
+                    "stage-in was asked to stop when it was done: the same command finds it complete"
+                )
         return receipt
 
     def _bring_files(
@@ -433,20 +439,3 @@ def _add_up(transfers: Sequence[Transfer]) -> dict[str, Any]:
         field.name: (max if field.name.endswith("_seconds") else sum)(getattr(moved, field.name) for moved in transfers)
         for field in fields(Transfer)
     }
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Note the signals that end a job instead of dying from them; yields a question to ask now and then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    stopped = threading.Event()
-    # SIGUSR1 is what mpirun passes on, and what job scripts have Slurm send before the time limit
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = [signal.signal(number, lambda *_: stopped.set()) for number in signals]
-    try:
-        yield stopped.is_set
-    finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)

@@ -343,7 +343,7 @@ def bench_allreduce(
 
 
 def main() -> None:
-    """Entry point of the `stagein` command."""
+    """Run the command that the arguments name, and end this process with its exit code."""
     try:
         app()
     except StageinError as error:

@@ -107,7 +107,7 @@ def _run_ranks(
     show: bool = False,
 ) -> str:
     """Run a command of ours on one rank a node; returns its standard output, or shows it and returns nothing."""
-    command = [sys.executable, "-m", "stagein.tools.cli", *arguments]
+    command = [sys.executable, "-m", "stagein.tools", *arguments]
     try:
         finished = subprocess.run(
             [str(mpirun), *mpirun_arguments(command, nodes)],

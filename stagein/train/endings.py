@@ -1,38 +1,12 @@
-"""How a run ends before its time: a signal that asks it to, an error on one rank, an error that nobody caught."""
+"""How a run ends before its time: an error on one rank, an error that nobody caught. (Of signals knows `stagein.stop_signals`.)"""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
 from stagein.formats.errors import ExitCode, StageinError
 from stagein.world import Communicator
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they kill: Slurm's `--signal=USR1@120` says two minutes before the end."""
-
-
-class StopSignals:
-    """While the block runs, a stop signal sets `received` in place of ending the process. Main thread only."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        """The name of the signal that came, such as "SIGTERM"."""
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
 
 
 class Failures:

@@ -19,9 +19,10 @@ import torch
 
 from stagein.collectives import Collective
 from stagein.formats.errors import InterruptedRunError, SourceError, StageinError, UsageError
+from stagein.stop_signals import StopSignals
 
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from .endings import Failures, StopSignals, end_job_on_uncaught_error
+from .endings import Failures, end_job_on_uncaught_error
 from .flat import FlatGradients
 from .ledger import Ledger, LedgerTotals, attribute
 from .replicas import average_buffers, copy_from_rank_0, refuse_diverged
