@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .schema import BFLOAT16, Field, Schema
+from .schema import BFLOAT16, Field, Schema, bfloat16_dtype
 
 Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
 """A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
@@ -80,6 +80,8 @@ def from_rows(field: Field, content: NDArray[np.uint8]) -> Any:
 
 def as_array(value: object) -> NDArray[np.generic]:
     """Numbers as an array, without copying where they are one. Raises BadValueError for anything else."""
+    if isinstance(value, (list, tuple)) and value and hasattr(value[0], "detach"):
+        value = [as_array(each) for each in value]
     detach = getattr(value, "detach", None)  # a torch tensor: its gradient is no part of the data
     try:
         array = np.asarray(_torch_array(detach()) if detach else value)
@@ -114,13 +116,24 @@ def _infer_field(values: Sequence[Value]) -> Field:
         encoding = found.pop() if len(found) == 1 else "image" if is_image else UNKNOWN_ENCODING
         return Field(kind="encoded", encoding=encoding, shape=(None, None, 3) if is_image else (None,))
     arrays = [as_array(value) for value in values]
-    dtype, shapes = np.result_type(*(array.dtype for array in arrays)).name, {array.shape for array in arrays}
+    dtype, shapes = _common_dtype(values, arrays), {array.shape for array in arrays}
     if len(shapes) == 1:
         return Field(kind="tensor", dtype=dtype, shape=shapes.pop())
     tails = {shape[1:] for shape in shapes if shape != (0,)}
     if () in shapes or len(tails) != 1:
         raise BadValueError(f"its shapes {sorted(shapes)[:3]} differ in more than the first extent: give a schema")
     return Field(kind="ragged", dtype=dtype, shape=(None, *tails.pop()))
+
+
+def _common_dtype(values: Sequence[Value], arrays: Sequence[NDArray[np.generic]]) -> str:
+    """The name of the type that holds all these values, which as arrays are `arrays`."""
+    is_bfloat16 = [
+        _is_torch_bfloat16(value) or array.dtype.name == BFLOAT16 for value, array in zip(values, arrays, strict=True)
+    ]
+    if all(is_bfloat16):
+        return BFLOAT16
+    dtypes = (np.dtype("f4") if yes else array.dtype for yes, array in zip(is_bfloat16, arrays, strict=True))
+    return np.result_type(*dtypes).name
 
 
 def encoding_of(value: bytes | bytearray | memoryview) -> str:
@@ -148,9 +161,17 @@ def _byte_rows(value: Value) -> NDArray[np.uint8]:
 
 def _torch_array(tensor: Any) -> Any:
     tensor = tensor.cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none: its bits
-        tensor = tensor.view(sys.modules["torch"].uint16)
+    if _is_torch_bfloat16(tensor):
+        dtype = bfloat16_dtype()
+        # without ml_dtypes numpy has no such type: float32 has the same values
+        return (
+            tensor.view(sys.modules["torch"].uint16).numpy().view(dtype) if dtype.name == BFLOAT16 else tensor.float()
+        )
     return tensor.resolve_conj().resolve_neg() if hasattr(tensor, "resolve_conj") else tensor
+
+
+def _is_torch_bfloat16(value: object) -> bool:
+    return str(getattr(value, "dtype", "")) == "torch.bfloat16"
 
 
 def _has_own_precision(value: object) -> bool:

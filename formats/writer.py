@@ -261,8 +261,13 @@ def _kept(value: Value) -> Value:
         return value
     if isinstance(value, (bytearray, memoryview)):
         return bytes(value)
+    if hasattr(value, "detach"):  # a torch tensor
+        as_array(value)
+        return value.detach().clone()  # type: ignore[no-any-return]
     return np.array(as_array(value)) if hasattr(value, "dtype") else copy.deepcopy(value)
 
 
 def _nbytes(value: Value) -> int:
-    return len(value) if isinstance(value, (str, bytes)) else np.asarray(value).nbytes
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return value.nbytes if hasattr(value, "nbytes") else np.asarray(value).nbytes

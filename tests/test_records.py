@@ -1,5 +1,6 @@
 """Records of every kind of field, written and read back alike by us and by other people's libraries."""
 
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -192,6 +193,54 @@ def test_bfloat16_is_named_where_its_bits_are_stored(tmp_path: Path) -> None:
     import zarr
 
     assert zarr.open_group(dataset.path, mode="r")["x"].attrs["dtype"] == BFLOAT16
+
+
+TORCH_DTYPES = [name for name in DTYPES if isinstance(getattr(torch, name, None), torch.dtype)]
+
+
+@pytest.mark.parametrize(("dtype", "has_ml_dtypes"), [*((dtype, True) for dtype in TORCH_DTYPES), (BFLOAT16, False)])
+def test_torch_tensors_keep_their_type_without_a_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, has_ml_dtypes: bool
+) -> None:
+    arrays = [random_array(dtype, (number + 1, 3000), number) for number in range(3)]
+    tensors = [
+        torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if dtype == BFLOAT16 else torch.from_numpy(array)
+        for array in arrays
+    ]
+    if not has_ml_dtypes:
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with Writer(tmp_path / "x.st") as writer:
+        for tensor in tensors:
+            tensor = tensor.clone()
+            writer.write({"large": tensor[0], "scalar": tensor[0, 0], "ragged": tensor, "turned": tensor[:1, :5].T})
+            tensor.zero_()  # what was written is a copy
+    monkeypatch.undo()
+    dataset = Dataset(tmp_path / "x.st")
+    assert {field.dtype for field in dataset.fields.values()} == {dtype}
+    for read, array in zip(dataset, arrays, strict=True):
+        expected = {"large": array[0], "scalar": array[0, 0], "ragged": array, "turned": array[:1, :5].T}
+        assert all(read[name].tobytes() == value.tobytes() for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_torch_tensors_of_types_that_no_field_has_are_refused(tmp_path: Path, dtype: str) -> None:
+    tensor = torch.zeros(3).to(getattr(torch, dtype))
+    with pytest.raises(UsageError, match="a Tensor that is no array"), Writer(tmp_path / "x.st") as writer:
+        writer.write({"x": tensor})
+
+
+def test_bfloat16_tensors_are_numbers_to_fields_of_other_types(tmp_path: Path) -> None:
+    """Not their bits."""
+    tensor = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    fields = {name: Field(kind="tensor", dtype=name, shape=(2,)) for name in ("float32", "int16", "uint16")}
+    assert to_rows(fields["float32"], tensor).tolist() == [[1.5, -2.0]]
+    assert to_rows(fields["int16"], 2 * tensor).tolist() == [[3, -4]]
+    with pytest.raises(ValueError, match="does not fit into uint16"):
+        to_rows(fields["uint16"], tensor)
+    with Writer(tmp_path / "x.st") as writer:
+        for value in (tensor, tensor.to(torch.float32), tensor):
+            writer.write({"x": value})
+    assert Dataset(tmp_path / "x.st").fields["x"].dtype == "float32"
 
 
 def test_a_record_larger_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
