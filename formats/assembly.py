@@ -23,12 +23,11 @@ from .errors import UsageError
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
-from .schema import Field
+from .schema import Field, column_chunk_path
 from .shards import FieldContent, ShardContent, ShardLayout, write_shard_file
 from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
-    column_chunk_path,
     column_document,
     document,
     link_paths,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from .checksums import chunk_sums
 from .errors import ChecksumError, SourceError
 from .manifest import Manifest
-from .schema import Field
-from .zarr_view import column_chunk_path, column_from_chunk
+from .schema import Field, column_chunk_path
+from .zarr_view import column_from_chunk
 
 _DTYPES = {"shard": "uint32", "offset": "uint64", "nbytes": "uint32", "crc32c": "uint32"}
 ROW_FIELD = Field(kind="tensor", dtype="uint64")

@@ -15,8 +15,7 @@ from pydantic import Field as pydantic_field
 from .checksums import CHUNK_SUM_BYTES
 from .errors import SourceError
 from .publish import publish_bytes
-from .schema import Schema
-from .zarr_view import column_chunk_path
+from .schema import Schema, column_chunk_path
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "stagein"

@@ -273,3 +273,8 @@ def _refuse_bad_field(name: str, field: Field, *, is_primary: bool) -> None:
         raise ValueError(f"field {name!r} is a column, which is kept as it is: it has no codec")
     if field.storage == "shards" and field.record_bytes == 0:
         raise ValueError(f"field {name!r} has records of no bytes: it can only be a column")
+
+
+def column_chunk_path(name: str, field: Field) -> str:
+    """Where the one chunk of a small field lies below the data set (the default chunk keys of Zarr v3)."""
+    return "/".join([name, "c", *["0"] * (1 + len(field.row_shape))])

@@ -18,7 +18,7 @@ from .checksums import chunk_sum, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, StageinError
 from .index import ROW_FIELD, RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
-from .schema import Field
+from .schema import Field, column_chunk_path
 from .shards import ShardLayout, hdf5_count_name, shard_attributes
 
 _READ_BYTES = 16 << 20
@@ -132,7 +132,7 @@ class _Tables:
 
     def _column_rows(self, name: str, field: Field, start: int, stop: int) -> NDArray[np.generic]:
         content = np.zeros(stop - start, np.uint8)
-        with open(self.path / zarr_view.column_chunk_path(name, field), "rb", buffering=0) as file:
+        with open(self.path / column_chunk_path(name, field), "rb", buffering=0) as file:
             pread_exactly(file.fileno(), content.data, start)
         return content.view(field.stored_dtype).reshape(-1, *field.row_shape)
 

@@ -103,11 +103,6 @@ def column_document(field: Field, num_rows: int) -> dict[str, object]:
     return _array_document(field, shape, chunk_shape, [_LITTLE_ENDIAN], _dims(field))
 
 
-def column_chunk_path(name: str, field: Field) -> str:
-    """Where the one chunk of a small field lies below the data set."""
-    return "/".join([name, "c", *["0"] * (1 + len(field.row_shape))])
-
-
 def shards_document(field: Field, capacity: int, shard_rows: Sequence[int]) -> dict[str, object]:
     """Metadata of a field in shards: its rows, `capacity` a shard, in shards that have so many.
 

@@ -8,7 +8,7 @@ from stagein.formats.shard_tasks import ShardResult, ShardTask
 from stagein.formats.shard_workers import ShardWorkers
 from stagein.formats.sources.python import scan_python
 from stagein.tools import convert
-from stagein.tools.convert_commands import ConvertOptions
+from stagein.tools.convert_options import ConvertOptions
 
 
 class CountingWorkers(ShardWorkers):

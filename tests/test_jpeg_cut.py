@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from stagein.formats.errors import ChecksumError
 from stagein.formats.jpeg.cut import CutJpegs, cut_windows, needed_rows
 from stagein.formats.jpeg.header import read_frame
-from stagein.formats.jpeg.restart import SeekableJpeg, make_seekable
+from stagein.formats.jpeg.pieces import SeekableJpeg
+from stagein.formats.jpeg.restart import make_seekable
 
 HEIGHT, WIDTH = 83, 130
 SEEKABLE = {name: make_seekable(content) for name, content in variants(HEIGHT, WIDTH).items()}

@@ -36,7 +36,7 @@ from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
 from .console import bytes_text, complain, count_text, print_table, progress_bytes, say, seconds_text
-from .convert_commands import ConvertOptions, parse_split
+from .convert_options import ConvertOptions, parse_split
 from .info import schema_table
 
 _LISTED_SKIPPED = 20

@@ -5,8 +5,6 @@ one scan, as nearly all are, is rewritten bit by bit: only the DC codes behind n
 (progressive, several scans) are decoded to coefficients and coded again (`jpeg.scans`).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +24,8 @@ from .bits import (
 )
 from .header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
 from .huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
+from .pieces import DAMAGED, SeekableJpeg, target_bytes
+from .scans import code_again
 
 MAX_OVERHEAD = 0.014
 """Restart markers are set so densely that they cost about this share of a file."""
@@ -34,22 +34,6 @@ _SEGMENT_COST_BYTES = 3.5
 """A marker, half a byte of fill bits, and longer DC codes, as measured on ImageNet."""
 
 _MAX_FILE_BYTES = 1 << 30
-
-DAMAGED = "its entropy-coded data are cut off or no valid codes"
-
-
-@dataclass(frozen=True)
-class SeekableJpeg:
-    """A JPEG in pieces: its header, then one piece an MCU row; their concatenation is the file.
-
-    piece_ends  [1 + MCU rows], where each piece ends in `content`. A row ends with its restart marker, the last one with
-                the end marker.
-    mcu_height  pixels of an MCU row, 8, 16 or 32.
-    """
-
-    content: NDArray[np.uint8]
-    piece_ends: NDArray[np.uint32]
-    mcu_height: int
 
 
 def make_seekable(content: bytes) -> SeekableJpeg:
@@ -71,8 +55,6 @@ def make_seekable(content: bytes) -> SeekableJpeg:
         complete = [table for table in dc_tables if table is not None]
         if len(complete) == len(dc_tables):
             return _insert_restarts(np.frombuffer(content, np.uint8), frame, complete, interval)
-    from .scans import code_again
-
     return code_again(np.frombuffer(content, np.uint8), frame, interval)
 
 
@@ -121,11 +103,6 @@ def _insert_restarts(
     if nbytes < 0:
         damaged(DAMAGED)
     return SeekableJpeg(target[:nbytes], piece_ends, BLOCK_PIXELS * frame.vertical)
-
-
-def target_bytes(header_bytes: int, scan_bytes: int, segments: int) -> int:
-    """Room that is enough for any scan: every byte stuffed, and a marker, fill bits and four longest DC codes a segment."""
-    return header_bytes + 2 * scan_bytes + segments * (2 + 2 + 4 * 2 * 4) + 64
 
 
 @kernel

@@ -20,7 +20,7 @@ from stagein.formats.native import kernel, signed
 from stagein.formats.schema import Field
 
 from .cut import needed_rows
-from .restart import SeekableJpeg
+from .pieces import SeekableJpeg
 
 _ENTRY = Field(kind="tensor", dtype="uint32", shape=(2,))
 NO_ROWS = np.empty((0, 2), np.uint32)

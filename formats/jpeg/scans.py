@@ -12,7 +12,7 @@ from stagein.formats.native import kernel, signed
 from .bits import INVALID, PADDING_BYTES, bit_size, end_segment, extend, find_code, peek32, put, unstuff
 from .header import BLOCK_PIXELS, Frame, Scan, UnsupportedJpegError, damaged, sequential_header
 from .huffman import DC_SIZES, MAX_CODE_BITS, HuffmanTables, optimal_table, stack_tables
-from .restart import DAMAGED, SeekableJpeg, target_bytes
+from .pieces import DAMAGED, SeekableJpeg, target_bytes
 
 _COEFFICIENTS = 64
 _OUT_OF_RANGE = -2
