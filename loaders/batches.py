@@ -14,6 +14,7 @@ from .dataset import RecordDataset
 from .graphs import Columns, Graph, HostPlan, ImageGraph, SampleBatch
 from .inflate import InflateOnGpu
 from .order import RankBatch
+from .stats import PhaseTimes
 
 RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
@@ -52,7 +53,7 @@ class HostBatch:
     inputs    what a graph is fed, by name: an array `[batch, ...]`, or a list of arrays that differ in size.
     ready     fields that need no graph, `[batch, ...]` each.
     num_rows  how many rows of both, from the first, are to be delivered.
-    read_s, num_bytes  what reading it took.
+    times     what making it took so far.
     """
 
     task: BatchTask
@@ -60,8 +61,7 @@ class HostBatch:
     inputs: dict[str, Any]
     ready: Columns
     num_rows: int
-    read_s: float
-    num_bytes: int
+    times: PhaseTimes
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class BatchReader:
         unwanted = self.dataset.records.columns.keys() - set(self.dataset.fields)
         fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
-        num_rows, num_bytes = len(task.rows.ids), sum(row.nbytes for row in rows)
-        return HostBatch(task, ids, {primary: rows, **fed}, ready, num_rows, time.perf_counter() - started, num_bytes)
+        times = PhaseTimes(read_s=time.perf_counter() - started, bytes_read=sum(row.nbytes for row in rows))
+        return HostBatch(task, ids, {primary: rows, **fed}, ready, len(task.rows.ids), times)
 
     def _read_replacing(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Rows, HostPlan]:
         """The samples read, with others in place of those that cannot be; their records, and what is planned for them."""

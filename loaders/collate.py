@@ -89,6 +89,13 @@ def map_tensors(
     return batch
 
 
+def tensor_bytes(batch: Any) -> int:
+    """The bytes of all tensors in a batch."""
+    sizes: list[int] = []
+    map_tensors(lambda tensor: sizes.append(tensor.nbytes), batch)
+    return sum(sizes)
+
+
 def _same_type(batch: Mapping[str, Any], items: dict[str, Any]) -> Any:
     """`items` in a mapping like `batch`; a plain dict where its type takes no dict."""
     try:

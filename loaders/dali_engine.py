@@ -3,9 +3,11 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
+
 from .batches import BatchReader, BatchTask, HostBatch
 from .dali import import_dali
-from .dali_pipeline import GraphPipeline, RowsFailedError
+from .dali_pipeline import QUEUE_DEPTH, GraphPipeline, RowsFailedError
 from .dataset import RecordDataset
 from .engine import Delivered, EngineOptions, OnFailure
 from .graphs import Graph
@@ -22,6 +24,10 @@ class DaliEngine:
         self._dataset, self._graph, self._options = dataset, graph, options
         self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=True)
         self._idle_pipeline: GraphPipeline | None = None
+
+    @property
+    def delivers_on(self) -> torch.device:
+        return self._options.device
 
     @property
     def description(self) -> str:
@@ -61,4 +67,7 @@ class DaliEngine:
         def row_place(batch: HostBatch, row: int) -> str:  # no method: pipeline and engine would keep each other alive
             return dataset.place(int(batch.ids[row]))
 
-        return GraphPipeline(self._graph, example, len(example.ids), options.device, options.decode_threads, row_place)
+        depth = QUEUE_DEPTH if options.device.type == "cpu" else 1 + options.prefetch_to_device
+        return GraphPipeline(
+            self._graph, example, len(example.ids), options.device, options.decode_threads, depth, row_place
+        )

@@ -22,7 +22,7 @@ from .forks import leave_to_parent
 from .graphs import Graph
 
 QUEUE_DEPTH = 2
-"""Batches that DALI works on ahead of the caller."""
+"""Batches that DALI works on at a time: the one that the caller asks for, and those ahead of it."""
 
 
 class RowsFailedError(Exception):
@@ -43,11 +43,12 @@ class GraphPipeline:
         max_rows: int,
         device: torch.device,
         num_threads: int,
+        queue_depth: int,
         row_place: Callable[[HostBatch, int], str],
     ) -> None:
         self.max_rows = max_rows
         self._graph, self._device, self._row_place = graph, device, row_place
-        self._source = _Source(tuple(example.inputs), max_rows)
+        self._source = _Source(tuple(example.inputs), max_rows, queue_depth)
         self._pipeline, self._output_names = _build(graph, self._source, device, num_threads)
 
     def run(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
@@ -92,7 +93,7 @@ class GraphPipeline:
         """DALI says that a batch failed, not which record of it: run them one by one."""
         failures = []
         for row in range(batch.num_rows):
-            single = _Source(tuple(batch.inputs), 1)
+            single = _Source(tuple(batch.inputs), 1, QUEUE_DEPTH)
             inputs = {name: [values[row]] for name, values in batch.inputs.items()}
             single.start(iter([replace(batch, ids=batch.ids[row : row + 1], inputs=inputs)]))
             single.top_up()
@@ -111,8 +112,9 @@ class _Source:
     Batches are taken from the caller's iterator outside the call, so that an exception never passes through DALI.
     """
 
-    def __init__(self, names: tuple[str, ...], max_rows: int) -> None:
+    def __init__(self, names: tuple[str, ...], max_rows: int, queue_depth: int) -> None:
         self.names = names
+        self.queue_depth = queue_depth
         self.max_rows = max_rows
         self.in_flight: deque[HostBatch] = deque()
         self._failure: Exception | None = None
@@ -133,7 +135,7 @@ class _Source:
 
     def top_up(self) -> None:
         """Have as many batches waiting as DALI asks for when it runs next; none after the last one."""
-        while len(self._waiting) + len(self.in_flight) < QUEUE_DEPTH and not self._failure and not self._too_large:
+        while len(self._waiting) + len(self.in_flight) < self.queue_depth and not self._failure and not self._too_large:
             try:
                 batch = next(self._batches)
             except StopIteration:
@@ -156,7 +158,9 @@ class _Source:
 
 def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, tuple[str, ...]]:
     """A DALI pipeline fed by `source`, and the names of its outputs."""
-    pipeline, output_names = define_pipeline(graph, source, source.names, source.max_rows, device, num_threads)
+    pipeline, output_names = define_pipeline(
+        graph, source, source.names, source.max_rows, device, num_threads, source.queue_depth
+    )
     with warnings.catch_warnings():
         # A user's graph is offered every small field; DALI would warn of each that it does not use.
         warnings.filterwarnings("ignore", message="The external source node")
@@ -172,6 +176,7 @@ def define_pipeline(
     max_rows: int,
     device: torch.device,
     num_threads: int,
+    queue_depth: int = QUEUE_DEPTH,
 ) -> tuple[Any, tuple[str, ...]]:
     """The pipeline of `graph`, not built yet, which takes no GPU; and the names of its outputs, all on `device`.
 
@@ -183,7 +188,7 @@ def define_pipeline(
         batch_size=max_rows,
         num_threads=num_threads,
         device_id=device.index if on_gpu else None,
-        prefetch_queue_depth=QUEUE_DEPTH,
+        prefetch_queue_depth=queue_depth,
     )
     with pipeline:
         # On the CPU, DALI reads the records where they lie, and copies what passes through to an output. For a GPU it

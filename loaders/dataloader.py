@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 import torch.utils.data
 from torch.utils.data import IterableDataset, Sampler, default_collate, default_convert
-from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
 from .bad_records import Replacement
-from .collate import RecordCollate, map_tensors, without_records, without_rows
+from .collate import RecordCollate, without_records, without_rows
 from .dataset import RecordDataset, SamplesAsDicts
+from .deliveries import Deliveries
 from .engine import EngineOptions, raise_first
-from .fastpath import FastPath, LoaderStats, ReadOptions
+from .fastpath import FastPath, ReadOptions
 from .fetching import FedSteps, FetchSamples, TransformedCollate
 from .frameworks import GraphCollate, view_for_accelerate
 from .graphs import Graph
@@ -32,11 +32,14 @@ from .record_fetching import FetchRecords
 from .sampler import GlobalOrder, Order, OwnOrder, OwnSampler, framework_sampler
 from .sampler_order import SamplerOrder
 from .share import Distributed, Share, divides_already, find_share, refuse_undivided
+from .stats import LoaderStats
 from .tensor_engine import delivers_tensors
+from .to_device import CudaSender, ToCpu, ToDevice
 from .transforms import understand
 from .worker_info import MAX_SEED
 
 _DEFAULT_PREFETCH_FACTOR = 2
+_DEFAULT_PREFETCH_TO_DEVICE = 1
 
 
 class DataLoader(torch.utils.data.DataLoader[Any]):
@@ -51,7 +54,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     transform     over a RecordDataset: a graph (`image_train()`, `image_eval()`); a function from a dict of DALI nodes to such
                   a dict; a Compose of torchvision's, which becomes a graph if it can; `PerSample(function)`, or any object
                   that can be called, for samples one by one. Over any other data set: a function of one sample.
-    device        where batches are delivered; by default the current CUDA device where there is one, else the CPU.
+    device        where batches are delivered; by default, for a RecordDataset, the current CUDA device where there is one, else the
+                  CPU. `pin_memory` is for batches that are delivered on the CPU; those for a GPU are pinned by themselves.
+    prefetch_to_device  batches made on the GPU, or copied there on a stream of their own, ahead of the one that the caller works
+                  on; by default 1. Without a GPU it has no effect, and says so as `pin_memory` does.
     seed          of the order and of the graph's random numbers.
     distributed   True: this rank's share, rank and world from torch.distributed, MPI or Slurm; (rank, world): these; one dimension
                   of a device mesh: ranks along it divide the samples, the others get the same; False: everything. None is
@@ -96,13 +102,14 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         distributed: Distributed = None,
         tail: Literal["share", "pad"] = "share",
         decode_threads: int | None = None,
+        prefetch_to_device: int | None = None,
         on_error: Literal["raise", "replace"] = "raise",
         error_budget: int = 100,
         quarantine: os.PathLike[str] | str | None = None,
     ) -> None:
         # As they were given, under the names of the arguments: frameworks make loaders anew from such attributes.
         self.transform, self.device, self.seed, self.distributed = transform, device, seed, distributed
-        self.tail, self.decode_threads = tail, decode_threads
+        self.tail, self.decode_threads, self.prefetch_to_device = tail, decode_threads, prefetch_to_device
         self.on_error, self.error_budget, self.quarantine = on_error, error_budget, quarantine
         self._translation = understand(transform, dataset)
         _refuse_misplaced(self, dataset, drop_last)
@@ -141,6 +148,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """Accelerate's `prepare` takes a loader apart unless it has this; one of our own order is divided and placed."""
         self._number = next_loader_number() if own is not None and own.order.world_size > 1 else None
         self._replacement = _replacement(self, dataset)
+        self._delivery = _delivery(dataset, device)
+        """None: wherever the data set and its collate_fn leave batches, as torch does."""
+        on_cpu = self._delivery is None or self._delivery.type == "cpu"
+        self._pins = torch.accelerator.is_available() and (pin_memory or not on_cpu)
         is_default = collate_fn in (None, default_collate, default_convert) or isinstance(collate_fn, GraphCollate)
         self._path = self._choose_path(None if is_default else collate_fn)
 
@@ -148,13 +159,14 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if self._may_be_undivided:
             refuse_undivided()
         epoch = self._order.begin()
-        deliveries = self._path.start(epoch, self._draw_base_seed)
+        self._warn_of_what_has_no_effect()
+        deliveries = self._delivered(self._path.start(epoch, self._draw_base_seed))
         if self._number is not None and (board := join_board()) is not None:
             deliveries = InStep(deliveries, board, self._number, epoch.number)
         # Accelerate learns of our own order only from here: its `prepare` leaves such a loader as it is.
         view = view_for_accelerate(None if self._own is None else len(self))
         where = None if self._own is None or self._number is None else f"on {self._own.place}"
-        return LoaderIterator(deliveries, epoch, self._finisher(), len_of=self, view=view, where=where)
+        return LoaderIterator(deliveries, epoch, len_of=self, view=view, where=where)
 
     def __len__(self) -> int:
         if self._own is not None:
@@ -267,6 +279,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             self.in_order,
             self.persistent_workers,
             self.worker_init_fn,
+            self._pins,
         )
 
     def _needs_only_reading(self) -> bool:
@@ -283,15 +296,16 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             )
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
-        device = _delivery_device(self.device)
+        assert self._delivery is not None
         reading = ReadOptions(
             self.num_workers, self.prefetch_factor or _DEFAULT_PREFETCH_FACTOR, self.timeout, self.worker_init_fn
         )
         options = EngineOptions(
             decode_threads=_decode_threads(self.decode_threads),
-            device=device,
-            pin_memory=self.pin_memory and device.type == "cpu" and torch.cuda.is_available(),
+            device=self._delivery,
+            pin_memory=self._pins,
             keep_between_epochs=self.persistent_workers,
+            prefetch_to_device=self._num_prefetched,
         )
         on_failure = self._replacement or raise_first
         return RecordPath(
@@ -302,6 +316,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             shaped=self.dataset.shaped,
             replacement=self._replacement,
             listed_fields=self.dataset.listed_fields,
+            pin_memory=self._pins and self._delivery.type == "cpu",
         )
 
     def _torchs_loader(
@@ -314,6 +329,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             dataset,
             **batching,
             collate_fn=collate,
+            pin_memory=self._pins,
             num_workers=self.num_workers,
             timeout=self.timeout,
             worker_init_fn=self.worker_init_fn,
@@ -330,35 +346,30 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             return self.seed & MAX_SEED
         return int(torch.empty((), dtype=torch.int64).random_(generator=self.generator).item())
 
-    def _finisher(self) -> Callable[[Any], Any]:
-        """What is done to each batch at last: page-locked memory, with torch's warnings, or a copy to `device`."""
-        if isinstance(self._path, RecordPath):
-            return _as_it_is
-        pin = self.pin_memory and self._can_pin()
-        if self.device is None:
-            return pin_structure if pin else _as_it_is
-        device = _delivery_device(self.device)
+    def _delivered(self, deliveries: Deliveries) -> Deliveries:
+        """The same where they are wanted."""
+        if self._delivery is None or (isinstance(self._path, RecordPath) and self._path.delivers_on == self._delivery):
+            return deliveries
+        if self._delivery.type == "cpu":
+            return ToCpu(deliveries)
+        return ToDevice(deliveries, CudaSender(self._delivery), self._num_prefetched, self._path.stats)
 
-        def finish(batch: Any) -> Any:
-            pinned = pin_structure(batch) if pin else batch  # type: ignore[no-untyped-call]
-            return map_tensors(lambda tensor: tensor.to(device, non_blocking=pin), pinned)
+    @property
+    def _num_prefetched(self) -> int:
+        return _DEFAULT_PREFETCH_TO_DEVICE if self.prefetch_to_device is None else self.prefetch_to_device
 
-        return finish
-
-    def _can_pin(self) -> bool:
-        if self.pin_memory_device:
+    def _warn_of_what_has_no_effect(self) -> None:
+        """torch's warnings about page-locked memory, and the like of ours."""
+        if self.pin_memory and self.pin_memory_device:
             warnings.warn(
                 f"pin_memory_device is deprecated: {self.pin_memory_device!r} is ignored for the current accelerator",
-                stacklevel=4,
+                stacklevel=3,
             )
-        if not torch.accelerator.is_available():
-            warnings.warn("pin_memory=True has no effect: there is no accelerator", stacklevel=4)
-            return False
-        return True
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        if self.pin_memory and not torch.accelerator.is_available():
+            warnings.warn("pin_memory=True has no effect: there is no accelerator", stacklevel=3)
+        if self.prefetch_to_device and (self._delivery is None or self._delivery.type == "cpu"):
+            reason = "batches are delivered on the CPU" if torch.cuda.is_available() else "there is no accelerator"
+            warnings.warn(f"prefetch_to_device={self.prefetch_to_device} has no effect: {reason}", stacklevel=3)
 
 
 def _is_torchs_default(sampler: object, batch_sampler: object) -> bool:
@@ -447,6 +458,9 @@ def _refuse_misplaced(loader: DataLoader, dataset: object, drop_last: bool) -> N
         raise UsageError("tail='pad' keeps the last samples and drop_last=True drops them: leave one of them out")
     if tail == "pad" and not isinstance(dataset, RecordDataset):
         raise UsageError("tail='pad' needs a RecordDataset: only its batches have a place for `valid`")
+    ahead = loader.prefetch_to_device
+    if ahead is not None and (not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0):
+        raise UsageError(f"prefetch_to_device={ahead!r} is not a number of batches: it is at least 0")
     if loader.decode_threads is not None and loader._translation.graph is None:
         raise UsageError("decode_threads= needs a graph: everything else is decoded by the workers, see num_workers")
 
@@ -475,6 +489,11 @@ def _decode_threads(asked: int | None) -> int:
     if asked < 1:
         raise UsageError(f"decode_threads={asked} is not a number of threads: it is at least 1")
     return asked
+
+
+def _delivery(dataset: object, device: torch.device | str | None) -> torch.device | None:
+    """Where batches are delivered; None where nobody says so."""
+    return None if device is None and not isinstance(dataset, RecordDataset) else _delivery_device(device)
 
 
 def _delivery_device(device: torch.device | str | None) -> torch.device:

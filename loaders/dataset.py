@@ -1,5 +1,6 @@
 """`RecordDataset`: a converted data set as a torch Dataset, read from the node-local copy where there is one."""
 
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from stagein.formats.record_reader import RecordReader
 from stagein.formats.schema import BFLOAT16, Field
 from stagein.formats.values import from_rows
 from stagein.leases import ReaderLease
+
+from .stats import PhaseTimes
 
 _JPEG_START = b"\xff\xd8"
 Sample = dict[str, Any]
@@ -91,17 +94,28 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
     def _place_of_field(self, name: str) -> int:
         return self.fields.index(name) if name in self.fields else len(self.fields) + (name == "valid")
 
-    def read(self, indices: Sequence[int]) -> list[Sample]:
-        """Several samples as dicts, decoded."""
-        values = {name: self._read_field(name, indices) for name in self.fields}
+    def read(self, indices: Sequence[int], times: PhaseTimes | None = None) -> list[Sample]:
+        """Several samples as dicts, decoded. What it takes is added to `times`."""
+        times = PhaseTimes() if times is None else times
+        values = {name: self._read_field(name, indices, times) for name in self.fields}
         return [{name: values[name][row] for name in self.fields} for row in range(len(indices))]
 
-    def _read_field(self, name: str, indices: Sequence[int]) -> list[Any]:
+    def _read_field(self, name: str, indices: Sequence[int], times: PhaseTimes) -> list[Any]:
         if name in self.records.columns:
             return list(self.rows(name, indices))
         reader = self.records.readers[name]
-        stored = zip(indices, reader.read_records(indices), strict=True)
-        return [typed(reader.field, self._decode(reader, index, content)) for index, content in stored]
+        started = time.perf_counter()
+        stored = reader.read_records(indices)
+        read = time.perf_counter()
+        pairs = zip(indices, stored, strict=True)
+        values = [typed(reader.field, self._decode(reader, index, content)) for index, content in pairs]
+        seconds, nbytes = time.perf_counter() - read, sum(value.nbytes for value in values if hasattr(value, "nbytes"))
+        times.add(PhaseTimes(read_s=read - started, bytes_read=sum(content.nbytes for content in stored)))
+        if reader.field.codec is not None:
+            times.add(PhaseTimes(decompress_s=seconds, bytes_decompressed=nbytes))
+        elif is_image(reader.field):
+            times.add(PhaseTimes(decode_s=seconds, bytes_decoded=nbytes))
+        return values
 
     def rows(self, name: str, indices: Sequence[int] | NDArray[np.int64]) -> Any:
         """A field of several samples, not decoded: an array `[len(indices), ...]`, a tensor where numpy has no such type; a
@@ -162,6 +176,9 @@ class SamplesAsDicts(torch.utils.data.Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def read(self, indices: Sequence[int], times: PhaseTimes | None = None) -> list[Sample]:
+        return self._dataset.read(indices, times)
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset.read([index])[0]

@@ -20,6 +20,7 @@ from stagein.formats.errors import StageinError
 
 from .batches import BatchTask, HostBatch, RowFailure
 
+CPU = torch.device("cpu")
 Batch = dict[str, torch.Tensor]
 Delivered = tuple[HostBatch, Batch]
 
@@ -36,10 +37,13 @@ class EngineOptions:
 
     decode_threads: int
     device: torch.device
+    """Where batches are wanted."""
     pin_memory: bool
-    """Deliver in page-locked memory what is delivered on the CPU."""
+    """Put into page-locked memory what is delivered on the CPU."""
     keep_between_epochs: bool
     """Keep what is costly to build, such as a DALI pipeline."""
+    prefetch_to_device: int = 1
+    """Batches made on the GPU, or sent there, ahead of the one that the caller works on."""
 
 
 class Engine(Protocol):
@@ -49,11 +53,15 @@ class Engine(Protocol):
     def description(self) -> str:
         """Who does the work, for `DataLoader.explain`."""
 
+    @property
+    def delivers_on(self) -> torch.device:
+        """Where its batches are: `EngineOptions.device`, or the CPU: whoever uses it then copies them."""
+
     def load(self, task: BatchTask) -> HostBatch:
         """Read a batch. Called from several threads at once. Raises the StageinErrors of `OnFailure`."""
 
     def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
-        """Each batch with its tensors, in order. What the engine runs ends with the iterator, however that ends.
+        """Each batch with its tensors, in order; `times` of it are complete then. What the engine runs ends with the iterator, however that ends.
 
         An exception of `batches` is raised after the batches before it.
         """

@@ -1,8 +1,10 @@
 """The fast path: reader threads that run ahead, and an engine that makes tensors of what they read."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+
+import torch
 
 from stagein.formats.errors import StageinError
 
@@ -14,32 +16,9 @@ from .graphs import Graph, ImageGraph
 from .image_engine import ImageEngine
 from .inflate import inflating, why_not_inflated
 from .reading import ReadAhead, TaskTimeoutError
+from .stats import LoaderStats
 from .tensor_engine import TensorEngine
 from .worker_info import MAX_SEED, Introduced
-
-
-@dataclass
-class LoaderStats:
-    """What a loader did since it was made, on this rank.
-
-    read_s        seconds that threads spent reading, or loading samples one by one, added up over the threads.
-    read_wait_s   seconds that the caller waited for reading, or for workers.
-    graph_wait_s  seconds that the caller waited for decoding and the rest of the graph.
-    left_shards   files of the staged copy that turned out to be bad and are read from the source.
-    bad_records   distinct records that others took the place of.
-    ready_batches  batches that were ready when the caller asked for the next one, added up: by `batches`, the mean depth of
-                   the queue. Near 0, the caller waits for data.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    bytes_read: int = 0
-    read_s: float = 0.0
-    read_wait_s: float = 0.0
-    graph_wait_s: float = 0.0
-    left_shards: int = 0
-    bad_records: int = 0
-    ready_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,59 +50,97 @@ class FastPath:
         on_failure: OnFailure = raise_first,
     ) -> None:
         self.stats = LoaderStats()
-        self.device = options.device
-        self._dataset, self._reading, self._seed = dataset, reading, seed
+        self._dataset, self._reading, self._seed, self._device = dataset, reading, seed, options.device
         self._engine = _choose_engine(dataset, graph, seed, options, on_failure)
+
+    @property
+    def delivers_on(self) -> torch.device:
+        """Where its batches are."""
+        return self._engine.delivers_on
 
     @property
     def description(self) -> str:
         """Who does what, for `DataLoader.explain`."""
         readers = "the caller reads" if not self._reading.num_readers else f"{self._reading.num_readers} reader threads"
-        return f"{readers}, {self._engine.description}, batches on {self.device}"
+        return f"{readers}, {self._engine.description}, batches on {self._device}"
 
-    def run(self, tasks: Iterator[BatchTask]) -> Iterator[tuple[BatchTask, Batch]]:
-        """Each task with its batch, in order. Threads and pipeline end with the iterator, however it ends."""
+    def run(self, tasks: Iterator[BatchTask]) -> "FastPathRun":
+        """Each task with its batch, in order."""
         reading = self._reading
-        num_ahead = reading.num_readers * reading.batches_per_reader
         load: Callable[[BatchTask], HostBatch] = self._engine.load
         if reading.worker_init_fn is not None and reading.num_readers:
             load = Introduced(load, self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
+        num_ahead = reading.num_readers * reading.batches_per_reader
         reads = ReadAhead(tasks, load, reading.num_readers, num_ahead, reading.timeout_s)
-        join_timeout_s = None
-        try:
-            yield from self._count(self._engine.transform(self._timed(reads)))
-        except TaskTimeoutError as error:
-            join_timeout_s = 0.0  # that thread hangs, and may do so for ever
-            raise _timeout_error(error.task, self._dataset, reading.timeout_s) from None
-        finally:
-            reads.close(join_timeout_s)
+        return FastPathRun(reads, self._engine, self._dataset, reading.timeout_s, self.stats)
 
-    def _count(self, transformed: Iterator[Delivered]) -> Iterator[tuple[BatchTask, Batch]]:
-        """The same batches; what they took goes into the statistics."""
-        stats = self.stats
-        while True:
-            started, read_wait_s = time.perf_counter(), stats.read_wait_s
-            delivered = next(transformed, None)
-            stats.graph_wait_s += time.perf_counter() - started - (stats.read_wait_s - read_wait_s)
-            if delivered is None:
-                return
-            host, batch = delivered
-            stats.batches += 1
-            stats.samples += host.task.rows.num_valid
-            stats.bytes_read += host.num_bytes
-            stats.read_s += host.read_s
-            yield host.task, batch
 
-    def _timed(self, batches: ReadAhead[BatchTask, HostBatch]) -> Iterator[HostBatch]:
-        """The same batches; how many are ready, and the time that the caller waits for each, go into the statistics."""
-        while True:
-            started = time.perf_counter()
-            self.stats.ready_batches += batches.num_ready
-            batch = next(batches, None)
-            self.stats.read_wait_s += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+class FastPathRun:
+    """An iterator over tasks and their batches. Threads and pipeline end with it, however it ends."""
+
+    def __init__(
+        self,
+        reads: ReadAhead[BatchTask, HostBatch],
+        engine: Engine,
+        dataset: RecordDataset,
+        timeout_s: float,
+        stats: LoaderStats,
+    ) -> None:
+        self._reads, self._stats = reads, stats
+        self._batches = _transformed(reads, engine, dataset, timeout_s, stats)
+
+    @property
+    def next_is_ready(self) -> bool:
+        return self._reads.next_is_ready
+
+    def __iter__(self) -> Iterator[tuple[BatchTask, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[BatchTask, Batch]:
+        host, batch = next(self._batches)
+        stats = self._stats
+        stats.batches += 1
+        stats.samples += host.task.rows.num_valid
+        stats.add(host.times)
+        return host.task, batch
+
+    def close(self) -> None:
+        self._batches.close()
+        self._reads.close()  # where nothing was asked for yet
+
+
+def _transformed(
+    reads: ReadAhead[BatchTask, HostBatch], engine: Engine, dataset: RecordDataset, timeout_s: float, stats: LoaderStats
+) -> Generator[Delivered, None, None]:
+    try:
+        yield from _waited_for(engine.transform(_read(reads, stats)), stats)
+    except TaskTimeoutError as error:
+        raise _timeout_error(error.task, dataset, timeout_s) from None
+    finally:
+        reads.close()
+
+
+def _waited_for(transformed: Iterator[Delivered], stats: LoaderStats) -> Iterator[Delivered]:
+    """The same batches; the time that the caller waits for them, past that for reading, goes into the statistics."""
+    while True:
+        started, read_wait_s = time.perf_counter(), stats.read_wait_s
+        delivered = next(transformed, None)
+        stats.graph_wait_s += time.perf_counter() - started - (stats.read_wait_s - read_wait_s)
+        if delivered is None:
+            return
+        yield delivered
+
+
+def _read(batches: ReadAhead[BatchTask, HostBatch], stats: LoaderStats) -> Iterator[HostBatch]:
+    """The same batches; how many are ready, and the time that the caller waits for each, go into the statistics."""
+    while True:
+        started = time.perf_counter()
+        stats.ready_batches += batches.num_ready
+        batch = next(batches, None)
+        stats.read_wait_s += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
 
 
 def _choose_engine(

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -12,23 +13,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.utils.data
+from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from stagein.formats.errors import StageinError, UsageError
 from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
+from .collate import tensor_bytes
+from .deliveries import Delivery, Failure
 from .sampler import Step
+from .stats import PhaseTimes, SharedTimes
 from .worker_info import ThreadInfo, introduce_thread
 
-
-@dataclass(frozen=True)
-class Failure:
-    """In place of a batch: the error of the user's code that is to be raised to the caller."""
-
-    error: BaseException
-
-
-Delivery = tuple[Step, Any]
-"""A step and its batch, or a `Failure`."""
 _JOIN_SECONDS = 10.0
 """How long an iterator that ends waits for a thread that is in the user's code."""
 
@@ -37,6 +32,20 @@ class Fetch(Protocol):
     """What is done for a step, wherever it is done."""
 
     def __call__(self, step: Step) -> Any: ...
+
+
+class TimedFetch:
+    """`fetch`; what it takes goes into `times`, and its batches into page-locked memory where `pin` says so."""
+
+    def __init__(self, fetch: "FetchSamples", times: SharedTimes, pin: bool) -> None:
+        self._fetch, self._times, self._pin = fetch, times, pin
+
+    def __call__(self, step: Step) -> Any:
+        times = PhaseTimes()
+        batch = self._fetch.load(step, times)
+        times.bytes_transformed = tensor_bytes(batch)
+        self._times.add(times)
+        return pin_structure(batch) if self._pin else batch  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -67,21 +76,30 @@ class FetchSamples:
     transform: Callable[[Any], Any] | None = None
     with_valid: bool = False
 
-    def __call__(self, step: Step) -> Any:
+    def load(self, step: Step, times: PhaseTimes) -> Any:
+        """The batch of a step. What it takes is added to `times`."""
         if not self.batched:
-            (sample,) = self._samples(step, [step.indices], num_valid=1)
-            return self.collate(sample)
-        if not step.indices and self.empty_of is not None:
-            return self.empty_of(self.collate(self._samples(step, [0], num_valid=0)))
-        return self.collate(self._samples(step, step.indices, step.num_valid))
+            samples, collate, num_valid = [step.indices], _of_the_only_one(self.collate), 1
+        elif not step.indices and self.empty_of is not None:
+            samples, collate, num_valid = [0], _both(self.collate, self.empty_of), 0
+        else:
+            samples, collate, num_valid = step.indices, self.collate, step.num_valid
+        fetched = self.fetch(step, samples, times)
+        started = time.perf_counter()
+        batch = collate(self._finished(fetched, num_valid))
+        times.transform_s += time.perf_counter() - started
+        return batch
 
-    def fetch(self, step: Step, indices: list[Any]) -> list[Any]:
+    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> list[Any]:
         """The samples as the data set has them."""
+        started = time.perf_counter()
         fetch_many = getattr(self.dataset, "__getitems__", None) if self.batched else None
-        return [self.dataset[index] for index in indices] if fetch_many is None else list(fetch_many(indices))
+        samples = [self.dataset[index] for index in indices] if fetch_many is None else list(fetch_many(indices))
+        times.read_s += time.perf_counter() - started
+        return samples
 
-    def _samples(self, step: Step, indices: list[Any], num_valid: int) -> list[Any]:
-        samples = [self._transformed(sample) for sample in self.fetch(step, indices)]
+    def _finished(self, fetched: list[Any], num_valid: int) -> list[Any]:
+        samples = [self._transformed(sample) for sample in fetched]
         if not self.with_valid:
             return samples
         return [{**sample, "valid": np.bool_(row < num_valid)} for row, sample in enumerate(samples)]
@@ -90,8 +108,18 @@ class FetchSamples:
         return sample if self.transform is None else self.transform(sample)
 
 
+def _of_the_only_one(collate: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
+    return lambda samples: collate(samples[0])
+
+
+def _both(first: Callable[[Any], Any], then: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
+    return lambda samples: then(first(samples))
+
+
 class CallerFetcher:
     """An iterator over deliveries without threads or processes. After an error it goes on with the next step, as torch does."""
+
+    next_is_ready = False
 
     def __init__(self, fetch: Fetch, steps: Iterator[Step]) -> None:
         self._fetch, self._steps = fetch, steps
@@ -179,6 +207,11 @@ class ThreadFetcher:
     def num_ready(self) -> int:
         """Batches that are done and wait for the caller."""
         return sum(future.done() for future, _ in self._pending)
+
+    @property
+    def next_is_ready(self) -> bool:
+        next_ones = list(self._pending)[: 1 if self._in_order else None]
+        return any(future.done() for future, _ in next_ones)
 
     def __iter__(self) -> Iterator[Delivery]:
         return self
@@ -268,6 +301,8 @@ class TorchFetcher:
         if loader.num_workers:
             refuse_fork(loader.multiprocessing_context)
         self._steps = steps
+        self.next_is_ready = loader.num_workers > 0
+        """Worker processes do not say; they are ahead of the caller, mostly."""
         with hidden_from_mpi():
             self._batches: Iterator[Any] = iter(loader)
 

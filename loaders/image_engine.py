@@ -1,6 +1,7 @@
 """The engine for the ready image graphs without a GPU: threads of our own that turn records into rows of a batch."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from stagein.formats.errors import SourceError
 from .batches import BatchReader, BatchTask, HostBatch, RowFailure
 from .buffer_ring import BufferRing
 from .dataset import RecordDataset
-from .engine import Delivered, EngineOptions, OnFailure
+from .engine import CPU, Delivered, EngineOptions, OnFailure
 from .graphs import ImageGraph, ImageOutput, ImageViews
+from .stats import PhaseTimes
 
 _BATCHES_AHEAD = 2
 """Batches worked on ahead of the caller: threads that are done with one go on with the next."""
@@ -25,6 +27,8 @@ _MAX_IDLE_BATCHES = 4
 
 class ImageEngine:
     """Decodes with libjpeg-turbo only the rows that a window needs, and resizes and normalises them in one pass."""
+
+    delivers_on = CPU
 
     def __init__(
         self, dataset: RecordDataset, graph: ImageGraph, seed: int, options: EngineOptions, on_failure: OnFailure
@@ -79,10 +83,9 @@ class ImageEngine:
             ]
             work = self._begin(self._reader.repair(work.batch, failures), threads)
             work.wait()
-        batch, device = work.batch, self._options.device
         tensors = {self._graph.output.field: torch.from_numpy(work.rows)}
-        tensors |= {name: torch.as_tensor(rows) for name, rows in batch.ready.items()}
-        return batch, {name: tensor.to(device) for name, tensor in tensors.items()}
+        tensors |= {name: torch.as_tensor(rows) for name, rows in work.batch.ready.items()}
+        return work.batch, tensors
 
 
 @dataclass
@@ -94,16 +97,18 @@ class _BatchInWork:
     records: list[NDArray[np.uint8]]
     rows: NDArray[np.float32]
     failed: list[tuple[int, str]] = field(default_factory=list)
-    _finished: "SimpleQueue[BaseException | None]" = field(default_factory=SimpleQueue)
+    _finished: "SimpleQueue[BaseException | PhaseTimes]" = field(default_factory=SimpleQueue)
 
-    def finish_row(self, error: BaseException | None) -> None:
-        self._finished.put(error)
+    def finish_row(self, result: BaseException | PhaseTimes) -> None:
+        self._finished.put(result)
 
     def wait(self) -> None:
         """Until all rows are made. Raises what a thread met that is not the fault of a record."""
         for _ in range(len(self.rows)):
-            if (error := self._finished.get()) is not None:
-                raise error
+            result = self._finished.get()
+            if isinstance(result, BaseException):
+                raise result
+            self.batch.times.add(result)
         self.failed.sort()
 
 
@@ -148,19 +153,27 @@ def _make_rows(
     scale, offset = output.scale_and_offset()
     while (item := queue.get()) is not None and not closed.is_set():
         work, row = item
-        error: BaseException | None = None
+        result: BaseException | PhaseTimes = PhaseTimes()
         window, region = work.views.windows[row], work.views.regions[row]
         try:
+            began = time.perf_counter()
             pixels = decoder.decode(work.records[row], int(window[0] + window[2]))
+            decoded = time.perf_counter()
             if not _lies_in(window, pixels):
                 raise ValueError(f"it has {len(pixels)} rows of {pixels.shape[1] // 3} pixels, less than its size says")
             mirror = bool(work.views.mirrored[row])
             resize_into(pixels, window, region, output.antialias, mirror, scale, offset, work.rows[row])
+            result = PhaseTimes(
+                decode_s=decoded - began,
+                bytes_decoded=pixels.nbytes,
+                transform_s=time.perf_counter() - decoded,
+                bytes_transformed=work.rows[row].nbytes,
+            )
         except ValueError as reason:
             work.failed.append((row, " ".join(str(reason).split())))
         except BaseException as raised:  # whatever it is, it belongs to the caller
-            error = raised
-        work.finish_row(error)
+            result = raised
+        work.finish_row(result)
         del item, work  # or the last batch would live on until the next one comes
 
 

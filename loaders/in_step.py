@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from stagein.failure_board import FailureBoard, Notice
 
-from .fetching import Delivery, Failure
-from .paths import Deliveries
+from .deliveries import Deliveries, Delivery, Failure
 
 _loader_numbers = itertools.count()
 
@@ -30,6 +29,10 @@ class InStep:
         """None: not taken yet. An exception, StopIteration too, is due after what was taken before it."""
         self._num_taken = 0
         self._notice: Notice | None = None
+
+    @property
+    def next_is_ready(self) -> bool:
+        return self._next is not None or self._deliveries.next_is_ready
 
     def __iter__(self) -> Iterator[Delivery]:
         return self

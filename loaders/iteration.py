@@ -1,20 +1,18 @@
 """What `iter(loader)` returns: the batches of one epoch, each counted before it is handed over."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 from stagein.formats.errors import StageinError
 
-from .fetching import Failure
+from .deliveries import Deliveries, Failure
 from .frameworks import AccelerateView
-from .paths import Deliveries
 from .sampler import Epoch
 
 
 class LoaderIterator:
     """An iterator over an epoch's batches. What runs for it ends when it is exhausted, closed or dropped.
 
-    finish  what is done to each batch at last, in the caller's thread.
     len_of  the loader: `len()` of the iterator is that of a whole epoch, as in torch.
     view    is told of each step before its batch is handed over.
     where   rank and node, noted in errors where there are several.
@@ -24,12 +22,11 @@ class LoaderIterator:
         self,
         deliveries: Deliveries,
         epoch: Epoch,
-        finish: Callable[[Any], Any],
         len_of: Sized,
         view: AccelerateView | None = None,
         where: str | None = None,
     ) -> None:
-        self._deliveries, self._epoch, self._finish = deliveries, epoch, finish
+        self._deliveries, self._epoch = deliveries, epoch
         self._len_of, self._view, self._where = len_of, view, where
         self._over = False
 
@@ -60,7 +57,6 @@ class LoaderIterator:
                 raise error
             finally:
                 del error
-        batch = self._finish(batch)
         self._epoch.delivered(step)
         if self._view is not None:
             self._view.delivering(step.number)

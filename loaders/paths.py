@@ -5,7 +5,6 @@ SamplePath  any map-style data set, sample by sample, in the caller or in thread
 TorchPath   torch's own iterator: worker processes where multiprocessing_context asks for them, IterableDatasets
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,26 +13,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from stagein.formats.errors import UsageError
 
 from .bad_records import Replacement
 from .batches import BatchTask
 from .collate import rows_as_samples
-from .fastpath import FastPath, LoaderStats
-from .fetching import CallerFetcher, Delivery, FedSteps, FetchSamples, ThreadFetcher, TorchFetcher, WorkerThreads
+from .deliveries import Deliveries, Delivery
+from .fastpath import FastPath
+from .fetching import CallerFetcher, FedSteps, FetchSamples, ThreadFetcher, TimedFetch, TorchFetcher, WorkerThreads
 from .order import RankBatch
 from .sampler import Epoch, Step
-
-
-class Deliveries(Protocol):
-    """An iterator over steps and their batches. Whatever runs for it ends with `close`."""
-
-    def __iter__(self) -> Iterator[Delivery]: ...
-
-    def __next__(self) -> Delivery: ...
-
-    def close(self) -> None: ...
+from .stats import LoaderStats, SharedTimes
 
 
 class LoadingPath(Protocol):
@@ -52,7 +44,7 @@ class LoadingPath(Protocol):
 
 @dataclass
 class SamplePath:
-    """Any map-style data set, sample by sample. Without workers the caller does it."""
+    """Any map-style data set, sample by sample. Without workers the caller does it. Batches are on the CPU."""
 
     fetch: FetchSamples
     num_workers: int
@@ -61,6 +53,7 @@ class SamplePath:
     in_order: bool
     persistent: bool
     worker_init_fn: Callable[[int], None] | None
+    pin_memory: bool
     stats: LoaderStats = field(default_factory=LoaderStats)
     _workers: WorkerThreads | None = None
 
@@ -70,7 +63,7 @@ class SamplePath:
         return f"sample by sample, by {who}"
 
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
-        fetch = _TimedFetch(self.fetch, self.stats)
+        fetch = TimedFetch(self.fetch, SharedTimes(self.stats), self.pin_memory)
         workers, self._workers = self._workers, None
         if workers is None:
             base_seed = draw_base_seed()
@@ -88,21 +81,6 @@ class SamplePath:
             keep_workers=self.persistent,
         )
         return _Counted(threads, self.stats)
-
-
-class _TimedFetch:
-    """The same; the time it takes goes into the statistics."""
-
-    def __init__(self, fetch: FetchSamples, stats: LoaderStats) -> None:
-        self._fetch, self._stats = fetch, stats
-        self._lock = threading.Lock()
-
-    def __call__(self, step: Step) -> Any:
-        started = time.perf_counter()
-        batch = self._fetch(step)
-        with self._lock:
-            self._stats.read_s += time.perf_counter() - started
-        return batch
 
 
 @dataclass
@@ -132,6 +110,10 @@ class _Counted:
     def __init__(self, deliveries: Deliveries, stats: LoaderStats) -> None:
         self._deliveries, self._stats = deliveries, stats
 
+    @property
+    def next_is_ready(self) -> bool:
+        return self._deliveries.next_is_ready
+
     def __iter__(self) -> Iterator[Delivery]:
         return self
 
@@ -159,6 +141,7 @@ class RecordPath:
     shaped      what is made of the dict of a batch, or of a sample, at last.
     replacement  knows which records are bad; None: bad records are errors.
     listed_fields  fields that may come as a list, one entry a sample, without a collate_fn.
+    pin_memory  deliver in page-locked memory; what the engine put there stays where it is.
     """
 
     fast_path: FastPath
@@ -168,10 +151,15 @@ class RecordPath:
     shaped: Callable[[dict[str, Any]], Any]
     replacement: Replacement | None
     listed_fields: frozenset[str]
+    pin_memory: bool
 
     @property
     def stats(self) -> LoaderStats:
         return self.fast_path.stats
+
+    @property
+    def delivers_on(self) -> torch.device:
+        return self.fast_path.delivers_on
 
     @property
     def description(self) -> str:
@@ -187,16 +175,21 @@ class _RecordDeliveries:
         self._taken: deque[Step] = deque()
         self._batches = path.fast_path.run(self._tasks())
 
+    @property
+    def next_is_ready(self) -> bool:
+        return self._batches.next_is_ready
+
     def __iter__(self) -> Iterator[Delivery]:
         return self
 
     def __next__(self) -> Delivery:
         _, batch = next(self._batches)
         step = self._taken.popleft()
-        return step, self._collated(step, batch)
+        collated = self._collated(step, batch)
+        return step, pin_structure(collated) if self._path.pin_memory else collated  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        self._batches.close()  # type: ignore[attr-defined]  # it is a generator
+        self._batches.close()
 
     def _tasks(self) -> Iterator[BatchTask]:
         for step in self._steps:
@@ -209,7 +202,7 @@ class _RecordDeliveries:
     def _collated(self, step: Step, batch: dict[str, Any]) -> Any:
         path = self._path
         if path.with_valid:
-            rows = torch.arange(len(step.indices), device=path.fast_path.device)
+            rows = torch.arange(len(step.indices), device=path.delivers_on)
             batch = {**batch, "valid": rows < step.num_valid}
         if path.batched and path.collate_fn is None:
             self._refuse_ragged(batch)

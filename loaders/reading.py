@@ -43,6 +43,8 @@ class ReadAhead(Generic[Task, Result]):
         self._work = work
         self._num_ahead = max(1, num_ahead)
         self._timeout_s = timeout_s or None
+        self.is_hanging = False
+        """Whether a thread did not come back within the limit: it may never do so."""
         self._queue: SimpleQueue[tuple[Future[Result], Task] | None] = SimpleQueue()
         self._pending: deque[tuple[Future[Result], Task]] = deque()
         self._threads = [
@@ -59,6 +61,11 @@ class ReadAhead(Generic[Task, Result]):
         """Results that wait for the caller."""
         return sum(future.done() for future, _ in self._pending)
 
+    @property
+    def next_is_ready(self) -> bool:
+        """Whether the next result waits for the caller."""
+        return bool(self._pending) and self._pending[0][0].done()
+
     def __iter__(self) -> Iterator[Result]:
         return self
 
@@ -71,18 +78,19 @@ class ReadAhead(Generic[Task, Result]):
         future, task = self._pending.popleft()
         self._hand_out()
         if not wait([future], self._timeout_s).done:
+            self.is_hanging = True
             raise TaskTimeoutError(task)
         return future.result()
 
-    def close(self, join_timeout_s: float | None = None) -> None:
-        """Forget what is not yet read and end the threads, waiting for them at most `join_timeout_s` (None: as long as it takes)."""
+    def close(self) -> None:
+        """Forget what is not yet read and end the threads; wait for them, unless one hangs."""
         for future, _ in self._pending:
             future.cancel()
         self._pending.clear()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join(join_timeout_s)
+            thread.join(0.0 if self.is_hanging else None)
         self._threads.clear()
 
     def _hand_out(self) -> None:

@@ -13,6 +13,7 @@ from .engine import OnFailure, raise_first
 from .fetching import FetchSamples
 from .order import RankBatch
 from .sampler import Step
+from .stats import PhaseTimes
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,21 @@ class FetchRecords(FetchSamples):
 
     on_failure: OnFailure = raise_first
 
-    def fetch(self, step: Step, indices: list[Any]) -> list[Any]:
+    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> list[Any]:
         try:
-            return super().fetch(step, indices)
+            return self.dataset.read(indices, times)  # type: ignore[no-any-return]
         except StageinError:
             ids = np.asarray(indices, dtype=np.int64)
             task = BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
-            while failures := self._failures(step, ids):
+            while failures := self._failures(ids):
                 ids = self.on_failure(task, ids, failures)
-            return super().fetch(step, ids.tolist())
+            return self.dataset.read(ids.tolist(), times)  # type: ignore[no-any-return]
 
-    def _failures(self, step: Step, ids: NDArray[np.int64]) -> list[RowFailure]:
+    def _failures(self, ids: NDArray[np.int64]) -> list[RowFailure]:
         failures = []
         for row, sample in enumerate(ids.tolist()):
             try:
-                super().fetch(step, [sample])
+                self.dataset.read([sample])
             except StageinError as error:
                 failures.append(RowFailure(row, error))
         return failures

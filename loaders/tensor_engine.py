@@ -12,7 +12,8 @@ from stagein.formats.errors import StageinError
 from .batches import BatchTask, HostBatch, RowFailure
 from .buffer_ring import BufferRing
 from .dataset import RecordDataset, typed
-from .engine import Delivered, EngineOptions, OnFailure
+from .engine import CPU, Delivered, EngineOptions, OnFailure
+from .stats import PhaseTimes
 
 _MAX_IDLE_BATCHES = 4
 
@@ -24,6 +25,8 @@ def delivers_tensors(dataset: RecordDataset) -> bool:
 
 class TensorEngine:
     """See the module. Raises nothing of its own: `delivers_tensors` says where it fits."""
+
+    delivers_on = CPU
 
     def __init__(self, dataset: RecordDataset, options: EngineOptions, on_failure: OnFailure) -> None:
         self._dataset, self._options, self._on_failure = dataset, options, on_failure
@@ -47,12 +50,12 @@ class TensorEngine:
             for name in self._dataset.fields
         }
         num_bytes = sum(int(reader.index.nbytes[ids].sum()) for reader in self._readers.values())
-        return HostBatch(task, ids, {}, ready, len(ids), time.perf_counter() - started, num_bytes)
+        times = PhaseTimes(read_s=time.perf_counter() - started, bytes_read=num_bytes)
+        return HostBatch(task, ids, {}, ready, len(ids), times)
 
     def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
-        device = self._options.device
         for batch in batches:
-            yield batch, {name: torch.as_tensor(rows).to(device) for name, rows in batch.ready.items()}
+            yield batch, {name: torch.as_tensor(rows) for name, rows in batch.ready.items()}
 
     def _fill(self, task: BatchTask, large: dict[str, NDArray[np.generic]]) -> NDArray[np.int64]:
         """Read the large fields; the ids of what is in them: those of the task, but for bad ones that were replaced."""

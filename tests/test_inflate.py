@@ -57,7 +57,7 @@ def read_for_gpu(dataset: RecordDataset, ids: list[int]):
 def test_blocks_reach_the_gpu_compressed_and_inflate_to_the_record(dataset):
     field, ids = dataset.records.schema.primary_field, [3, 0, 5]
     batch = read_for_gpu(dataset, ids)
-    assert batch.num_bytes == dataset.records.index.nbytes[ids].sum() < 3 * field.record_bytes
+    assert batch.times.bytes_read == dataset.records.index.nbytes[ids].sum() < 3 * field.record_bytes
     assert list(batch.ready) == ["label"] and batch.ready["label"].tolist() == ids
     block_bytes = lz4_block_bytes(field.record_bytes)
     stored, offsets, sizes = batch.inputs.values()
