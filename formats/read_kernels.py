@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codecs import LZ4, ZSTD
+from .crc32c_kernel import crc32c_extend
 from .native import fetch_add, kernel, signed
 from .native_calls import (
     blosc_decompress,
-    crc32c_extend,
     errno_location,
     lz4_decompress,
     posix_fadvise,
