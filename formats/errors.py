@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     NO_SPACE = 4
     CHECKSUM = 5
     INTERRUPTED = 6
+    NO_TIME = 7
     WATCHDOG = 75
 
 
@@ -57,6 +58,12 @@ class InterruptedRunError(StageinError):
     """Stopped by a signal or by a peer; the same command again resumes."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+class NoTimeError(StageinError):
+    """What was to be done takes longer than the job has left."""
+
+    exit_code = ExitCode.NO_TIME
 
 
 class WatchdogError(StageinError):

@@ -92,7 +92,7 @@ class Store:
 
     def finished_bytes(self) -> int:
         """Bytes of published files, and of chunks that an unfinished run has noted in its journals."""
-        return self._table.total_bytes(self._table.of_files(sorted(self.published() or ())) | self._journaled())
+        return self._table.total_bytes(self._table.of_files(sorted(self.published() or ())) | self.journaled())
 
     def make_folder(self) -> None:
         """Make the store's own folder, which also shows that the destination can be written, and clear what the dead left."""
@@ -172,7 +172,7 @@ class Store:
             if read_ready(self.final, self.id) is None and self.final.exists():
                 self._take_back()
             self.work.mkdir(exist_ok=True)
-            claimed = self._journaled()
+            claimed = self.journaled()
             for file in files:
                 if self._take_back_file(file):
                     claimed[self._table.first[file] : self._table.first[file + 1]] = True
@@ -204,7 +204,7 @@ class Store:
         source.rename(target)
         return True
 
-    def _journaled(self) -> Flags:
+    def journaled(self) -> Flags:
         """Chunks that the journals list. A line cut short by a crash may name a wrong one: claims are verified anyway."""
         claimed = np.zeros(len(self._table), dtype=np.bool_)
         for path in self.work.glob(f"{_JOURNAL_PREFIX}*"):

@@ -7,7 +7,7 @@ which files end on which node; `rank_work` deals the chunks that are still missi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NoReturn, TypeAlias
@@ -144,29 +144,35 @@ class StagePlan:
         return of_files[table.file_of]
 
     def summary(
-        self, manifest: Manifest, *, is_there: bool, rates: Sequence[NodeRates] = (), seconds_left: float | None = None
+        self,
+        manifest: Manifest,
+        gets_bytes: Sequence[int],
+        missing_anywhere: Flags,
+        *,
+        is_there: bool = False,
+        rates: Sequence[NodeRates] = (),
+        seconds_left: float | None = None,
     ) -> PlanSummary:
-        """What `--dry-run` shows. The prediction, where `rates` of all nodes are given, is for data that is nowhere yet.
+        """What `--dry-run` shows. A prediction only where `rates` of all nodes are given and something is to be done.
 
-        is_there      every node has its files already.
-        seconds_left  what is left to the job.
+        gets_bytes        for each node, what it does not have yet of its files.
+        missing_anywhere  the chunks that some node does not have yet.
+        is_there          every node has its files already, published.
+        seconds_left      what is left to the job.
         """
         table = ChunkTable(manifest)
-        sizes = [entry.nbytes for entry in table.files]
-        traveling = _whole_first(table, np.flatnonzero(table.of_files(self.shared)))
+        read_by = _readers(self, table, missing_anywhere)
         nodes = []
         for number, node in enumerate(self.nodes):
-            shared_bytes = table.total_bytes(_dealt(traveling, number, len(self.nodes)))
             files = self.files_of(number)
-            gets_bytes, reads_bytes = sum(sizes[file] for file in files), sum(sizes[f] for f in self.first_read[number])
             nodes.append(
                 NodeSummary(
                     name=node.name,
                     files=len(files),
-                    gets_bytes=gets_bytes,
-                    held_bytes=node.held_bytes,
+                    gets_bytes=gets_bytes[number],
+                    has_bytes=sum(table.files[file].nbytes for file in files) - gets_bytes[number],
                     free_bytes=node.free_bytes,
-                    reads_bytes=shared_bytes + reads_bytes,
+                    reads_bytes=table.total_bytes(read_by(number)),
                     rates=rates[number] if rates else None,
                 )
             )
@@ -190,12 +196,12 @@ class NodeRates(BaseModel):
 
 
 class NodeSummary(BaseModel):
-    """One node of a plan, in bytes: what it gets, has on disk already, has free, and reads from the source for the others too."""
+    """One node of a plan, in bytes: what it still gets, has already, has free, and reads from the source for the others too."""
 
     name: str
     files: int
     gets_bytes: int
-    held_bytes: int
+    has_bytes: int
     free_bytes: int
     reads_bytes: int
     rates: NodeRates | None
@@ -206,7 +212,7 @@ class NodeSummary(BaseModel):
         parts: dict[Resource, tuple[int, float | None]] = {
             "disk": (self.gets_bytes, self.rates.disk),
             "source": (self.reads_bytes, self.rates.source),
-            "network": (self.gets_bytes - self.reads_bytes, self.rates.network),
+            "network": (max(0, self.gets_bytes - self.reads_bytes), self.rates.network),
         }
         return {resource: nbytes / rate if rate else 0.0 for resource, (nbytes, rate) in parts.items() if nbytes}
 
@@ -307,20 +313,31 @@ def _replicated(nodes: Sequence[NodeSpace], num_files: int) -> StagePlan:
 
 
 def _dealt_out(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int], copies: int) -> StagePlan:
-    """The plan that puts each shard on exactly `copies` nodes, and the other files on all."""
-    num_shards = len(manifest.shards)
+    """The plan that puts each shard on exactly `copies` nodes, and the other files on all.
+
+    A record is of use where all of its fields are: the files that hold the same records of different fields stay together.
+    """
+    num_files, families = len(manifest.shards), shard_families(manifest)
+    family_bytes = [sum(needs[file] for file in family) for family in families]
     policy: ChosenPolicy = "partition" if copies == 1 else "copies"
     by_room = sorted(range(len(nodes)), key=lambda number: -nodes[number].room_bytes)  # those with room side by side
     for ring in (tuple(range(len(nodes))), tuple(by_room)):
         try:
-            first_read = _deal_by_bytes(needs[:num_shards], sum(needs[num_shards:]), nodes, copies, ring)
+            dealt = _deal_by_bytes(family_bytes, sum(needs[num_files:]), nodes, copies, ring)
         except NoSpaceError:
             if copies == 1 or ring == tuple(by_room):
                 raise
             continue
-        shared = tuple(range(num_shards, len(needs)))
+        first_read = tuple(tuple(sorted(file for each in of_node for file in families[each])) for of_node in dealt)
+        shared = tuple(range(num_files, len(needs)))
         return StagePlan(policy, copies, tuple(nodes), shared, first_read, ring)
     raise AssertionError("unreachable")
+
+
+def shard_families(manifest: Manifest) -> list[tuple[int, ...]]:
+    """The shard files, by number, that hold the same records: one of each large field."""
+    count = manifest.num_shards
+    return [tuple(range(first, len(manifest.shards), count)) for first in range(count)]
 
 
 def _most_copies(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int]) -> StagePlan:
@@ -348,32 +365,32 @@ def stored_bytes(entry: FileEntry) -> int:
 
 
 def _deal_by_bytes(
-    shard_bytes: list[int], shared_bytes: int, nodes: Sequence[NodeSpace], copies: int, ring: Sequence[int]
+    family_bytes: list[int], shared_bytes: int, nodes: Sequence[NodeSpace], copies: int, ring: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Give each shard, largest first, to the node that has the fewest to read so far, and to the `copies - 1` after it in the
-    ring, among the places where all of these have room for it. Returns by node the shards that it reads."""
+    """Give each family of shards, largest first, to the node that has the fewest bytes to read so far, and to the `copies - 1`
+    after it in the ring, among the places where all of these have room for it. Returns by node the families that it reads."""
     for node in nodes:
         if node.room_bytes < shared_bytes:
             _refuse(node, shared_bytes)
-    if copies * sum(shard_bytes) + shared_bytes * len(nodes) > sum(node.room_bytes for node in nodes):
-        _refuse_together(nodes, copies, sum(shard_bytes), shared_bytes)
+    if copies * sum(family_bytes) + shared_bytes * len(nodes) > sum(node.room_bytes for node in nodes):
+        _refuse_together(nodes, copies, sum(family_bytes), shared_bytes)
     room_bytes = [nodes[number].room_bytes - shared_bytes for number in ring]
     read: list[list[int]] = [[] for _ in nodes]
     by_load = [(0, position) for position in range(len(ring))]
-    for shard in sorted(range(len(shard_bytes)), key=lambda number: -shard_bytes[number]):
+    for family in sorted(range(len(family_bytes)), key=lambda number: -family_bytes[number]):
         without_room = []
         while by_load:
             load, position = heapq.heappop(by_load)
             owners = [(position + distance) % len(ring) for distance in range(copies)]
-            if all(shard_bytes[shard] <= room_bytes[owner] for owner in owners):
+            if all(family_bytes[family] <= room_bytes[owner] for owner in owners):
                 for owner in owners:
-                    room_bytes[owner] -= shard_bytes[shard]
-                read[ring[position]].append(shard)
-                heapq.heappush(by_load, (load + shard_bytes[shard], position))
+                    room_bytes[owner] -= family_bytes[family]
+                read[ring[position]].append(family)
+                heapq.heappush(by_load, (load + family_bytes[family], position))
                 break
             without_room.append((load, position))
         else:
-            _refuse_together(nodes, copies, sum(shard_bytes), shared_bytes)
+            _refuse_together(nodes, copies, sum(family_bytes), shared_bytes)
         for entry in without_room:
             heapq.heappush(by_load, entry)
     return tuple(tuple(sorted(numbers)) for numbers in read)
@@ -404,14 +421,8 @@ def rank_work(plan: StagePlan, table: ChunkTable, world: World, missing_anywhere
     first of the nodes that get them. What travels is dealt to the rings, what stays on a node to all of its ranks.
     """
     hops = plan.hops(table)
-    shared = _whole_first(table, np.flatnonzero(table.of_files(plan.shared) & missing_anywhere))
-
-    def read_by(node: int) -> Chunks:
-        own = table.chunks_of(plan.first_read[node])
-        own = _whole_first(table, own[missing_anywhere[own]])
-        return np.concatenate([_dealt(shared, node, world.nodes), own])
-
     position = plan.ring.index(world.node)
+    read_by = _readers(plan, table, missing_anywhere)
     read_here = read_by(world.node)
     local = _dealt(read_here[hops[read_here] == 0], world.local_rank, world.local_size)
     if world.nodes == 1 or world.local_rank >= plan.rings:
@@ -422,6 +433,18 @@ def rank_work(plan: StagePlan, table: ChunkTable, world: World, missing_anywhere
         traveling = _dealt(chunks[hops[chunks] > 0], world.local_rank, plan.rings)
         by_origin.append(traveling[hops[traveling] >= (position - place) % world.nodes])
     return RankWork(position, tuple(by_origin), local, hops)
+
+
+def _readers(plan: StagePlan, table: ChunkTable, missing_anywhere: Flags) -> Callable[[int], Chunks]:
+    """A function from a node to the chunks that it reads: its part of the shared files, and its own shards."""
+    shared = _whole_first(table, np.flatnonzero(table.of_files(plan.shared) & missing_anywhere))
+
+    def read_by(node: int) -> Chunks:
+        own = table.chunks_of(plan.first_read[node])
+        own = _whole_first(table, own[missing_anywhere[own]])
+        return np.concatenate([_dealt(shared, node, len(plan.nodes)), own])
+
+    return read_by
 
 
 def _dealt(chunks: Chunks, receiver: int, receivers: int) -> Chunks:

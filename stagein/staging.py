@@ -186,15 +186,27 @@ class StageJob:
         self._copy = NodeCopy(communicator, self._store, self._table, self.plan.policy, files, stop_requested)
 
     def preview(self, probe_seconds: float, seconds_left: float | None) -> PlanSummary:
-        """The plan in numbers, with a prediction from probes of all nodes."""
+        """The plan in numbers, with a prediction from probes of all nodes; what a journal lists is taken as there."""
         here = self._all.on_this_node()
         is_there = self._copy.complete(here)
         here.free()
+        missing = np.zeros(len(self._table), dtype=np.bool_)
+        if self._leads:
+            missing = self._table.of_files(self._copy.new_files) & ~self._store.journaled()
+        gathered = self._all.gather_all(self._table.total_bytes(missing) if self._leads else None)
+        gets_bytes = [nbytes for nbytes in gathered if nbytes is not None]
         rates = self._probe(probe_seconds) if probe_seconds and not is_there else []
         if seconds_left is None and self._world.rank == 0:
             seconds_left = job_seconds_left()
         seconds_left = self._all.broadcast(seconds_left)
-        return self.plan.summary(self.manifest, is_there=is_there, rates=rates, seconds_left=seconds_left)
+        return self.plan.summary(
+            self.manifest,
+            gets_bytes,
+            self._all.any_rank(missing),
+            is_there=is_there,
+            rates=rates,
+            seconds_left=seconds_left,
+        )
 
     def _probe(self, seconds: float) -> list[NodeRates]:
         """The rates of every node; those of its ranks are added."""

@@ -1,7 +1,7 @@
 """Data sets of chosen file sizes, made without converting anything, for the tests of stage-in."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stagein.formats.checksums import chunk_sums
@@ -55,14 +55,32 @@ def manifest_of_sizes(
     return make_manifest(shards, files, chunk_bytes)
 
 
-def make_manifest(shards: Sequence[ShardEntry], files: Sequence[FileEntry], chunk_bytes: int) -> Manifest:
-    """A sealed manifest of one record a shard."""
+def manifest_of_fields(sizes_of: Mapping[str, Sequence[int]], chunk_bytes: int = CHUNK_BYTES) -> Manifest:
+    """The manifest, without data, of a data set with these large fields and the sizes of their shards."""
+    shards = [
+        ShardEntry(
+            **_entry(f"shards/{name}/{number:05d}.h5", nbytes, chunk_bytes),
+            field=name,
+            records=1,
+            first=number,
+            data_offset=0,
+        )
+        for name, sizes in sizes_of.items()
+        for number, nbytes in enumerate(sizes)
+    ]
+    return make_manifest(shards, [], chunk_bytes, tuple(sizes_of))
+
+
+def make_manifest(
+    shards: Sequence[ShardEntry], files: Sequence[FileEntry], chunk_bytes: int, names: Sequence[str] = ("image",)
+) -> Manifest:
+    """A sealed manifest of one record a shard, with large fields of these names."""
     image = Field(kind="encoded", dtype="uint8", shape=(None, None, 3), encoding="jpeg")
     return Manifest(
         container="hdf5",
-        schema=Schema(fields={"image": image}, primary="image").resolved({}),
-        num_records=len(shards),
-        capacity={"image": 1 << 20},
+        schema=Schema(fields=dict.fromkeys(names, image), primary=names[0]).resolved(dict.fromkeys(names[1:], 1 << 40)),
+        num_records=len(shards) // len(names),
+        capacity=dict.fromkeys(names, 1 << 20),
         chunk_bytes=chunk_bytes,
         shards=tuple(shards),
         files=tuple(files),

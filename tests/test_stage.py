@@ -37,6 +37,7 @@ from stagein.staging import plan_stage, stage
 from stagein.tools.stage import run as run_command
 from stagein.world import Communicator
 
+COMMAND = (sys.executable, "-m", "stagein.tools")
 RANK = Path(__file__).with_name("staging_rank.py")
 SHARD_SIZES = (20 * CHUNK_BYTES, 7 * CHUNK_BYTES + 1, 1, 13 * CHUNK_BYTES - 1, 16 * CHUNK_BYTES)
 FILE_SIZES = (1000, 0, 2 * CHUNK_BYTES)
@@ -357,6 +358,30 @@ def test_a_dry_run_says_whether_it_fits_the_job(source: Path, to: Path, monkeypa
     assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
     assert plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05).predicted.fits is False
+
+
+def test_a_dry_run_counts_what_an_earlier_run_brought(source: Path, to: Path) -> None:
+    start_alone(source, to, "--signal", "SIGKILL", "--memory-bytes", 1).communicate(timeout=30)
+    before = sorted(work_folder(source, to).rglob("*"))
+    summary = plan_stage(source, str(to), world=Communicator(), probe_seconds=0.05)
+    (node,) = summary.nodes
+    moved = stage_alone(source, to)
+    assert before and 0 < node.gets_bytes == node.reads_bytes == moved.read_bytes < summary.dataset_bytes
+    assert node.has_bytes == moved.nodes[0].reused_bytes == summary.dataset_bytes - node.gets_bytes
+    slowest = max(node.reads_bytes / node.rates.source, node.gets_bytes / node.rates.disk)
+    assert summary.predicted.seconds == pytest.approx(slowest)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("time_left", "exit_code"), [("1:00:00", ExitCode.OK), ("0:00", ExitCode.NO_TIME)])
+def test_a_dry_run_fails_where_the_time_does_not_suffice(
+    source: Path, node_disks: str, time_left: str, exit_code: ExitCode
+) -> None:
+    command = [*COMMAND, "stage", source, "--to", node_disks, "--dry-run", "--time-left", time_left]
+    result = run_ranks(2, *command, nodes="ab")
+    assert result.returncode == exit_code, result.stderr
+    assert "replicate" in result.stdout and ("it fits" in result.stdout) == (exit_code == ExitCode.OK)
+    assert result.stderr.count("but the job has 0.0 s left: ask for more") == (exit_code == ExitCode.NO_TIME)
 
 
 def opened_directly(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import manifest_of_sizes
+from synthetic import manifest_of_fields, manifest_of_sizes
 
 from stagein.formats.errors import NoSpaceError, UsageError
 from stagein.formats.manifest import Manifest
@@ -12,11 +12,13 @@ from stagein.stage_plan import (
     ChunkTable,
     NodeRates,
     NodeSpace,
+    PlanSummary,
     RankWork,
     StagePlan,
     buffers_within,
     make_plan,
     rank_work,
+    shard_families,
     stored_bytes,
 )
 from stagein.time_left import job_seconds_left, parse_duration
@@ -40,6 +42,13 @@ def all_work(plan: StagePlan, table: ChunkTable, missing: np.ndarray) -> list[tu
     names = [node.name for node in plan.nodes for _ in range(node.ranks)]
     worlds = [World.of_rank(rank, names) for rank in range(len(names))]
     return [(world, rank_work(plan, table, world, missing)) for world in worlds]
+
+
+def summary_of(plan: StagePlan, manifest: Manifest, **known: object) -> PlanSummary:
+    """The summary when no node has anything yet."""
+    table = ChunkTable(manifest)
+    gets_bytes = [sum(table.files[file].nbytes for file in plan.files_of(node)) for node in range(len(plan.nodes))]
+    return plan.summary(manifest, gets_bytes, np.ones(len(table), dtype=np.bool_), **known)
 
 
 @st.composite
@@ -88,12 +97,32 @@ def test_each_shard_has_its_number_of_copies_and_other_files_are_everywhere(made
     assert all(len(nodes) == len(plan.nodes) for nodes in owners[len(manifest.shards) :])
 
 
+@given(st.data(), st.integers(1, 3), ranks_per_node)
+def test_all_fields_of_a_record_are_on_the_same_nodes(data, fields, ranks):
+    """Of several large fields, the shards that hold the same records stay together, whatever their sizes."""
+    count = data.draw(st.integers(0, 6))
+    names = [f"field{number}" for number in range(fields)]
+    sizes_of = {name: data.draw(st.lists(st.integers(0, 9 * CHUNK), min_size=count, max_size=count)) for name in names}
+    manifest = manifest_of_fields(sizes_of, CHUNK)
+    copies = data.draw(st.integers(1, len(ranks)))
+    plan = make_plan(manifest, nodes_of(ranks), "auto", copies)
+    owners = {
+        shard.file: {node for node in range(len(ranks)) if number in plan.files_of(node)}
+        for number, shard in enumerate(manifest.shards)
+    }
+    assert all(len(nodes) == copies for nodes in owners.values())
+    for together in zip(*(manifest.shards_of(name) for name in names), strict=True):
+        assert len({frozenset(owners[shard.file]) for shard in together}) == 1
+    families = shard_families(manifest)
+    assert sorted(file for family in families for file in family) == list(range(len(manifest.shards)))
+
+
 @given(st.integers(1, 12), st.integers(1, 6), st.data())
 def test_copies_are_balanced(rounds, nodes, data):
     """Equal shards, as many as the nodes or a multiple: every node reads and holds the same."""
     copies = data.draw(st.integers(1, nodes))
     manifest = manifest_of_sizes([CHUNK] * (rounds * nodes), [], CHUNK)
-    summary = make_plan(manifest, nodes_of([1] * nodes), "auto", copies).summary(manifest, is_there=False)
+    summary = summary_of(make_plan(manifest, nodes_of([1] * nodes), "auto", copies), manifest)
     assert {node.gets_bytes for node in summary.nodes} == {rounds * copies * CHUNK}
     assert {node.reads_bytes for node in summary.nodes} == {rounds * CHUNK}
 
@@ -200,7 +229,7 @@ def test_an_unknown_policy_is_refused():
 
 def test_the_summary_adds_up():
     manifest = manifest_of_sizes([10 * CHUNK] * 4, [100], CHUNK)
-    summary = make_plan(manifest, nodes_of([2, 1]), "replicate").summary(manifest, is_there=False)
+    summary = summary_of(make_plan(manifest, nodes_of([2, 1]), "replicate"), manifest)
     assert [node.gets_bytes for node in summary.nodes] == [manifest.nbytes] * 2
     assert sum(node.reads_bytes for node in summary.nodes) == manifest.nbytes
 
@@ -211,7 +240,7 @@ def test_the_prediction_is_the_bound(made, data):
     manifest, plan, _ = made
     source, network, disk = (data.draw(st.integers(1, 1000)) for _ in range(3))
     rates = [NodeRates(source=source, network=network, disk=disk)] * len(plan.nodes)
-    summary = plan.summary(manifest, is_there=False, rates=rates, seconds_left=10.0)
+    summary = summary_of(plan, manifest, rates=rates, seconds_left=10.0)
     reads = max(node.reads_bytes for node in summary.nodes) / source
     writes = max(node.gets_bytes for node in summary.nodes) / disk
     receives = max(node.gets_bytes - node.reads_bytes for node in summary.nodes) / network
@@ -223,7 +252,7 @@ def test_the_prediction_is_the_bound(made, data):
 def test_the_slowest_resource_is_named():
     plan = make_plan(manifest_of_sizes([10 * CHUNK] * 4, []), nodes_of([1, 1]), "replicate")
     rates = [NodeRates(source=100, network=100, disk=100), NodeRates(source=100, network=100, disk=10)]
-    predicted = plan.summary(manifest_of_sizes([10 * CHUNK] * 4, []), is_there=False, rates=rates).predicted
+    predicted = summary_of(plan, manifest_of_sizes([10 * CHUNK] * 4, []), rates=rates).predicted
     assert (predicted.resource, predicted.node, predicted.fits) == ("disk", "n1", None)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from stagein.cache import expand_node
+from stagein.formats.errors import NoTimeError
 from stagein.receipt import Receipt
 from stagein.stage_plan import PlanSummary, Policy, Prediction
 from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
@@ -30,7 +31,10 @@ def run(
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     as_json: bool = False,
 ) -> None:
-    """Stage `source` to the node-local folder `to`; the first rank alone prints. Raises StageinError on every rank."""
+    """Stage `source` to the node-local folder `to`; the first rank alone prints. Raises StageinError on every rank.
+
+    With `dry_run` NoTimeError, after the plan is printed, where the time does not suffice.
+    """
     communicator = connect()
     prints = communicator.world.rank == 0
     if dry_run:
@@ -45,6 +49,8 @@ def run(
         )
         if prints:
             _print_plan(summary, to, as_json)
+        with communicator.together():
+            _refuse_too_late(summary)
         return
     with show_stage() if prints and not as_json else contextlib.nullcontext() as watch:
         receipt = stage(
@@ -72,7 +78,7 @@ def _print_plan(summary: PlanSummary, to: str, as_json: bool) -> None:
     for column in ("node", "destination", "files", "gets", "has", "free", "reads", "source", "network", "disk"):
         table.add_column(column)
     for node in summary.nodes[:_LISTED_NODES]:
-        sizes = (node.gets_bytes, node.held_bytes, node.free_bytes, node.reads_bytes)
+        sizes = (node.gets_bytes, node.has_bytes, node.free_bytes, node.reads_bytes)
         rates = (node.rates.source, node.rates.network, node.rates.disk) if node.rates else (None, None, None)
         speeds = [f"{bytes_text(rate)}/s" if rate else "-" for rate in rates]
         table.add_row(node.name, str(expand_node(to, node.name)), f"{node.files:,}", *map(bytes_text, sizes), *speeds)
@@ -87,9 +93,17 @@ def _print_plan(summary: PlanSummary, to: str, as_json: bool) -> None:
 
 def _print_prediction(predicted: Prediction) -> None:
     say(f"at least {seconds_text(predicted.seconds)}, bound by the {predicted.resource} of node {predicted.node}")
-    if predicted.seconds_left is not None:
-        verdict = "it fits" if predicted.fits else "it does NOT fit: ask for more time, or for more nodes and partition"
-        say(f"the job has {seconds_text(predicted.seconds_left)} left: {verdict}")
+    if predicted.fits and predicted.seconds_left is not None:
+        say(f"the job has {seconds_text(predicted.seconds_left)} left: it fits")
+
+
+def _refuse_too_late(summary: PlanSummary) -> None:
+    predicted = summary.predicted
+    if predicted is not None and predicted.fits is False and predicted.seconds_left is not None:
+        raise NoTimeError(
+            f"staging takes {seconds_text(predicted.seconds)} at least, but the job has {seconds_text(max(0.0, predicted.seconds_left))} "
+            "left: ask for more time, or for more nodes and the policy partition; what an earlier run brought is not brought again"
+        )
 
 
 def _print_receipt(receipt: Receipt, as_json: bool) -> None:
