@@ -46,6 +46,15 @@ preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int3
 posix_fadvise = _of_c_library("posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32)
 """(descriptor, offset, nbytes, advice) -> 0, or an error number."""
 
+openat = _of_c_library("openat", types.int32, types.int32, _ADDRESS, types.int32)
+"""(descriptor of a folder, path that ends in a zero byte, flags) -> descriptor, or -1."""
+
+close = _of_c_library("close", types.int32, types.int32)
+"""(descriptor) -> 0, or -1."""
+
+memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
+"""(target, source, nbytes) -> target."""
+
 crc32c_extend = _of_wheel(_crc32c, "crc32c_extend", types.uint32, types.uint32, _ADDRESS, _SIZE)
 """(sum of what comes before, data, nbytes) -> sum of both."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .assembly import FinishedShard, fingerprint, finish_shard, journal_shard, resume_shard
 from .shards import ShardBuffers, ShardBuilder, ShardLayout, ShardPlan
-from .source import RefusedRecord, SourcePart
+from .source import BatchedPart, RefusedRecord, SourcePart
 from .values import BadValueError
 
 
@@ -46,8 +46,23 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     if finished is not None:
         return ShardResult(task.plan, finished, reused=True)
     builder = ShardBuilder(task.layout.schema, buffers, task.plan.records, task.plan.payload_bytes)
+    bad, counts = _fill(builder, task)
+    if bad and not task.skip_bad:
+        return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
+    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
+    journal_shard(task.folder, number, mark, shard)
+    return ShardResult(task.plan, shard, reused=False)
+
+
+def _fill(builder: ShardBuilder, task: ShardTask) -> tuple[list[RefusedRecord], Counter[str]]:
+    """Read the records of a task; returns what is none, and what the records are counted under."""
     bad: list[RefusedRecord] = []
     counts: Counter[str] = Counter()
+    if isinstance(task.part, BatchedPart):
+        for batch in task.part.read_batches(builder.batch_room):
+            builder.extend(batch)
+            bad += batch.refused
+        return bad, counts
     for place, record in enumerate(task.part.read(builder.room)):
         try:
             if isinstance(record, RefusedRecord):
@@ -58,8 +73,4 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
         except BadValueError as error:
             bad.append(RefusedRecord(f"record {task.plan.first + place}", str(error)))
         builder.forget()
-    if bad and not task.skip_bad:
-        return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
-    shard = finish_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
-    journal_shard(task.folder, number, mark, shard)
-    return ShardResult(task.plan, shard, reused=False)
+    return bad, counts

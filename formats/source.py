@@ -51,6 +51,38 @@ class SourcePart(Protocol):
         """The records in the order asked for, each read into `room`. Raises SourceError for what is missing or has changed."""
 
 
+BatchRoom: TypeAlias = Callable[[str, NDArray[np.int64]], NDArray[np.uint8]]
+"""Where a field of the next records goes, one behind the other: call it with the field's name and its size in each, in bytes.
+
+Asked again for the same field before the batch is yielded, it gives a place that starts with the same byte."""
+
+
+@dataclass(frozen=True)
+class ReadField:
+    """A field of several records that was read into room: its size in each, in bytes, and the crc32c of these bytes."""
+
+    nbytes: NDArray[np.int64]
+    crc32c: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Several records: the fields that are in the room asked for, the small fields of fixed size as arrays with one row a record,
+    and what would have been among these records and is none."""
+
+    read: Mapping[str, ReadField]
+    columns: Mapping[str, NDArray[np.generic]]
+    refused: tuple[RefusedRecord, ...] = ()
+
+
+@runtime_checkable
+class BatchedPart(SourcePart, Protocol):
+    """A part that also reads many records by one call off the GIL."""
+
+    def read_batches(self, room: BatchRoom) -> Iterator[RecordBatch]:
+        """The same records as `read` yields, in the same order, in batches. Raises SourceError as `read` does."""
+
+
 class Source(Protocol):
     """All records of a source, in their order."""
 

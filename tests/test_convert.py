@@ -6,16 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pictures import jpeg, png
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.conversion import Progress
 from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.images import BadImageError, read_header
 from stagein.formats.publish import PART_SUFFIX
+from stagein.formats.source import SourcePart
+from stagein.formats.sources.imagefolder import ImageFolder
+from stagein.formats.write_kernels import jpeg_sizes
 from stagein.loaders.synthetic import PATTERNS
 
 SMALL_SHARDS = ["--shard-bytes", "64KiB"]
@@ -118,6 +129,55 @@ def test_a_png_is_an_image_whatever_its_name(source: Path, tmp_path: Path) -> No
     convert(scan_imagefolder(source), tmp_path / "x.st")
     dataset = Dataset(tmp_path / "x.st")
     assert [int(h * w) for h, w in dataset.columns["hw"] if h * w != 48 * 72] == [31 * 17]
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A source whose parts read their records one by one."""
+
+    whole: ImageFolder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def part(self, numbers: NDArray[np.int64]) -> SourcePart:
+        part = self.whole.part(numbers)
+        return SimpleNamespace(mark=part.mark, read=part.read)  # type: ignore[return-value]
+
+
+def test_files_read_in_batches_give_the_same_as_one_by_one(source: Path, tmp_path: Path) -> None:
+    spoil(source)
+    (source / "circle/00001.jpg").write_bytes((source / "circle/00001.jpg").read_bytes() + b"appended by a camera")
+    (source / "rings/also png.jpg").write_bytes(png(1, 3, 70_000))
+    found = scan_imagefolder(source)
+    for name, each in {"batches": found, "one by one": OneByOne(found)}.items():
+        for shard_bytes in (10_000, 64 << 10, 10 << 20):
+            convert(each, tmp_path / f"{name} {shard_bytes}", shard_bytes=shard_bytes, skip_bad=True)
+    for shard_bytes in (10_000, 64 << 10, 10 << 20):
+        assert tree(tmp_path / f"batches {shard_bytes}") == tree(tmp_path / f"one by one {shard_bytes}")
+    assert len(Dataset(tmp_path / "batches 10000")) == 86
+
+
+@given(
+    image=st.sampled_from(range(3)), cut=st.integers(1, 400), position=st.integers(0, 400), value=st.integers(0, 255)
+)
+@settings(deadline=None, max_examples=300)
+def test_sizes_of_damaged_jpegs_are_those_of_their_headers_or_unknown(
+    image: int, cut: int, position: int, value: int
+) -> None:
+    content = bytearray(jpeg(image, 8 + image, 300 - image)[:-cut] + b"\xff\xd9")
+    content[position % len(content)] = value
+    sizes = np.full((2, 2), -1, np.int32)
+    both = np.frombuffer(content + content, np.uint8).copy()
+    jpeg_sizes(both, np.array([len(content)] * 2), sizes)
+    assert sizes[0].tolist() == sizes[1].tolist()
+    try:
+        header = read_header(memoryview(content))
+    except BadImageError:
+        assert sizes[0].tolist() == [0, 0]
+    else:
+        assert sizes[0].tolist() in ([header.height, header.width], [0, 0])
+        assert content[-2:] != b"\xff\xd9" or content[2] != 0xFF or sizes[0].all()
 
 
 def test_an_image_larger_than_a_shard_gets_its_own(source: Path, tmp_path: Path) -> None:

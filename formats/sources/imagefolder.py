@@ -1,10 +1,12 @@
 """A folder of class folders of images, as torchvision's ImageFolder has it: one file a record."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,10 @@ from stagein.formats.checksums import pread_exactly
 from stagein.formats.errors import SourceError
 from stagein.formats.images import IMAGE_SUFFIXES, BadImageError, read_header
 from stagein.formats.schema import Field, Schema
-from stagein.formats.source import RefusedRecord, Room, SourceRecord
+from stagein.formats.source import BatchRoom, ReadField, RecordBatch, RefusedRecord, Room, SourceRecord
 
+_BATCH_FILES = 64
+_BATCH_BYTES = 16 << 20
 _SCAN_THREADS = 16
 """Folders listed at a time: on a parallel file system a stat is a round trip, on a local one it costs nothing more."""
 
@@ -74,6 +78,51 @@ class ImageFiles:
         finally:
             os.close(root)
 
+    def read_batches(self, room: BatchRoom) -> Iterator[RecordBatch]:
+        from stagein.formats.write_kernels import jpeg_sizes, read_files
+
+        nbytes, labels = np.array(self.nbytes, np.int64), np.array(self.labels, np.int64)
+        root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for run in _batches(nbytes):
+                names = [os.fsencode(path) + b"\0" for path in self.paths[run]]
+                ends = np.cumsum([len(name) for name in names])
+                starts, blob = np.concatenate(([0], ends[:-1])), np.frombuffer(b"".join(names), np.uint8)
+                content, sums = room("image", nbytes[run]), np.empty(len(names), np.uint32)
+                done, trouble = read_files(root, blob, starts, nbytes[run], content, sums)
+                if trouble:
+                    self._raise_unreadable(self.paths[run][done], trouble)
+                sizes = np.empty((len(names), 2), np.int32)
+                jpeg_sizes(content, nbytes[run], sizes)
+                refused = self._judge_others(run, content, sizes)
+                kept = sizes[:, 0] > 0
+                if refused:
+                    _close_gaps(content, nbytes[run], kept)
+                columns: dict[str, NDArray[np.generic]] = {"label": labels[run][kept], "hw": sizes[kept]}
+                yield RecordBatch({"image": ReadField(nbytes[run][kept], sums[kept])}, columns, tuple(refused))
+        finally:
+            os.close(root)
+
+    def _judge_others(self, run: slice, content: NDArray[np.uint8], sizes: NDArray[np.int32]) -> list[RefusedRecord]:
+        """Find the sizes of those files of a run of which nothing is known yet; returns those that are no images."""
+        refused = []
+        ends = np.cumsum(self.nbytes[run])
+        for number in np.flatnonzero(sizes[:, 0] == 0).tolist():
+            try:
+                header = read_header(memoryview(content)[ends[number] - self.nbytes[run][number] : ends[number]])
+            except BadImageError as error:
+                refused.append(RefusedRecord(self.paths[run][number], str(error)))
+            else:
+                sizes[number] = header.height, header.width
+        return refused
+
+    def _raise_unreadable(self, path: str, trouble: int) -> NoReturn:
+        if trouble > 0:
+            raise SourceError(f"{self.root / path} cannot be read: {os.strerror(trouble)}")
+        raise SourceError(
+            f"{self.root / path} changed its size while it was converted: run the same command again when it is at rest"
+        )
+
     def _read_file(self, root: int, path: str, content: memoryview) -> None:
         """Fill `content` with a file that must be as long as it was when it was listed."""
         try:
@@ -84,11 +133,29 @@ class ImageFiles:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise SourceError(f"{self.root / path} cannot be read: {error.strerror}") from None
+            self._raise_unreadable(path, error.errno or errno.EIO)
         if got != len(content) or grown:
-            raise SourceError(
-                f"{self.root / path} changed its size while it was converted: run the same command again when it is at rest"
-            )
+            self._raise_unreadable(path, 0)
+
+
+def _batches(nbytes: NDArray[np.int64]) -> Iterator[slice]:
+    """Runs of files that are read by one call."""
+    first = 0
+    while first < len(nbytes):
+        ends = np.cumsum(nbytes[first : first + _BATCH_FILES])
+        count = max(1, int(np.searchsorted(ends, _BATCH_BYTES, side="right")))
+        yield slice(first, first + count)
+        first += count
+
+
+def _close_gaps(content: NDArray[np.uint8], nbytes: NDArray[np.int64], kept: NDArray[np.bool_]) -> None:
+    """Move what is kept of the records in `content` together."""
+    position, start = 0, 0
+    for size, is_kept in zip(nbytes.tolist(), kept.tolist(), strict=True):
+        if is_kept:
+            content[position : position + size] = content[start : start + size]
+            position += size
+        start += size
 
 
 @dataclass(frozen=True)

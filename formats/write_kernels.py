@@ -1,0 +1,124 @@
+"""Filling shards, many records by one call off the GIL: files read whole or memory copied, each record summed while it is in
+the processor's cache.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .native import kernel
+from .native_calls import close, crc32c_extend, errno_location, memcpy, openat, pread
+from .read_kernels import read_ahead_where_cold, read_exactly
+
+CHANGED = -4
+"""What is wrong with a file, where no error number (above 0) says it: its size is not what it was."""
+
+_PIECE_BYTES = 256 << 10
+"""Read and summed at a time: what was read is still in the second-level cache when it is summed."""
+_O_RDONLY_CLOEXEC = 0o2000000
+_START_OF_SCAN = 0xDA
+
+
+@kernel
+def copy_records(
+    sources: NDArray[np.int64], nbytes: NDArray[np.int64], target: NDArray[np.uint8], sums: NDArray[np.uint32]
+) -> None:
+    """Copy records from the addresses `sources` to `target`, one behind the other; `sums` become their crc32c."""
+    position = target.ctypes.data
+    for number in range(len(sources)):
+        sums[number] = crc32c_extend(np.uint32(0), sources[number], nbytes[number])
+        memcpy(position, sources[number], nbytes[number])
+        position += nbytes[number]
+
+
+@kernel
+def read_files(
+    folder: int,
+    paths: NDArray[np.uint8],
+    path_starts: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    target: NDArray[np.uint8],
+    sums: NDArray[np.uint32],
+) -> tuple[int, int]:
+    """Read whole files to `target`, one behind the other; `sums` become their crc32c.
+
+    folder       the descriptor of the folder that `paths` count from.
+    paths        names that end in a zero byte, one behind the other; `path_starts` says where each starts.
+    nbytes       what every file must have.
+
+    All are opened first, and what is not in memory is asked for at once. Returns how many are there, from the first, and 0 or
+    what is wrong with the next: CHANGED or an error number.
+    """
+    count = len(path_starts)
+    descriptors = np.empty(count, np.int32)
+    opened, read, trouble = 0, 0, 0
+    while opened < count and trouble == 0:
+        descriptors[opened] = openat(folder, paths.ctypes.data + path_starts[opened], _O_RDONLY_CLOEXEC)
+        if descriptors[opened] < 0:
+            trouble = errno_location()[0]
+        else:
+            opened += 1
+    if trouble == 0:
+        read_ahead_where_cold(descriptors, np.zeros(count, np.int64), nbytes)
+    beyond = np.empty(1, np.uint8)
+    position = target.ctypes.data
+    while read < opened:
+        found = np.uint32(0)
+        wrong = 0
+        for start in range(0, nbytes[read], _PIECE_BYTES):
+            length = min(_PIECE_BYTES, nbytes[read] - start)
+            wrong = read_exactly(descriptors[read], position + start, length, start)
+            if wrong != 0:
+                break
+            found = crc32c_extend(found, position + start, length)
+        if wrong < 0 or (wrong == 0 and pread(descriptors[read], beyond.ctypes.data, 1, nbytes[read]) > 0):
+            wrong = CHANGED
+        if wrong != 0:
+            trouble = wrong
+            break
+        sums[read] = found
+        position += nbytes[read]
+        read += 1
+    for number in range(opened):
+        close(descriptors[number])
+    return read, trouble
+
+
+@kernel
+def jpeg_sizes(content: NDArray[np.uint8], nbytes: NDArray[np.int64], sizes: NDArray[np.int32]) -> None:
+    """The (height, width) of JPEG files that lie one behind the other, into `sizes`, [files, 2].
+
+    0, 0 for what is none or does not end with its end marker: `images.read_header` says what is to be said about it.
+    """
+    start = 0
+    for number in range(len(nbytes)):
+        end = start + nbytes[number]
+        sizes[number, 0], sizes[number, 1] = _jpeg_size(content[start:end])
+        start = end
+
+
+@kernel
+def _jpeg_size(content: NDArray[np.uint8]) -> tuple[int, int]:
+    """(height, width), from the frame header (ITU-T T.81 annex B), or (0, 0)."""
+    count, height, width = len(content), 0, 0
+    if count < 4 or content[0] != 0xFF or content[1] != 0xD8 or content[2] != 0xFF:
+        return 0, 0
+    if content[count - 2] != 0xFF or content[count - 1] != 0xD9:
+        return 0, 0
+    position = 2
+    while position + 4 <= count and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker < 0xD8:  # markers without a segment
+            position += 2
+            continue
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            if position + 9 > count:
+                return 0, 0
+            height = (content[position + 5] << 8) + content[position + 6]
+            width = (content[position + 7] << 8) + content[position + 8]
+        if marker == _START_OF_SCAN:
+            return (height, width) if height != 0 and width != 0 else (0, 0)
+        position += 2 + (content[position + 2] << 8) + content[position + 3]
+    return 0, 0
