@@ -37,11 +37,19 @@ class FallbackReader(RecordReader):
         )
 
     def read_tensors(
-        self, records: RecordNumbers, out: NDArray[np.generic] | None = None, *, threads: int = 1
+        self,
+        records: RecordNumbers,
+        out: NDArray[np.generic] | None = None,
+        *,
+        threads: int = 1,
+        decode_nanoseconds: NDArray[np.int64] | None = None,
     ) -> NDArray[np.generic]:
-        return self._falling_back(
-            records, lambda: super(FallbackReader, self).read_tensors(records, out, threads=threads)
-        )
+        def read() -> NDArray[np.generic]:
+            return super(FallbackReader, self).read_tensors(
+                records, out, threads=threads, decode_nanoseconds=decode_nanoseconds
+            )
+
+        return self._falling_back(records, read)
 
     def read_ranges(
         self,

@@ -55,6 +55,9 @@ close = _of_c_library("close", types.int32, types.int32)
 memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
 """(target, source, nbytes) -> target."""
 
+clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRESS)
+"""(clock, address of seconds and nanoseconds) -> 0, or -1."""
+
 crc32c_extend = _of_wheel(_crc32c, "crc32c_extend", types.uint32, types.uint32, _ADDRESS, _SIZE)
 """(sum of what comes before, data, nbytes) -> sum of both."""
 

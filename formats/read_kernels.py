@@ -14,6 +14,7 @@ from .crc32c_kernel import crc32c_extend
 from .native import fetch_add, kernel, signed
 from .native_calls import (
     blosc_decompress,
+    clock_gettime,
     errno_location,
     lz4_decompress,
     posix_fadvise,
@@ -34,6 +35,7 @@ _AHEAD_BYTES = 128 << 10
 
 _RWF_NOWAIT = 8
 _FADV_WILLNEED = 3
+_CLOCK_MONOTONIC = 1
 _EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
 
 
@@ -164,27 +166,39 @@ def read_and_decode(
     codec: int,
     scratch: NDArray[np.uint8],
     rows: NDArray[np.uint8],
+    decode_nanoseconds: NDArray[np.int64],
 ) -> tuple[int, int]:
     """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
     `counter`, [1], share them out. Returns as `read_records` does.
 
     scratch  this thread's memory for the stored bytes of a record.
+    decode_nanoseconds  [1], is added what decompressing took.
     """
-    count, stored = len(offsets), scratch.ctypes.data
+    count, stored, clock, elapsed = len(offsets), scratch.ctypes.data, np.empty(2, np.int64), 0
     while True:
         number = fetch_add(counter, 1)
         if number == 0:
             read_ahead_where_cold(descriptors, offsets, nbytes)
         if number >= count:
+            fetch_add(decode_nanoseconds, elapsed)
             return count, 0
         trouble = read_record(
             descriptors[number], stored, nbytes[number], offsets[number], True, np.uint32(0), sums[number]
         )
+        began = nanoseconds(clock)
         if trouble == 0 and not decode_record(codec, scratch[: nbytes[number]], rows[number]):
             trouble = UNDECODABLE
+        elapsed += nanoseconds(clock) - began
         if trouble != 0:
             fetch_add(counter, count)
             return number, trouble
+
+
+@kernel
+def nanoseconds(clock: NDArray[np.int64]) -> int:
+    """The time since some moment; `clock`, [2], is used for it."""
+    clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+    return clock[0] * 1_000_000_000 + clock[1]  # type: ignore[no-any-return]
 
 
 @kernel

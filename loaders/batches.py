@@ -14,7 +14,7 @@ from .dataset import RecordDataset
 from .graphs import Columns, Graph, HostPlan, ImageGraph, SampleBatch
 from .inflate import InflateOnGpu
 from .order import RankBatch
-from .stats import PhaseTimes
+from .stats import DecodeClock, PhaseTimes
 
 RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
@@ -89,23 +89,29 @@ class BatchReader:
     def _read(self, task: BatchTask, ids: NDArray[np.int64]) -> HostBatch:
         started = time.perf_counter()
         primary = self.dataset.records.schema.primary
-        ids, rows, plan = self._read_replacing(task, ids)
+        clock = DecodeClock()
+        ids, rows, plan = self._read_replacing(task, ids, clock)
         unwanted = self.dataset.records.columns.keys() - set(self.dataset.fields)
         fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
-        times = PhaseTimes(read_s=time.perf_counter() - started, bytes_read=sum(row.nbytes for row in rows))
+        num_bytes, seconds = sum(row.nbytes for row in rows), time.perf_counter() - started
+        is_decoded = isinstance(rows, np.ndarray)
+        num_stored = int(self.dataset.records.index.nbytes[ids].sum()) if is_decoded else num_bytes
+        times = clock.times(seconds, num_stored, num_bytes)
         return HostBatch(task, ids, {primary: rows, **fed}, ready, len(task.rows.ids), times)
 
-    def _read_replacing(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Rows, HostPlan]:
+    def _read_replacing(
+        self, task: BatchTask, ids: NDArray[np.int64], clock: DecodeClock
+    ) -> tuple[NDArray[np.int64], Rows, HostPlan]:
         """The samples read, with others in place of those that cannot be; their records, and what is planned for them."""
         try:
-            return ids, *self._read_and_plan(task, ids)
+            return ids, *self._read_and_plan(task, ids, clock)
         except RECORD_ERRORS:
             while failures := self._failures(task, ids):
                 ids = self.on_failure(task, ids, failures)
-            return ids, *self._read_and_plan(task, ids)
+            return ids, *self._read_and_plan(task, ids, clock)
 
-    def _read_and_plan(self, task: BatchTask, ids: NDArray[np.int64]) -> tuple[Rows, HostPlan]:
+    def _read_and_plan(self, task: BatchTask, ids: NDArray[np.int64], clock: DecodeClock) -> tuple[Rows, HostPlan]:
         """The records of the primary field, and the plan made of the small fields and what else was asked for: tensors,
         and files as they are stored.
 
@@ -123,7 +129,7 @@ class BatchReader:
             blocks = graph.block_table(stored, lambda row: self.dataset.place(int(ids[row])))
             return stored, replace(plan, fed={**plan.fed, **blocks})
         if records.schema.primary_field.kind == "tensor":
-            return records.readers[records.schema.primary].read_tensors(ids), plan
+            return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
         return records.read_records(ids), plan  # type: ignore[arg-type]
 
     def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:
@@ -131,7 +137,7 @@ class BatchReader:
         failures = []
         for row in range(len(ids)):
             try:
-                self._read_and_plan(task, ids[row : row + 1])
+                self._read_and_plan(task, ids[row : row + 1], DecodeClock())
             except RECORD_ERRORS as error:
                 failures.append(RowFailure(row, error))
         return failures

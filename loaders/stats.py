@@ -3,6 +3,8 @@
 import threading
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass
 class PhaseTimes:
@@ -26,8 +28,29 @@ class PhaseTimes:
     bytes_transformed: int = 0
 
     def add(self, other: "PhaseTimes") -> None:
-        for name in PhaseTimes.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        # Spelt out: it is done for every image.
+        self.read_s += other.read_s
+        self.bytes_read += other.bytes_read
+        self.decompress_s += other.decompress_s
+        self.bytes_decompressed += other.bytes_decompressed
+        self.decode_s += other.decode_s
+        self.bytes_decoded += other.bytes_decoded
+        self.transform_s += other.transform_s
+        self.bytes_transformed += other.bytes_transformed
+
+
+class DecodeClock:
+    """Where readers add the time that they spend on decompressing."""
+
+    def __init__(self) -> None:
+        self.nanoseconds = np.zeros(1, np.int64)
+
+    def times(self, seconds: float, bytes_read: int, bytes_decompressed: int) -> PhaseTimes:
+        """Those of a batch that took so many seconds to read, and to decompress where this clock says so."""
+        decompress_s = int(self.nanoseconds[0]) / 1e9
+        if not decompress_s:
+            return PhaseTimes(read_s=seconds, bytes_read=bytes_read)
+        return PhaseTimes(max(0.0, seconds - decompress_s), bytes_read, decompress_s, bytes_decompressed)
 
 
 @dataclass

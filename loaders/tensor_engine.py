@@ -13,7 +13,7 @@ from .batches import BatchTask, HostBatch, RowFailure
 from .buffer_ring import BufferRing
 from .dataset import RecordDataset, typed
 from .engine import CPU, Delivered, EngineOptions, OnFailure
-from .stats import PhaseTimes
+from .stats import DecodeClock
 
 _MAX_IDLE_BATCHES = 4
 
@@ -43,26 +43,28 @@ class TensorEngine:
         large = {}
         for name, reader in self._readers.items():
             large[name] = self._ring.take((len(ids), *reader.field.fixed_shape), reader.field.stored_dtype)
-        ids = self._fill(task, large)
+        clock = DecodeClock()
+        ids = self._fill(task, large, clock)
         fields = self._dataset.records.schema.fields
         ready = {
             name: typed(fields[name], large[name]) if name in large else self._dataset.rows(name, ids)
             for name in self._dataset.fields
         }
         num_bytes = sum(int(reader.index.nbytes[ids].sum()) for reader in self._readers.values())
-        times = PhaseTimes(read_s=time.perf_counter() - started, bytes_read=num_bytes)
+        num_decompressed = sum(large[name].nbytes for name, reader in self._readers.items() if reader.field.codec)
+        times = clock.times(time.perf_counter() - started, num_bytes, num_decompressed)
         return HostBatch(task, ids, {}, ready, len(ids), times)
 
     def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
         for batch in batches:
             yield batch, {name: torch.as_tensor(rows) for name, rows in batch.ready.items()}
 
-    def _fill(self, task: BatchTask, large: dict[str, NDArray[np.generic]]) -> NDArray[np.int64]:
+    def _fill(self, task: BatchTask, large: dict[str, NDArray[np.generic]], clock: DecodeClock) -> NDArray[np.int64]:
         """Read the large fields; the ids of what is in them: those of the task, but for bad ones that were replaced."""
         ids = task.rows.ids
         try:
             for name, reader in self._readers.items():
-                reader.read_tensors(ids, large[name])
+                reader.read_tensors(ids, large[name], decode_nanoseconds=clock.nanoseconds)
             return ids
         except StageinError:
             while failures := self._read_each(ids, large):
