@@ -45,43 +45,29 @@ class ImageWork:
         return sorted(path for path in self.images.rglob("*") if path.is_file())
 
 
-def stagein_loader(work: ImageWork, dataset: Path) -> Iterator[Batch]:
-    """Ours, over `dataset`."""
-    from .dataloader import DataLoader
-    from .dataset import RecordDataset
-
-    records = RecordDataset(dataset, staged=None)
-    loader = DataLoader(
-        records,
-        work.batch_size,
-        shuffle=work.is_shuffled,
-        drop_last=True,
-        num_workers=1,
-        transform=work.graph,
-        device="cpu",
-        decode_threads=work.threads,
-    )
-    while True:
-        yield from loader
-
-
 def dali_file_reader(work: ImageWork) -> Iterator[Batch]:
     """DALI's own loader over an image folder: its file reader, random-crop decoder, resize and normalisation."""
-    dali, output = import_dali(), work.graph.output
+    dali = import_dali()
     pipeline = dali.Pipeline(
         batch_size=work.batch_size, num_threads=work.threads, device_id=None, prefetch_queue_depth=QUEUE_DEPTH, seed=0
     )
     with pipeline:
         encoded, label = dali.fn.readers.file(file_root=str(work.images), random_shuffle=work.is_shuffled)
-        image = dali.fn.decoders.image_random_crop(
-            encoded, output_type=dali.types.RGB, adjust_orientation=False, random_area=work.area
-        )
-        mirror = dali.fn.random.coin_flip(probability=work.flip)
-        pipeline.set_outputs(output.normalise(output.resize(image), mirror=mirror), label)
+        pipeline.set_outputs(dali_image(work, encoded), label)
     pipeline.build()
     while True:
         image, label = (torch.utils.dlpack.from_dlpack(each.as_tensor()) for each in pipeline.run())
         yield {"image": image, "label": label}
+
+
+def dali_image(work: ImageWork, encoded: Any) -> Any:
+    """The work as DALI's operators do it; windows and flips are drawn by DALI."""
+    dali, output = import_dali(), work.graph.output
+    image = dali.fn.decoders.image_random_crop(
+        encoded, output_type=dali.types.RGB, adjust_orientation=False, random_area=work.area
+    )
+    mirror = dali.fn.random.coin_flip(probability=work.flip)
+    return output.normalise(output.resize(image), mirror=mirror)
 
 
 class _Decode:
@@ -222,6 +208,67 @@ def mosaic_streaming(work: ImageWork) -> Iterator[Batch]:
         yield from loader
 
 
+class _LitImage:
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __call__(self, number: int) -> dict[str, bytes]:
+        return {"image": self._paths[number].read_bytes()}
+
+
+class _LitDecode:
+    def __init__(self, decode: Callable[[bytes], torch.Tensor]) -> None:
+        self._decode = decode
+
+    def __call__(self, item: dict[str, bytes]) -> dict[str, torch.Tensor]:
+        return {"image": self._decode(item["image"])}
+
+
+def litdata(work: ImageWork) -> Iterator[Batch]:
+    """LitData over its own chunks, in worker processes, decoding with libjpeg-turbo, resizing with OpenCV."""
+    import litdata as lit  # type: ignore[import-not-found, unused-ignore]
+
+    chunks, decode = str(work.folder / "chunks"), _Decode(work, by_pillow=False)
+    paths = work.paths
+    lit.optimize(_LitImage(paths), list(range(len(paths))), chunks, chunk_bytes="64MB", num_workers=1)
+
+    loader = lit.StreamingDataLoader(
+        lit.StreamingDataset(chunks, shuffle=work.is_shuffled, drop_last=True, transform=_LitDecode(decode)),
+        batch_size=work.batch_size,
+        num_workers=work.threads,
+        persistent_workers=True,
+        prefetch_factor=_PREFETCH,
+    )
+    while True:
+        yield from loader
+
+
+def spdl(work: ImageWork) -> Iterator[Batch]:
+    """SPDL's pipeline of threads over files, decoding with libjpeg-turbo, resizing with OpenCV: its own decoder needs FFmpeg."""
+    from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found, unused-ignore]
+
+    decode = _Decode(work, by_pillow=False)
+    builder = (
+        PipelineBuilder()
+        .add_source(_endless(work))
+        .pipe(lambda path: decode(path.read_bytes()), concurrency=work.threads, output_order="input")
+        .aggregate(work.batch_size)
+        .pipe(torch.stack)
+        .add_sink(_PREFETCH)
+    )
+    with (pipeline := builder.build(num_threads=work.threads)).auto_stop():
+        for images in pipeline:
+            yield {"image": images}
+
+
+def _endless(work: ImageWork) -> Iterator[Path]:
+    paths, random = work.paths, np.random.default_rng(0)
+    while True:
+        yield from (
+            paths[number] for number in (random.permutation(len(paths)) if work.is_shuffled else range(len(paths)))
+        )
+
+
 def ffcv(work: ImageWork) -> Iterator[Batch]:
     """FFCV over its own file of the same JPEGs; it resizes by areas."""
     from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found, unused-ignore]
@@ -281,6 +328,8 @@ PEERS: dict[str, Callable[[ImageWork], Iterator[Batch]]] = {
     "torch + simplejpeg": torch_simplejpeg,
     "webdataset": webdataset,
     "mosaic streaming": mosaic_streaming,
+    "litdata": litdata,
+    "spdl": spdl,
     "ffcv": ffcv,
 }
 """By name; what cannot be imported is left out by the benchmark, which says so."""

@@ -1,8 +1,37 @@
 """`stagein bench load` as a command: contestants that are installed have their line, in one unit; no timing is judged."""
 
 import json
+import re
 import subprocess
 import sys
+
+
+def _bench_load(*options: str) -> str:
+    command = [sys.executable, "-m", "stagein.tools.cli", "bench", "load", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+
+
+def test_images_have_a_line_for_each_contestant_chosen_and_look_as_pillows() -> None:
+    quick = ["--rounds", "2", "--round-seconds", "0.1", "--threads", "2", "--batch-size", "8", "--size", "64"]
+    chosen = ["stagein, seekable", "engine alone", "torch + pillow"]
+    output = _bench_load(*quick, *(word for name in chosen for word in ("--against", name)))
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [line["contestant"] for line in lines] == ["stagein", *chosen]
+    assert all(len(line["rates"]) == 2 and min(line["rates"]) > 0 for line in lines)
+    psnr = {
+        name: float(found) for name, found in re.findall(r"^(stagein.*?)  +first.* psnr (\S+)", output, re.MULTILINE)
+    }
+    assert psnr.keys() == {"stagein", "stagein, seekable"}
+    assert min(psnr.values()) > 50
+    assert re.search(r"^stagein / engine alone: ", output, re.MULTILINE)
+    assert all(int(peak) > 50 for peak in re.findall(r"peak_mb (\d+)", output))
+
+
+def test_a_contestant_that_there_is_not_is_refused() -> None:
+    command = [sys.executable, "-m", "stagein.tools.cli", "bench", "load", "--against", "nobody"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2
+    assert "'nobody'" in refused.stderr
 
 
 def test_tensors_have_a_line_for_each_contestant() -> None:
@@ -18,8 +47,7 @@ def test_tensors_have_a_line_for_each_contestant() -> None:
         "--threads",
         "2",
     ]
-    command = [sys.executable, "-m", "stagein.tools.cli", "bench", "load", *options]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+    output = _bench_load(*options)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     rates = {line["contestant"]: line["rates"] for line in lines}
     assert {"stagein", "reading alone", "h5py", "torch + npy"} <= rates.keys()

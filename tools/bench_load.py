@@ -12,9 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
+
+from stagein.formats.errors import UsageError
 
 from .console import say
 from .rates import print_rates
@@ -22,10 +25,21 @@ from .rates import print_rates
 _START_SECONDS = 100
 _SETTLE_SECONDS = 0.3
 """Pause between two contestants: what one still has in its queue must not cost the other."""
+_MEMORY_SECONDS = 0.05
+"""Between two looks at the memory of a contestant."""
 TensorKind = Literal["float32", "int16"]
 SHAPES: dict[TensorKind, tuple[int, ...]] = {"float32": (16, 192, 288), "int16": (64, 64, 64, 4)}
 """Records of DeepCAM and of CosmoFlow, in small."""
 _RECORDS = 64
+_BOUNDS = ("engine alone", "DALI alone", "reading alone")
+"""No loaders, but the same work without one: what a loader can reach."""
+_PAIRS = (
+    ("stagein", "engine alone"),
+    ("stagein, DALI graph", "DALI alone"),
+    ("stagein, seekable", "stagein"),
+    ("stagein", "reading alone"),
+)
+"""Whose ratio is printed too."""
 
 
 class Contestant:
@@ -64,15 +78,26 @@ class Contestant:
 
     def run_round(self, timeout_s: float) -> float | None:
         """Its rate in one more round."""
+        self._begin_round()
+        answer = self.answer(timeout_s)
+        return None if answer is None else float(answer["rate"])
+
+    def watch_memory(self, timeout_s: float) -> None:
+        """One more round, in which `peak_bytes` is looked for: looking costs time, so its rate does not count."""
+        self._begin_round()
+        started = time.monotonic()
+        while self.answer(_MEMORY_SECONDS) is None and time.monotonic() - started < timeout_s:
+            if self._process.poll() is not None:
+                return
+            self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, _with_children(self._process.pid))))
+
+    def _begin_round(self) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            return None
-        answer = self.answer(timeout_s)
-        self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, _with_children(self._process.pid))))
-        return None if answer is None else float(answer["rate"])
+            pass  # it has no answer then
 
     @property
     def last_words(self) -> str:
@@ -82,16 +107,25 @@ class Contestant:
 
 
 def run_load(
-    images: Path | None, rounds: int, batch_size: int, size: int, threads: int, antialias: bool, round_s: float
+    images: Path | None,
+    rounds: int,
+    batch_size: int,
+    size: int,
+    threads: int,
+    antialias: bool,
+    round_s: float,
+    against: Collection[str] = (),
 ) -> None:
     """Measure loaders of images and print: a line of JSON for each contestant, then a table of ratios to the best peer.
 
     images  an image folder; None: a synthetic one. It is converted to data sets in a temporary folder.
     size    of the square that the random crops are resized to.
+    against names of contestants to measure ours against; nothing: all.
     """
     from stagein.formats import convert, scan_imagefolder
     from stagein.formats.seekable_images import SeekableJpegs
     from stagein.formats.sources.images import change_images
+    from stagein.loaders.image_bounds import OURS
     from stagein.loaders.image_peers import PEERS
     from stagein.loaders.synthetic import make_image_folder
 
@@ -109,18 +143,25 @@ def run_load(
             "threads": threads,
             "antialias": antialias,
         }
-        ours = {"stagein": folder / "plain.st", "stagein, seekable": folder / "seekable.st"}
-        specs = [{"name": name, "dataset": str(path), "kind": "images"} for name, path in ours.items()]
-        specs += [{"name": name, "kind": "images"} for name in PEERS if antialias or name not in _ANTIALIASED_ONLY]
+        plain, seekable = str(folder / "plain.st"), str(folder / "seekable.st")
+        specs = [{"name": name, "dataset": seekable if "seekable" in name else plain} for name in OURS]
+        specs += [{"name": name} for name in PEERS if antialias or name not in _ANTIALIASED_ONLY]
+        specs = [{**spec, "kind": "images"} for spec in specs]
         settings = {"size": size, "antialias": antialias, "batch_size": batch_size, "threads": threads}
-        _compete(specs, work, folder, rounds, round_s, "images/s", settings)
+        _compete(_chosen(specs, against), work, folder, rounds, round_s, "images/s", settings)
 
 
 _ANTIALIASED_ONLY = ("torch + pillow", "ffcv")
 
 
 def run_tensors(
-    kind: TensorKind, codec: str | None, rounds: int, batch_size: int, threads: int, round_s: float
+    kind: TensorKind,
+    codec: str | None,
+    rounds: int,
+    batch_size: int,
+    threads: int,
+    round_s: float,
+    against: Collection[str] = (),
 ) -> None:
     """The same for tensors without a graph, of a synthetic data set; `codec` is a codec's name, None for none."""
     from stagein.loaders.tensor_peers import PEERS
@@ -131,7 +172,14 @@ def run_tensors(
         work = {"dataset": str(folder / "records.st"), "batch_size": batch_size, "threads": threads}
         specs = [{"name": name, "kind": "tensors"} for name in ("stagein", *PEERS)]
         settings = {"records": kind, "codec": codec or "none", "batch_size": batch_size, "threads": threads}
-        _compete(specs, work, folder, rounds, round_s, "MB/s", settings)
+        _compete(_chosen(specs, against), work, folder, rounds, round_s, "MB/s", settings)
+
+
+def _chosen(specs: list[dict[str, Any]], against: Collection[str]) -> list[dict[str, Any]]:
+    names = [spec["name"] for spec in specs]
+    if unknown := set(against) - set(names):
+        raise UsageError(f"there is no contestant {sorted(unknown)[0]!r}: there are {', '.join(names)}")
+    return [spec for spec in specs if not against or spec["name"] == "stagein" or spec["name"] in against]
 
 
 def _make_tensors(path: Path, kind: TensorKind, codec: str | None) -> None:
@@ -173,6 +221,9 @@ def _compete(
                 say(f"{contestant.name} does not take part: {contestant.last_words}")
                 continue
             contestants.append(contestant)
+            if spec["kind"] == "images" and spec["name"] not in _BOUNDS:
+                with Contestant({**whole, "psnr": True}, folder / f"{number}-psnr.log") as measured:
+                    ready |= measured.answer(_START_SECONDS) or {"psnr": measured.last_words}
             rates[contestant.name], facts[contestant.name] = [], ready
         order = random.Random(0)
         for _ in range(rounds):
@@ -181,14 +232,20 @@ def _compete(
                 if rate is not None:
                     rates[contestant.name].append(rate)
                 time.sleep(_SETTLE_SECONDS)
+        for contestant in contestants:
+            contestant.watch_memory(_START_SECONDS)
     for contestant in contestants:
         facts[contestant.name]["peak_mb"] = contestant.peak_bytes // 10**6
     complete = {name: of_rounds for name, of_rounds in rates.items() if len(of_rounds) == rounds}
     for name in rates.keys() - complete.keys():
         say(f"{name} stopped before the end")
-    peers = [name for name in complete if not name.startswith("stagein") and name != "reading alone"]
+    peers = [name for name in complete if not name.startswith("stagein") and name not in _BOUNDS]
     baseline = max(peers or complete, key=lambda name: statistics.median(complete[name]))
     print_rates("load", complete, baseline, unit=unit, **settings)
+    for name, other in _PAIRS:
+        if name in complete and other in complete:
+            ratios = [ours / theirs for ours, theirs in zip(complete[name], complete[other], strict=True)]
+            say(f"{name} / {other}: {statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})")
     for name in complete:
         say(f"{name:<20}" + "  ".join(f"{fact} {value}" for fact, value in facts[name].items()))
     shutil.rmtree(folder, ignore_errors=True)

@@ -303,6 +303,9 @@ def bench_load(
         int | None, typer.Option(min=1, help="Threads, or worker processes.  [default: all cores]")
     ] = None,
     round_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")] = 1.0,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Only beside this contestant; may be given again.  [default: all]")
+    ] = None,
 ) -> None:
     """Our DataLoader beside those peers that are installed: random crop, resize, flip, normalise, on the CPU; or tensors."""
     from . import bench_load
@@ -310,9 +313,9 @@ def bench_load(
 
     threads = threads or usable_cores()
     if tensors is None:
-        bench_load.run_load(images, rounds, batch_size or 64, size, threads, antialias, round_seconds)
+        bench_load.run_load(images, rounds, batch_size or 64, size, threads, antialias, round_seconds, against or ())
     else:
-        bench_load.run_tensors(tensors, codec, rounds, batch_size or 8, threads, round_seconds)
+        bench_load.run_tensors(tensors, codec, rounds, batch_size or 8, threads, round_seconds, against or ())
 
 
 @bench_app.command("stage")

@@ -1,0 +1,102 @@
+"""Our image loader as a benchmark runs it, and what bounds it: the same work on bytes that lie in memory, with no loader around it.
+
+Each takes an `ImageWork` and a data set, and yields batches for ever.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from .batches import BatchTask, HostBatch
+from .dali import import_dali
+from .dali_pipeline import QUEUE_DEPTH
+from .dataloader import DataLoader
+from .dataset import RecordDataset
+from .engine import Batch, EngineOptions, raise_first
+from .graphs import Nodes
+from .image_engine import ImageEngine
+from .image_peers import ImageWork, dali_image
+from .order import RankBatch
+
+
+def stagein_loader(work: ImageWork, dataset: Path) -> Iterator[Batch]:
+    """Our loader with the ready graph: on the CPU, our own engine."""
+    return _loader(work, dataset, work.graph)
+
+
+def stagein_dali(work: ImageWork, dataset: Path) -> Iterator[Batch]:
+    """Our loader with a graph of the user's, which DALI runs."""
+
+    def graph(nodes: Nodes) -> Nodes:
+        return {"image": dali_image(work, nodes["image"]), "label": nodes["label"]}
+
+    return _loader(work, dataset, graph)
+
+
+def _loader(work: ImageWork, dataset: Path, transform: Any) -> Iterator[Batch]:
+    loader = DataLoader(
+        RecordDataset(dataset, staged=None),
+        work.batch_size,
+        shuffle=work.is_shuffled,
+        drop_last=True,
+        num_workers=1,
+        transform=transform,
+        device="cpu",
+        decode_threads=work.threads,
+    )
+    while True:
+        yield from loader
+
+
+def engine_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
+    """Our engine, of batches read before it starts."""
+    options = EngineOptions(work.threads, torch.device("cpu"), pin_memory=False, keep_between_epochs=False)
+    engine = ImageEngine(RecordDataset(dataset, staged=None), work.graph, 0, options, raise_first)
+    batches = _read_all(work, dataset, engine.load)
+    return (batch for _, batch in engine.transform(itertools.cycle(batches)))
+
+
+def dali_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
+    """A DALI pipeline with the operators of `stagein_dali`, of batches read before it starts."""
+    records = RecordDataset(dataset, staged=None)
+    batches = [
+        (records.records.read_records(ids.tolist()), records.rows("label", ids)) for ids in _rows(work, len(records))
+    ]
+    dali, source = import_dali(), itertools.cycle(batches)
+    pipeline = dali.Pipeline(
+        batch_size=work.batch_size, num_threads=work.threads, device_id=None, prefetch_queue_depth=QUEUE_DEPTH
+    )
+    with pipeline:
+        encoded, label = dali.fn.external_source(lambda: next(source), num_outputs=2, no_copy=True)
+        pipeline.set_outputs(dali_image(work, encoded), label)
+    pipeline.build()
+    while True:
+        image, label = (torch.utils.dlpack.from_dlpack(each.as_tensor()) for each in pipeline.run())
+        yield {"image": image, "label": label}
+
+
+def _read_all(work: ImageWork, dataset: Path, load: Callable[[BatchTask], HostBatch]) -> list[HostBatch]:
+    samples = len(RecordDataset(dataset, staged=None))
+    return [load(BatchTask(0, number, RankBatch(ids, len(ids)))) for number, ids in enumerate(_rows(work, samples))]
+
+
+def _rows(work: ImageWork, samples: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """The samples of whole batches of one epoch, as often as it takes to have more batches than any engine works on."""
+    order = np.random.default_rng(0).permutation(samples)
+    ids = np.resize(order, max(samples // work.batch_size, 2 * QUEUE_DEPTH + 1) * work.batch_size)
+    return list(ids.astype(np.int64).reshape(-1, work.batch_size))
+
+
+OURS: dict[str, Callable[[ImageWork, Path], Iterator[Batch]]] = {
+    "stagein": stagein_loader,
+    "stagein, seekable": stagein_loader,
+    "engine alone": engine_alone,
+    "stagein, DALI graph": stagein_dali,
+    "DALI alone": dali_alone,
+}
+"""By name. The second gets a data set of seekable JPEGs, the others one of the JPEGs as they are."""
