@@ -39,8 +39,13 @@ _ABORT_SECONDS = 20.0
 _FINALIZE_SECONDS = 300
 """MPI ends together with all other ranks, or this process without it."""
 
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 2e-3
-"""A waiting rank sleeps this long between two looks: it leaves its core to the ranks that work."""
+_YIELDING_SECONDS, _LONGEST_PAUSE_SECONDS = 100e-6, 2e-3
+_PAUSE_SHARE = 0.125
+"""A waiting rank leaves its core to the ranks that work: it yields for so long, then sleeps this share of the time that it
+has waited between two looks, so that it is hardly later than what it waits for."""
+
+_SHORT_BYTES = 504
+"""Words of up to this length, which most are, take one message instead of two."""
 
 _LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
 _MPI_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
@@ -88,6 +93,42 @@ def machine_name() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+class _Word:
+    """A value on its way between ranks: a message of fixed length, with the bytes of the value if it is short."""
+
+    def __init__(self, message: NDArray[np.uint8] | None = None) -> None:
+        self.message = np.zeros(8 + _SHORT_BYTES, dtype=np.uint8) if message is None else message
+        self._long: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> _Word:
+        content = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        word = cls()
+        word.message[:8].view(np.int64)[0] = len(content)
+        if word.is_long:
+            word._long = content
+        else:
+            word.content[:] = content
+        return word
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.message[:8].view(np.int64)[0])
+
+    @property
+    def is_long(self) -> bool:
+        return self.nbytes > _SHORT_BYTES
+
+    @property
+    def content(self) -> NDArray[np.uint8]:
+        """The bytes of the value; room for them where a long one has only been announced."""
+        if not self.is_long:
+            return self.message[8 : 8 + self.nbytes]
+        if self._long is None:
+            self._long = np.empty(self.nbytes, dtype=np.uint8)
+        return self._long
 
 
 class Communicator:
@@ -155,23 +196,26 @@ class Communicator:
         """`root`'s value, on every rank."""
         if self.mpi is None:
             return value
-        content = np.frombuffer(pickle.dumps(value), dtype=np.uint8) if self.world.rank == root else None
-        nbytes = np.array([0 if content is None else len(content)], dtype=np.int64)
-        self._wait(self.mpi.Ibcast(nbytes, root=root))
-        buffer = np.empty(nbytes[0], dtype=np.uint8) if content is None else content
-        self._wait(self.mpi.Ibcast(buffer, root=root))
-        return value if content is not None else pickle.loads(buffer)
+        word = _Word.of(value) if self.world.rank == root else _Word()
+        self._wait(self.mpi.Ibcast(word.message, root=root))
+        if word.is_long:
+            self._wait(self.mpi.Ibcast(word.content, root=root))
+        return value if self.world.rank == root else pickle.loads(word.content)
 
     def gather_all(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.mpi is None:
             return [value]
-        content = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
-        sizes = np.empty(self.world.size, dtype=np.int64)
-        self._wait(self.mpi.Iallgather(np.array([len(content)], dtype=np.int64), sizes))
+        mine = _Word.of(value)
+        messages = np.empty((self.world.size, len(mine.message)), dtype=np.uint8)
+        self._wait(self.mpi.Iallgather(mine.message, messages))
+        words = [_Word(message) for message in messages]
+        if not any(word.is_long for word in words):
+            return [pickle.loads(word.content) for word in words]
+        sizes = np.array([word.nbytes for word in words])
         ends = np.cumsum(sizes)
         gathered = np.empty(ends[-1], dtype=np.uint8)
-        self._wait(self.mpi.Iallgatherv(content, [gathered, (sizes, ends - sizes)]))
+        self._wait(self.mpi.Iallgatherv(mine.content, [gathered, (sizes, ends - sizes)]))
         return [pickle.loads(gathered[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     @contextlib.contextmanager
@@ -209,12 +253,15 @@ class Communicator:
         os._exit(exit_code)
 
     def _wait(self, request: MPI.Request) -> None:
-        start, pause_seconds = time.monotonic(), _SHORTEST_PAUSE_SECONDS
+        start = time.monotonic()
         while not request.Test():
-            if time.monotonic() - start > self.timeout_seconds:
+            waited_seconds = time.monotonic() - start
+            if waited_seconds > self.timeout_seconds:
                 raise WatchdogError(self._lost_rank())
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+            if waited_seconds < _YIELDING_SECONDS:
+                os.sched_yield()
+            else:
+                time.sleep(min(_PAUSE_SHARE * waited_seconds, _LONGEST_PAUSE_SECONDS))
 
     def _lost_rank(self) -> str:
         return (

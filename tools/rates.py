@@ -26,3 +26,9 @@ def print_rates(bench: str, rates: dict[str, list[float]], baseline: str, unit: 
         ratios = [mine / theirs for mine, theirs in zip(of_rounds, rates[baseline], strict=True)]
         middle, ratio = statistics.median(of_rounds), statistics.median(ratios)
         print(f"{name:<20}{middle:>12.4g}{ratio:>8.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
+
+
+def print_ratio(rates: dict[str, list[float]], mine: str, theirs: str) -> None:
+    """One more ratio, taken within each round: how many times the rate of `theirs` that of `mine` is."""
+    ratios = [a / b for a, b in zip(rates[mine], rates[theirs], strict=True)]
+    print(f"{mine} beside {theirs}: {statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})")
