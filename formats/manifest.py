@@ -75,7 +75,8 @@ class Origin(BaseModel):
 class Manifest(BaseModel):
     """The whole data set. `files` are all files but those of shards and the manifest itself.
 
-    Every large field has as many shards, with the same records in them; `shards` are their files, field after field.
+    Every large field has as many shards, with the same records in them; `shards` are their files, field after field. Only in
+    files of others may several fields lie in one file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +107,7 @@ class Manifest(BaseModel):
             raise ValueError("the large fields do not have equally many shards, in the order of the fields")
         for name in large:
             self._refuse_wrong_records(name)
+        self._refuse_shared_files()
         names = [entry.file for entry in self.all_files()]
         if MANIFEST_NAME in names or len({name.casefold() for name in names}) != len(names):
             raise ValueError("a file is listed twice, or two names differ only in case")
@@ -128,6 +130,22 @@ class Manifest(BaseModel):
             next_record += shard.records
         if next_record != self.num_records:
             raise ValueError(f"the shards hold {next_record} records, the manifest says {self.num_records}")
+
+    def _refuse_shared_files(self) -> None:
+        firsts: dict[str, ShardEntry] = {}
+        for shard in self.shards:
+            first = firsts.setdefault(shard.file, shard)
+            if first is shard:
+                continue
+            if self.container != "foreign" or first.field == shard.field:
+                raise ValueError(f"{shard.file} is listed twice")
+            if (first.nbytes, first.xxh3_128, first.first) != (shard.nbytes, shard.xxh3_128, shard.first):
+                raise ValueError(f"{shard.file} is listed twice, in two ways")
+
+    @property
+    def shard_files(self) -> tuple[ShardEntry, ...]:
+        """The files of all shards, each once."""
+        return tuple({shard.file: shard for shard in reversed(self.shards)}.values())[::-1]
 
     @property
     def num_shards(self) -> int:
@@ -156,7 +174,7 @@ class Manifest(BaseModel):
 
     def all_files(self) -> Iterator[FileEntry]:
         """Every file but the manifest itself, shards first."""
-        yield from self.shards
+        yield from self.shard_files
         yield from self.files
 
     def computed_id(self) -> str:

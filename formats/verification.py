@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,15 +67,17 @@ def verify(
     report = VerifyReport(manifest)
     tables = _Tables(path, manifest)
     report.problems += tables.problems
-    parts = {part.file: part for name in manifest.record_schema.indexed_fields for part in manifest.parts_of(name)}
+    parts: dict[str, list[ShardEntry]] = {entry.file: [] for entry in manifest.all_files()}
+    for name in manifest.record_schema.indexed_fields:
+        for part in manifest.parts_of(name):
+            parts[part.file].append(part)
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_verify_file, tables, parts.get(entry.file, entry)) for entry in manifest.all_files()]
+        jobs = [pool.submit(_verify_file, tables, entry, parts[entry.file]) for entry in manifest.all_files()]
         for job in as_completed(jobs):
             entry, problems = job.result()
             report.files += 1
             report.nbytes += entry.nbytes
-            records_here = entry.records if isinstance(entry, ShardEntry) else 0
-            report.sums += entry.num_chunks(manifest.chunk_bytes) + records_here
+            report.sums += entry.num_chunks(manifest.chunk_bytes) + sum(part.records for part in parts[entry.file])
             report.problems += problems
             on_progress(report.nbytes, manifest.nbytes)
     report.problems += _link_problems(path, manifest)
@@ -137,13 +139,13 @@ class _Tables:
         return content.view(field.stored_dtype).reshape(-1, *field.row_shape)
 
 
-def _verify_file(tables: _Tables, entry: FileEntry) -> tuple[FileEntry, list[Problem]]:
+def _verify_file(tables: _Tables, entry: FileEntry, parts: Sequence[ShardEntry]) -> tuple[FileEntry, list[Problem]]:
+    """`parts` are the fields of which the file has records."""
     path = tables.path / entry.file
     try:
-        index = tables.indexes.get(entry.field) if isinstance(entry, ShardEntry) else None
-        problems = list(_content_problems(path, entry, tables.manifest, index))
-        if isinstance(entry, ShardEntry) and entry in tables.manifest.shards and not problems:
-            problems = list(_container_problems(path, entry, tables))
+        problems = list(_content_problems(path, entry, tables, parts))
+        if isinstance(entry, ShardEntry) and not problems:
+            problems = [problem for part in parts for problem in _container_problems(path, part, tables)]
     except OSError as error:
         reason = (
             "it is missing" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error.strerror or error}"
@@ -152,8 +154,9 @@ def _verify_file(tables: _Tables, entry: FileEntry) -> tuple[FileEntry, list[Pro
     return entry, problems
 
 
-def _content_problems(path: Path, entry: FileEntry, manifest: Manifest, index: RecordIndex | None) -> Iterator[Problem]:
-    """Size, sum of every chunk, and the crc32c of every record of a shard."""
+def _content_problems(path: Path, entry: FileEntry, tables: _Tables, parts: Sequence[ShardEntry]) -> Iterator[Problem]:
+    """Size, sum of every chunk, and the crc32c of every record in it."""
+    manifest = tables.manifest
     descriptor = os.open(path, os.O_RDONLY)
     try:
         nbytes = os.fstat(descriptor).st_size
@@ -170,8 +173,9 @@ def _content_problems(path: Path, entry: FileEntry, manifest: Manifest, index: R
                     f"bytes {start} to {start + len(chunk)} differ from what was written (xxh3_128)",
                     damage=True,
                 )
-        if isinstance(entry, ShardEntry) and index is not None:
-            yield from _record_problems(descriptor, entry, index)
+        for part in parts:
+            if part.field in tables.indexes:
+                yield from _record_problems(descriptor, part, tables.indexes[part.field])
     finally:
         os.close(descriptor)
 

@@ -317,7 +317,7 @@ def _dealt_out(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int],
 
     A record is of use where all of its fields are: the files that hold the same records of different fields stay together.
     """
-    num_files, families = len(manifest.shards), shard_families(manifest)
+    num_files, families = len(manifest.shard_files), shard_families(manifest)
     family_bytes = [sum(needs[file] for file in family) for family in families]
     policy: ChosenPolicy = "partition" if copies == 1 else "copies"
     by_room = sorted(range(len(nodes)), key=lambda number: -nodes[number].room_bytes)  # those with room side by side
@@ -335,9 +335,10 @@ def _dealt_out(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int],
 
 
 def shard_families(manifest: Manifest) -> list[tuple[int, ...]]:
-    """The shard files, by number, that hold the same records: one of each large field."""
-    count = manifest.num_shards
-    return [tuple(range(first, len(manifest.shards), count)) for first in range(count)]
+    """The shard files, by number, that hold the same records: one of each large field, or one of several."""
+    number_of = {shard.file: number for number, shard in enumerate(manifest.shard_files)}
+    of_fields = [manifest.shards_of(name) for name in manifest.record_schema.large_fields]
+    return [tuple(sorted({number_of[shard.file] for shard in shards})) for shards in zip(*of_fields, strict=True)]
 
 
 def _most_copies(manifest: Manifest, nodes: Sequence[NodeSpace], needs: list[int]) -> StagePlan:

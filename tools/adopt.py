@@ -1,19 +1,27 @@
-"""`stagein adopt`: a data set over HDF5 files or a Zarr array of others, which stay as they are."""
+"""`stagein adopt`: a data set over HDF5 files or Zarr arrays of others, which stay as they are."""
 
 import json
 from pathlib import Path
 
 from stagein.formats.foreign.adoption import adopt, scan_foreign
 
-from .console import bytes_text, count_text, progress_bytes, say
+from .console import bytes_text, count_text, print_table, progress_bytes, say
 from .convert_commands import parse_fields
+from .info import schema_table
 
 
 def run(
-    source: Path, target: Path, *, fields: list[str] | None, primary: str | None, overwrite: bool, as_json: bool
+    source: Path,
+    target: Path,
+    *,
+    fields: list[str] | None,
+    primary: str | None,
+    file_per_record: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Adopt what is at `source` as the data set `target`. Raises StageinError."""
-    records = scan_foreign(source, parse_fields(fields), primary)
+    records = scan_foreign(source, parse_fields(fields), primary, file_per_record=file_per_record)
     with progress_bytes("adopting", quiet=as_json) as update:
         manifest = adopt(records, target, overwrite=overwrite, on_progress=update)
     if as_json:
@@ -21,6 +29,7 @@ def run(
         say(json.dumps(summary | {"shards": manifest.num_shards}))
         return
     say(
-        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(manifest.num_shards, 'file')} of {source}, "
+        f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shard_files), 'file')} of {source}, "
         f"{bytes_text(manifest.nbytes)}, linked and not copied"
     )
+    print_table(schema_table(manifest.record_schema))

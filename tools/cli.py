@@ -46,15 +46,20 @@ def _root(
 
 @app.command()
 def adopt(
-    source: Annotated[Path, typer.Argument(help="An HDF5 file, a folder of them, or the folder of a Zarr v3 array.")],
+    source: Annotated[Path, typer.Argument(help="An HDF5 file, a folder of them, or a Zarr v3 array or group.")],
     target: Annotated[Path, typer.Argument(help="The data set to make, on the same file system.")],
     fields: Annotated[
         list[str] | None,
-        typer.Option("--field", metavar="NAME=PLACE", help="A field and the HDF5 data set it is; repeat it."),
+        typer.Option(
+            "--field", metavar="NAME=PLACE", help="A field and the HDF5 data set or Zarr array it is; repeat it."
+        ),
     ] = None,
     primary: Annotated[
-        str | None, typer.Option(help="The field that is read where it lies.  [default: the largest]")
+        str | None, typer.Option(help="The field that fills the shards.  [default: the largest]")
     ] = None,
+    file_per_record: Annotated[
+        bool, typer.Option("--file-per-record", help="Each HDF5 file is one record (DeepCAM), not each row in it.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the data set TARGET when the new one is complete.")
     ] = False,
@@ -63,11 +68,19 @@ def adopt(
     """Make a data set over files of others whose records can be read where they lie: linked, summed, not rewritten.
 
     HDF5: contiguous, or one record a chunk, raw or by blosc, zstd or lz4. Zarr v3: one record a chunk, with shards or without,
-    raw or by blosc or zstd.
+    raw or by blosc or zstd. Fields of at most 4 KiB a record are copied, whatever their chunks. All else: stagein convert.
     """
     from . import adopt
 
-    adopt.run(source, target, fields=fields, primary=primary, overwrite=overwrite, as_json=json)
+    adopt.run(
+        source,
+        target,
+        fields=fields,
+        primary=primary,
+        file_per_record=file_per_record,
+        overwrite=overwrite,
+        as_json=json,
+    )
 
 
 @app.command()

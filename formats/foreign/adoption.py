@@ -1,4 +1,4 @@
-"""Adoption: a data set over HDF5 files or a Zarr array of others, whose records are read where they lie; nothing is rewritten.
+"""Adoption: a data set over HDF5 files or Zarr arrays of others, whose records are read where they lie; nothing is rewritten.
 
 The new folder has the files as hard links, so that it can be staged, verified and moved as any data set, and what is
 adopted stays even when its old name goes. Sums of what the files hold now are kept: a later edit in place is found.
@@ -18,32 +18,50 @@ from stagein.formats.errors import ChecksumError, SourceError, UsageError, sourc
 from stagein.formats.index import RecordIndex
 from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
 from stagein.formats.record_reader import RecordReader
-from stagein.formats.schema import MAX_RECORD_BYTES, Schema
+from stagein.formats.schema import Field, Schema
 from stagein.formats.shards import ShardLayout
 
-from .layout import ForeignFile, ForeignRecords
+from .layout import ForeignPart, ForeignRecords, ForeignShard
 
 _BATCH_BYTES = 16 << 20
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".nc")
 
 
-def scan_foreign(source: Path, fields: Mapping[str, str] | None = None, primary: str | None = None) -> ForeignRecords:
-    """What can be adopted of `source`: an HDF5 file, a folder of HDF5 files of one layout, or the folder of a Zarr v3 array.
+def scan_foreign(
+    source: Path, fields: Mapping[str, str] | None = None, primary: str | None = None, *, file_per_record: bool = False
+) -> ForeignRecords:
+    """What can be adopted of `source`: an HDF5 file, a folder of HDF5 files of one layout, or the folder of a Zarr v3 array or
+    group. See `scan_foreign_hdf5` and `scan_foreign_zarr` for the arguments.
 
     Raises UsageError, one sentence, for what cannot be adopted; SourceError for what cannot be read.
     """
     if (source / "zarr.json").exists():
         from .zarr import scan_foreign_zarr
 
-        if fields:
-            raise UsageError(f"{source} is a Zarr array, one field: name it by --primary")
-        return scan_foreign_zarr(source, primary or "data")
+        if file_per_record:
+            raise UsageError(f"{source} is Zarr, whose records are rows: --file-per-record is for HDF5 files")
+        return scan_foreign_zarr(source, fields, primary)
     from .hdf5 import scan_foreign_hdf5
 
-    paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in _HDF5_SUFFIXES)
+    if (source / ".zarray").exists() or (source / ".zgroup").exists():
+        raise UsageError(
+            f"{source} is of Zarr v2, and only v3 is adopted: use `stagein convert python MODULE:FUNCTION` with a function of "
+            "yours that gives its rows"
+        )
+    return scan_foreign_hdf5(_hdf5_files(source), fields, primary, file_per_record=file_per_record)
+
+
+def _hdf5_files(source: Path) -> list[Path]:
+    try:
+        is_folder = source.is_dir()
+        if not source.exists():
+            raise SourceError(f"{source} is not there: is the path right?")
+    except OSError as error:
+        raise source_error(error, "reading", source) from None
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in _HDF5_SUFFIXES) if is_folder else [source]
     if not paths:
-        raise SourceError(f"{source} is no HDF5 file, no folder of them (*.h5, *.hdf5, …) and no Zarr v3 array")
-    return scan_foreign_hdf5(paths, fields, primary)
+        raise SourceError(f"{source} holds no HDF5 files (*.h5, *.hdf5, …), and is no array and no group of Zarr v3")
+    return paths
 
 
 def adopt(
@@ -58,21 +76,23 @@ def adopt(
     All of them are read once, for their sums, and of each the first record is decoded. Raises UsageError where they cannot be
     linked into `target`, ChecksumError for a record that cannot be decoded.
     """
-    schema = Schema(fields={records.name: records.large, **records.columns}, primary=records.name).resolved({})
-    capacity = {records.name: max(len(file.offset) for file in records.files)}
+    schema = Schema(fields={**records.large, **records.columns}, primary=records.primary).resolved({})
+    capacity = {name: max(len(shard.parts[name].offset) for shard in records.shards) for name in records.large}
     layout = ShardLayout(schema, "foreign", capacity, DEFAULT_CHUNK_BYTES)
     growing = GrowingDataset(target, overwrite=overwrite)
     try:
-        shards, done, total = [], 0, sum(_size(file.path) for file in records.files)
-        for number, file in enumerate(records.files):
-            shard = _adopt_file(growing.folder, number, file, records, layout.chunk_bytes)
-            shards.append(shard)
-            done += shard.large_fields[records.name].entry.nbytes
+        total = sum(_size(path) for shard in records.shards for path in {part.path for part in shard.parts.values()})
+        shards, done = [], 0
+        for number, shard in enumerate(records.shards):
+            adopted = _adopt_shard(growing.folder, number, shard, records, layout.chunk_bytes)
+            shards.append(adopted)
+            done += sum({field.entry.file: field.entry.nbytes for field in adopted.large_fields.values()}.values())
             on_progress(done, total)
-        sums = hashlib.sha256(b"".join(shard.large_fields[records.name].crc32c.tobytes() for shard in shards))
-        manifest = growing.publish(
-            layout, shards, Origin(kind=f"adopted {records.kind}", records_sha256=sums.hexdigest())
-        )
+        sums = hashlib.sha256()
+        for name in records.large:
+            sums.update(b"".join(shard.large_fields[name].crc32c.tobytes() for shard in shards))
+        origin = Origin(kind=f"adopted {records.kind}", records_sha256=sums.hexdigest())
+        manifest = growing.publish(layout, shards, origin)
     except BaseException:
         growing.discard()
         raise
@@ -87,52 +107,56 @@ def _size(path: Path) -> int:
         raise source_error(error, "reading", path) from None
 
 
-def _adopt_file(
-    folder: Path, number: int, file: ForeignFile, records: ForeignRecords, chunk_bytes: int
+def _adopt_shard(
+    folder: Path, number: int, shard: ForeignShard, records: ForeignRecords, chunk_bytes: int
 ) -> FinishedShard:
-    name = f"shards/{number:05d}{file.path.suffix if records.kind == 'hdf5' else '.zarr-chunk'}"
+    linked: dict[Path, ShardEntry] = {}
+    large = {}
+    for name, part in shard.parts.items():
+        if part.path not in linked:  # fields may lie in one file
+            place = "shards" if name == records.primary else f"shards/{name}"
+            suffix = part.path.suffix if records.kind == "hdf5" else ".zarr-chunk"
+            linked[part.path] = _link(folder, f"{place}/{number:05d}{suffix}", part, chunk_bytes)
+        entry = linked[part.path].model_copy(update={"field": name, "data_offset": int(part.offset.min())})
+        payload_bytes = int(part.nbytes.sum(dtype=np.uint64))
+        sums = _record_sums(folder / entry.file, name, part, records.large[name])
+        large[name] = FinishedField(entry, payload_bytes, part.offset, part.nbytes, sums)
+    count = len(next(iter(shard.parts.values())).offset)
+    return FinishedShard(count, large, {}, dict(shard.columns), (), {})
+
+
+def _link(folder: Path, name: str, part: ForeignPart, chunk_bytes: int) -> ShardEntry:
+    """Give the file a name in the data set, and sum it."""
     linked = folder / name
+    linked.parent.mkdir(exist_ok=True)
     try:
         linked.unlink(missing_ok=True)
-        os.link(file.path.resolve(), linked)
+        os.link(part.path.resolve(), linked)
     except OSError as error:
         raise UsageError(
-            f"{file.path} cannot be linked into {folder} ({error.strerror}): choose a target on the same file system, "
+            f"{part.path} cannot be linked into {folder} ({error.strerror}): choose a target on the same file system, "
             f"and files of your own, or use `stagein convert`"
         ) from None
-    if int(file.nbytes.max()) > MAX_RECORD_BYTES:
-        raise UsageError(f"{file.path} has records above the limit of {MAX_RECORD_BYTES} bytes")
     try:
         sums, nbytes = file_sums(linked, chunk_bytes), linked.stat().st_size
     except OSError as error:
-        raise source_error(error, "reading", file.path) from None
-    count = len(file.offset)
-    entry = ShardEntry(
-        file=name,
-        nbytes=nbytes,
-        xxh3_128=sums,
-        field=records.name,
-        records=count,
-        first=0,
-        data_offset=int(file.offset.min()),
-    )
-    payload_bytes = int(file.nbytes.sum(dtype=np.uint64))
-    large = FinishedField(entry, payload_bytes, file.offset, file.nbytes, _record_sums(linked, file, records))
-    return FinishedShard(count, {records.name: large}, {}, dict(file.columns), (), {})
+        raise source_error(error, "reading", part.path) from None
+    count = len(part.offset)
+    return ShardEntry(file=name, nbytes=nbytes, xxh3_128=sums, field="", records=count, first=0, data_offset=0)
 
 
-def _record_sums(path: Path, file: ForeignFile, records: ForeignRecords) -> NDArray[np.uint32]:
+def _record_sums(path: Path, name: str, part: ForeignPart, field: Field) -> NDArray[np.uint32]:
     """The crc32c of every record as it lies in the file, whose first record is decoded to see that it can be."""
-    count = len(file.offset)
+    count = len(part.offset)
     no_sums = np.zeros(count, np.uint32)
-    reader = RecordReader(records.large, RecordIndex(no_sums, file.offset, file.nbytes, no_sums), [path])
+    reader = RecordReader(field, RecordIndex(no_sums, part.offset, part.nbytes, no_sums), [path])
     try:
         (first,) = reader.read_packed([0], check=False)
         try:
             reader.decode(first)
         except ChecksumError as error:
-            raise ChecksumError(f"the first record of {file.path} cannot be decoded: {error}") from None
-        each = max(1, _BATCH_BYTES // int(file.nbytes.max()))
+            raise ChecksumError(f"the first record of {name!r} in {part.path} cannot be decoded: {error}") from None
+        each = max(1, _BATCH_BYTES // int(part.nbytes.max()))
         batches = (np.arange(start, min(start + each, count)) for start in range(0, count, each))
         sums = [crc32c(stored) for batch in batches for stored in reader.read_packed(batch, check=False)]
     finally:
