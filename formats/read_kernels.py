@@ -16,6 +16,7 @@ from .native_calls import (
     blosc_decompress,
     clock_gettime,
     errno_location,
+    fstatfs,
     lz4_decompress,
     posix_fadvise,
     pread,
@@ -29,6 +30,8 @@ is not what the codec makes of a record."""
 
 _PIECE_BYTES = 256 << 10
 """Read and summed at a time: what was read is still in the second-level cache when it is summed."""
+_LARGE_PIECE_BYTES = 8 << 20
+"""The same where every read is a message to a server, which is asked for few large pieces."""
 _PROBES = 8
 _AHEAD_BYTES = 128 << 10
 """A hint of more bytes is cut to the readahead of the device, which may be as little as this."""
@@ -36,7 +39,27 @@ _AHEAD_BYTES = 128 << 10
 _RWF_NOWAIT = 8
 _FADV_WILLNEED = 3
 _CLOCK_MONOTONIC = 1
-_EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
+_EINTR, _EAGAIN, _EOPNOTSUPP = errno.EINTR, errno.EAGAIN, errno.EOPNOTSUPP
+_WORDS_OF_STATFS = 64
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
+
+
+@kernel
+def choose_piece_bytes(descriptors: NDArray[np.int32], offsets: NDArray[np.int64]) -> int:
+    """How much to read at a time. Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in
+    memory, and are not memory themselves: their own reading ahead begins late, or knows only one client at a time."""
+    if len(offsets) == 0:
+        return _PIECE_BYTES
+    probe = np.empty(1, np.uint8)
+    vector = np.array([probe.ctypes.data, 1], np.int64)
+    if preadv2(descriptors[0], vector.ctypes.data, 1, offsets[0], _RWF_NOWAIT) >= 0:
+        return _PIECE_BYTES
+    if errno_location()[0] != _EOPNOTSUPP:
+        return _PIECE_BYTES
+    statistics = np.zeros(_WORDS_OF_STATFS, np.int64)
+    if fstatfs(descriptors[0], statistics.ctypes.data) != 0 or statistics[0] == _TMPFS or statistics[0] == _RAMFS:
+        return _PIECE_BYTES
+    return _LARGE_PIECE_BYTES
 
 
 @kernel
@@ -81,15 +104,22 @@ def read_exactly(descriptor: int, target: int, nbytes: int, offset: int) -> int:
 
 @kernel
 def read_record(
-    descriptor: int, target: int, nbytes: int, offset: int, check: bool, before: np.uint32, after: np.uint32
+    descriptor: int,
+    target: int,
+    nbytes: int,
+    offset: int,
+    check: bool,
+    before: np.uint32,
+    after: np.uint32,
+    piece_bytes: int,
 ) -> int:
     """Read a record to the address `target`, and compare the crc32c that continues `before` with `after`; returns 0 or what is
     wrong."""
     if not check:
         return read_exactly(descriptor, target, nbytes, offset)
     found = before
-    for start in range(0, nbytes, _PIECE_BYTES):
-        length = min(_PIECE_BYTES, nbytes - start)
+    for start in range(0, nbytes, piece_bytes):
+        length = min(piece_bytes, nbytes - start)
         trouble = read_exactly(descriptor, target + start, length, offset + start)
         if trouble != 0:
             return trouble
@@ -117,7 +147,7 @@ def read_records(
     Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first on, should
     other threads do theirs, and 0 or what is wrong with the next.
     """
-    count, check = len(offsets), len(after) > 0
+    count, check, piece_bytes = len(offsets), len(after) > 0, choose_piece_bytes(descriptors, offsets)
     while True:
         first = fetch_add(counter, share)
         if first == 0:
@@ -129,7 +159,7 @@ def read_records(
             end, run_bytes = first + 1, nbytes[first]
             while (
                 end < stop
-                and run_bytes + nbytes[end] <= _PIECE_BYTES
+                and run_bytes + nbytes[end] <= piece_bytes
                 and descriptors[end] == descriptors[first]
                 and offsets[end] == offsets[first] + run_bytes
                 and targets[end] == targets[first] + run_bytes
@@ -140,7 +170,7 @@ def read_records(
                 seed = before[first] if len(before) else np.uint32(0)
                 expected = after[first] if check else np.uint32(0)
                 trouble = read_record(
-                    descriptors[first], targets[first], run_bytes, offsets[first], check, seed, expected
+                    descriptors[first], targets[first], run_bytes, offsets[first], check, seed, expected, piece_bytes
                 )
             else:
                 trouble = read_exactly(descriptors[first], targets[first], run_bytes, offsets[first])
@@ -175,6 +205,7 @@ def read_and_decode(
     decode_nanoseconds  [1], is added what decompressing took.
     """
     count, stored, clock, elapsed = len(offsets), scratch.ctypes.data, np.empty(2, np.int64), 0
+    piece_bytes = choose_piece_bytes(descriptors, offsets)
     while True:
         number = fetch_add(counter, 1)
         if number == 0:
@@ -183,7 +214,7 @@ def read_and_decode(
             fetch_add(decode_nanoseconds, elapsed)
             return count, 0
         trouble = read_record(
-            descriptors[number], stored, nbytes[number], offsets[number], True, np.uint32(0), sums[number]
+            descriptors[number], stored, nbytes[number], offsets[number], True, np.uint32(0), sums[number], piece_bytes
         )
         began = nanoseconds(clock)
         if trouble == 0 and not decode_record(codec, scratch[: nbytes[number]], rows[number]):

@@ -176,6 +176,14 @@ class RecordReader:
             self.field.codec.decode_into(stored, content)
         return content.view(self.field.array_dtype).reshape(self.field.fixed_shape)
 
+    def largest_read_bytes(self) -> int:
+        """The most bytes that one read asks for: more where the file system is shared, see `read_kernels.choose_piece_bytes`.
+
+        Raises SourceError when the first shard cannot be opened.
+        """
+        with self._files.use(np.zeros(1, np.uint32)) as descriptors:
+            return _kernels().choose_piece_bytes(descriptors, np.zeros(1, np.int64))  # type: ignore[no-any-return]
+
     def close(self) -> None:
         """Close the shards and end the threads; nothing can be read afterwards."""
         self._helpers.close()

@@ -19,12 +19,13 @@ from .bad_records import Replacement
 from .collate import RecordCollate, without_records, without_rows
 from .dataset import RecordDataset, SamplesAsDicts
 from .deliveries import Deliveries
-from .engine import EngineOptions, raise_first
+from .engine import CPU, EngineOptions, raise_first
 from .fastpath import FastPath, ReadOptions
 from .fetching import FedSteps, FetchSamples, TransformedCollate
 from .frameworks import GraphCollate, view_for_accelerate
 from .graphs import Graph
 from .in_step import InStep, next_loader_number
+from .inflate import why_not_inflated
 from .iterable_order import IterableOrder
 from .iteration import LoaderIterator
 from .paths import LoadingPath, RecordPath, SamplePath, TorchPath
@@ -213,7 +214,37 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         transform = [f"transform: {line}" for line in self._translation.lines]
         reads = [f"reads: {self.dataset.description}"] if isinstance(self.dataset, RecordDataset) else []
         work = f"work: {self._path.description}, {self._why()}"
-        return "\n".join([self._order.description, *reads, *transform, work])
+        return "\n".join(
+            [self._order.description, *reads, *self._decompression(), *transform, work, self._device_line()]
+        )
+
+    def _decompression(self) -> list[str]:
+        """Who decompresses the primary field, where it is compressed and asked for."""
+        if not isinstance(self.dataset, RecordDataset):
+            return []
+        schema = self.dataset.records.schema
+        codec = schema.primary_field.codec
+        if codec is None or schema.primary not in self.dataset.fields:
+            return []
+        reason = why_not_inflated(self.dataset, self._delivery or CPU)
+        if reason is None and not isinstance(self._path, RecordPath):
+            reason = "samples come one by one"
+        return [f"decompression: {codec.name} " + ("on the GPU" if reason is None else f"on the CPU, because {reason}")]
+
+    def _device_line(self) -> str:
+        """Where batches are delivered, and how they come there."""
+        pinned = ", in page-locked memory" if self._pins else ""
+        if self._delivery is None:
+            return f"device: batches are left where the data set has them{pinned}, because no device= is given"
+        if self._delivery.type == "cpu":
+            why = "device= says so" if self.device is not None else "there is no CUDA device"
+            return f"device: batches are delivered on the CPU{pinned}, because {why}"
+        ahead = f"{self._num_prefetched} ahead of the caller"
+        if isinstance(self._path, RecordPath) and self._path.delivers_on == self._delivery:
+            return f"device: batches are made on {self._delivery} by DALI, {ahead}"
+        return (
+            f"device: batches are copied to {self._delivery} from page-locked memory on a stream of their own, {ahead}"
+        )
 
     def _why(self) -> str:
         """Why the work is done so."""

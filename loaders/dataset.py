@@ -133,11 +133,21 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         """Where records are read from, for `DataLoader.explain`."""
         records = self.records
         if records.staged_path is None:
-            return f"the source {records.path}"
+            return f"the source {records.path}, there is no staged copy; {self._describe_reads()}"
         shards = records.manifest.shards
         here = len(shards) if records.staged_shards is None else sum(s.file in records.staged_shards for s in shards)
         left = f"; {len(records.left_shards)} of its shards turned out to be bad" if records.left_shards else ""
         return f"the staged copy {records.staged_path}, {here} of {len(shards)} shards, the others from {records.path}{left}"
+
+    def _describe_reads(self) -> str:
+        if not len(self):
+            return "it has no records"
+        try:
+            nbytes = self.records.reader.largest_read_bytes()
+        except SourceError as error:
+            return str(error)
+        kind = "shared" if nbytes >= 1 << 20 else "local"
+        return f"its file system is {kind}: neighbours are read together, up to {nbytes >> 10} KiB at a time"
 
     def place(self, index: int) -> str:
         """Where a sample is stored, for error messages: record number and shard."""

@@ -481,6 +481,9 @@ def test_explain_says_who_does_what(numbered):
     text = make_loader(numbered, 10, num_workers=3, distributed=(1, 2), decode_threads=2).explain()
     assert "rank 1 of 2 by the caller, global batch 20, tail: share" in text
     assert "3 reader threads, images decoded and resized by 2 threads, batches on cpu" in text
+    assert "there is no staged copy; its file system is local" in text
+    assert "device: batches are delivered on the CPU" in text
+    assert "device: batches are left where the data set has them" in DataLoader([1, 2]).explain()
     assert "order: by SequentialSampler" in DataLoader([1, 2]).explain()
     assert "sample by sample, by the caller" in DataLoader([1, 2]).explain()
 

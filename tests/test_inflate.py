@@ -126,6 +126,8 @@ def test_what_the_gpu_cannot_inflate_is_decoded_on_the_cpu_and_says_why(tmp_path
     lz4_set = written(tmp_path / "lz4.st", (5, 7), "int16")
     assert why_not_inflated(lz4_set, CUDA) is None
     assert why_not_inflated(lz4_set, CPU) == "batches are delivered on cpu"
+    said = DataLoader(lz4_set, device="cpu").explain()
+    assert "decompression: lz4 on the CPU, because batches are delivered on cpu" in said
     zstd = written(tmp_path / "zstd.st", (5, 7), "int16", "zstd")
     assert why_not_inflated(zstd, CUDA) == "no GPU decoder takes zstd, only lz4"
     for dtype in ("complex64", "bfloat16"):
@@ -168,7 +170,8 @@ def test_the_gpu_inflates_to_the_same_numbers(name, num_workers, tmp_path):
         DataLoader(dataset, 4, shuffle=True, transform=GRAPHS[name], device=device, num_workers=num_workers)
         for device in ("cpu", "cuda")
     ]
-    assert "lz4 inflated on the GPU" in loaders[1].explain()
+    assert "decompression: lz4 on the GPU" in loaders[1].explain()
+    assert "device: batches are made on cuda:0 by DALI, 1 ahead" in loaders[1].explain()
     for ours, theirs in zip(*loaders, strict=True):
         assert theirs["volume"].is_cuda
         assert torch.equal(ours["label"], theirs["label"].cpu())

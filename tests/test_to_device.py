@@ -203,6 +203,8 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(dataset, num_workers, prefetch_
         DataLoader(chosen, 4, num_workers=num_workers, device="cpu"),
         DataLoader(chosen, 4, num_workers=num_workers, device="cuda", prefetch_to_device=prefetch_to_device),
     ]
+    copied = f"copied to cuda:0 from page-locked memory on a stream of their own, {prefetch_to_device} ahead"
+    assert copied in loaders[1].explain()
     for ours, theirs in zip(loaders[1], loaders[0], strict=True):
         assert ours["label"].is_cuda
         assert_same(ours, theirs)
