@@ -1,4 +1,4 @@
-"""C functions that kernels call: of the C library, and of the libraries inside the wheels of our sums and codecs.
+"""C functions that kernels call: of the C library, of the libraries inside the wheels of our sums and codecs, and one of ours.
 
 Compiled code knows a function by its name, which is looked up when the code is loaded: kernels that call it can be kept on
 disk. Import this where kernels are used: numba takes half a second to load.
@@ -13,6 +13,7 @@ import numcodecs.blosc
 from google_crc32c import _crc32c
 from numba import types
 
+from . import folded_crc32c
 from .errors import StageinError
 
 _ADDRESS = _SIZE = types.intp
@@ -30,8 +31,12 @@ def _of_wheel(extension: ModuleType, name: str, result: Any, *arguments: Any) ->
         raise StageinError(
             f"{extension.__name__} as it is installed has no function {name}: install its wheel from the package index"
         ) from None
+    return _at_address(ctypes.cast(function, ctypes.c_void_p).value, name, result, *arguments)
+
+
+def _at_address(address: int | None, name: str, result: Any, *arguments: Any) -> Any:
     unique_name = f"stagein_{name}"  # another library of the process may have a function of the same name
-    llvmlite.binding.add_symbol(unique_name, ctypes.cast(function, ctypes.c_void_p).value)
+    llvmlite.binding.add_symbol(unique_name, address)
     return types.ExternalFunction(unique_name, result(*arguments))
 
 
@@ -61,7 +66,12 @@ memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
 clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRESS)
 """(clock, address of seconds and nanoseconds) -> 0, or -1."""
 
-crc32c_extend = _of_wheel(_crc32c, "crc32c_extend", types.uint32, types.uint32, _ADDRESS, _SIZE)
+_crc32c_signature = (types.uint32, types.uint32, _ADDRESS, _SIZE)
+crc32c_extend = (
+    _at_address(folded_crc32c.function_address(), "crc32c_extend", *_crc32c_signature)
+    if folded_crc32c.is_possible()
+    else _of_wheel(_crc32c, "crc32c_extend", *_crc32c_signature)
+)
 """(sum of what comes before, data, nbytes) -> sum of both."""
 
 blosc_decompress = _of_wheel(

@@ -1,0 +1,33 @@
+"""CRC-32C by vectors: the same sums as google-crc32c's, for every length around the sizes of its steps and any place."""
+
+import ctypes
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from stagein.formats import folded_crc32c
+
+
+@pytest.mark.skipif(not folded_crc32c.is_possible(), reason="this processor multiplies no vectors of 64 bytes")
+def test_sums_of_any_length_place_and_beginning() -> None:
+    signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64)
+    extend = signature(folded_crc32c.function_address())
+    random = np.random.default_rng(0)
+    content = np.frombuffer(random.bytes(200_000), np.uint8)
+    for nbytes in [*range(1100), *random.integers(1100, 190_000, 200).tolist()]:
+        start, before = int(random.integers(200)), int(random.integers(1 << 32))
+        piece = content[start : start + nbytes]
+        found = extend(before, piece.ctypes.data, nbytes)
+        assert found == google_crc32c.extend(before, piece.tobytes()), (nbytes, start, before)
+
+
+def test_the_sum_that_the_standard_gives() -> None:
+    """RFC 3720, appendix B.4: 32 bytes of zeros, of ones, counting up and down."""
+    if not folded_crc32c.is_possible():
+        pytest.skip("this processor multiplies no vectors of 64 bytes")
+    signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_char_p, ctypes.c_int64)
+    extend = signature(folded_crc32c.function_address())
+    up = bytes(range(32))
+    sums = [extend(0, content, 32) for content in (bytes(32), b"\xff" * 32, up, up[::-1])]
+    assert sums == [0x8A9136AA, 0x62A8AB43, 0x46DD794E, 0x113FDB5C]
