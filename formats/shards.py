@@ -571,7 +571,9 @@ def refuse_sizes(shard_bytes: int, chunk_bytes: int) -> None:
 
 
 def refuse_codecs(schema: Schema, container: Container) -> None:
-    """Raise UsageError for a codec that the container cannot name."""
+    """Raise UsageError for a codec that the container cannot name, and for the container of what others wrote."""
+    if container == "foreign":
+        raise UsageError("files of others are adopted, not written: take the container hdf5+zarr, hdf5 or zarr")
     for name, field in schema.fields.items():
         if field.codec is not None and field.codec.name == "lz4" and container != "hdf5":
             raise UsageError(

@@ -22,7 +22,7 @@ from stagein.formats.manifest import Container
 from stagein.formats.schema import BFLOAT16
 from stagein.formats.values import to_rows
 
-CONTAINERS = get_args(Container)
+CONTAINERS = [container for container in get_args(Container) if container != "foreign"]
 CODECS = [
     None,
     Codec(name="blosc-lz4", shuffle="byte"),
@@ -120,30 +120,46 @@ def test_any_records_come_back_as_they_were(
     assert_round_trip(Dataset(target), records)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_type_in_every_kind_of_field(tmp_path: Path, dtype: str) -> None:
-    schema = Schema(
-        fields={
-            "large": Field(kind="tensor", dtype=dtype, shape=(3, 11, 200)),
-            "packed": Field(kind="tensor", dtype=dtype, shape=(3, 11, 200), codec=CODECS[1]),
-            "ragged": Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="shards"),
-            "small_ragged": Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="column"),
-            "small": Field(kind="tensor", dtype=dtype, shape=(7,)),
-            "scalar": Field(kind="tensor", dtype=dtype),
-        }
-    )
-    records = [
-        {
-            name: random_array(dtype, field.fixed_shape if field.kind == "tensor" else (number, 5), number)
-            for name, field in schema.fields.items()
-        }
-        for number in range(11)
-    ]
-    with Writer(tmp_path / "x.st", schema, shard_bytes=SHARD_BYTES) as writer:
+COMBINATIONS = [
+    (container, codec)
+    for container in CONTAINERS
+    for codec in CODECS
+    if container == "hdf5" or codec is None or codec.name != "lz4"  # which Zarr has not
+]
+
+
+@pytest.mark.parametrize(("container", "codec"), COMBINATIONS, ids=str)
+def test_every_kind_and_type_in_every_container_with_every_codec(
+    tmp_path: Path, container: Container, codec: Codec | None
+) -> None:
+    """Two shards of every field that is large, and every other as a column; codecs are for tensors alone."""
+    fields: dict[str, Field] = {}
+    for dtype in DTYPES:
+        fields[f"large_{dtype}"] = Field(kind="tensor", dtype=dtype, shape=(2, 3, 7), codec=codec, storage="shards")
+        if codec is None:
+            fields[f"ragged_{dtype}"] = Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="shards")
+            fields[f"small_ragged_{dtype}"] = Field(kind="ragged", dtype=dtype, shape=(None, 5), storage="column")
+            fields[f"small_{dtype}"] = Field(kind="tensor", dtype=dtype, shape=(7,))
+            fields[f"scalar_{dtype}"] = Field(kind="tensor", dtype=dtype)
+    for storage in ("shards", "column"):
+        fields[f"text_{storage}"] = Field(kind="text", storage=storage)  # type: ignore[arg-type]
+        fields[f"file_{storage}"] = Field(kind="encoded", encoding="bytes", storage=storage)  # type: ignore[arg-type]
+
+    def value(field: Field, number: int) -> Any:
+        if field.kind == "text":
+            return "größe ☃ " * number
+        shape = field.fixed_shape if field.kind == "tensor" else (number, *field.row_shape)
+        array = random_array(field.dtype, shape, number)
+        return array.tobytes() if field.kind == "encoded" else array
+
+    schema = Schema(fields=fields, primary=f"large_{DTYPES[0]}")
+    records = [{name: value(field, number) for name, field in fields.items()} for number in range(5)]
+    each = sum(field.record_bytes for field in schema.large_fields.values() if not field.is_variable)
+    with Writer(tmp_path / "x.st", schema, container=container, shard_bytes=4 * each) as writer:
         for record in records:
             writer.write(record)
     dataset = Dataset(tmp_path / "x.st")
-    assert len(dataset.manifest.shards) == 3 * dataset.manifest.num_shards > 6
+    assert dataset.manifest.num_shards == 2
     assert_round_trip(dataset, records)
 
 

@@ -22,7 +22,7 @@ from stagein.formats.errors import ChecksumError, UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.shards import plan_shards
 
-CONTAINERS = get_args(Container)
+CONTAINERS = [container for container in get_args(Container) if container != "foreign"]
 LABEL = Field(kind="tensor", dtype="int64")
 BOX = Field(kind="tensor", dtype="float32", shape=(4,))
 JPEG = Field(kind="encoded", dtype="uint8", shape=(None, None, 3), encoding="jpeg")
@@ -186,6 +186,8 @@ def test_tensor_shards_are_full_but_the_last(count: int, record_bytes: int, shar
 
 
 def test_a_codec_that_the_container_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are adopted, not written"):
+        Writer(tmp_path / "x.st", Schema(fields={"x": VOLUME}), container="foreign")
     schema = Schema(fields={"x": PRIMARIES["tensor, lz4"]}, primary="x")
     with pytest.raises(UsageError, match="Zarr has no codec lz4"):
         Writer(tmp_path / "x.st", schema, container="hdf5+zarr")
