@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .assembly import file_sums, make_links
 from .checksums import chunk_sum, pread_exactly, pwrite_all
-from .errors import ChecksumError, SourceError, UsageError
+from .errors import ChecksumError, SourceError, UsageError, destination_error
 from .manifest import FileEntry, Manifest, ShardEntry
 from .publish import publish_file
 from .shards import SHARD_MODE
@@ -26,8 +26,15 @@ def repair(path: Path, good: Path) -> Repaired:
     """Make every file of the data set at `path` what its manifest says, with chunks of the copy at `good` where needed.
 
     A chunk is taken only when its sum holds; a file gets its name when all of it does. Raises UsageError when `good` is
-    another data set, ChecksumError when a chunk is damaged in both.
+    another data set, ChecksumError when a chunk is damaged in both, NoSpaceError or StageinError where `path` cannot be written.
     """
+    try:
+        return _repair(path, good)
+    except OSError as error:
+        raise destination_error(error, "mending", path) from None
+
+
+def _repair(path: Path, good: Path) -> Repaired:
     manifest = Manifest.load(good)
     try:
         if Manifest.load(path).id != manifest.id:

@@ -5,8 +5,10 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -54,7 +56,8 @@ class ShardWorkers:
 
     def submit(self, task: ShardTask) -> Future[ShardResult]:
         try:
-            return self._pool.submit(_make_shard_in_worker, task)
+            with _signals_later():  # the first task starts the processes: one that is half started could not be ended
+                return self._pool.submit(_make_shard_in_worker, task)
         except (BrokenProcessPool, EOFError, OSError):  # the latter when the process that starts them was killed
             raise worker_lost() from None
 
@@ -77,6 +80,24 @@ class ShardWorkers:
             process.terminate()
         for process in processes:
             process.join()
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Inside, in the main thread, SIGTERM and SIGINT wait for the end of the block, where their handlers are called."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for signalled in came:
+        signal.raise_signal(signalled)
 
 
 def result_of(future: Future[ShardResult]) -> ShardResult:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from stagein.formats import Dataset, Manifest, verify
-from stagein.formats.errors import ChecksumError, SourceError, StageinError, UsageError
+from stagein.formats.errors import ChecksumError, NoSpaceError, SourceError, StageinError, UsageError
 from stagein.formats.foreign.adoption import adopt, scan_foreign
 
 CUBES = np.random.default_rng(0).poisson(2, (13, 3, 20, 20)).astype(np.int16)
@@ -484,6 +484,23 @@ def test_a_record_that_does_not_decode_and_an_edit_afterwards(tmp_path: Path) ->
     with pytest.raises(ChecksumError, match=r"record 7 in .* is damaged"):
         Dataset(tmp_path / "x.st").read_tensors([6, 7])
     assert any("record 7" in problem.text for problem in verify(tmp_path / "x.st").problems)
+
+
+def test_no_room_and_nowhere_to_write(tmp_path: Path) -> None:
+    for folder, size, option, error in (
+        ("full", 16 << 10, "rw", NoSpaceError),
+        ("read-only", 1 << 20, "ro", StageinError),
+    ):
+        disk = tmp_path / folder
+        disk.mkdir()
+        with small_disk(disk, size):
+            with h5py.File(disk / "x.h5", "w") as file:
+                file["x"] = np.zeros((5, 100))
+            if option == "ro":
+                subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            with pytest.raises(error, match=r"x.st"):
+                adopt(scan_foreign(disk / "x.h5"), disk / "x.st")
+            assert [path.name for path in disk.iterdir()] == ["x.h5"]
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -263,6 +263,34 @@ def test_a_target_that_cannot_be_made_is_a_sentence(source: Path, tmp_path: Path
     assert len(result.stderr.splitlines()) == 1
 
 
+STOPPED_AT_ONCE = """
+import os, signal, sys, threading
+from pathlib import Path
+from stagein.formats import convert, scan_imagefolder
+from stagein.formats.errors import InterruptedRunError
+
+if __name__ == "__main__":
+    source = scan_imagefolder(Path(sys.argv[1]))
+    for number, delay in enumerate((0.02, 0.1, 0.2, 0.4, 0.03, 0.06)):
+        stopper = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
+        stopper.start()
+        try:
+            convert(source, Path(sys.argv[2]) / f"{number}.st", shard_bytes=4000, workers=2)
+            stopper.cancel()
+        except InterruptedRunError:
+            print("stopped")
+"""
+
+
+def test_stopped_while_its_processes_start_it_leaves_none_half_started(jpeg_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED_AT_ONCE)
+    command = [sys.executable, str(tmp_path / "stopped.py"), str(jpeg_folder), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.count("stopped") > 3
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(
     jpeg_folder: Path, tmp_path: Path, signal_number: signal.Signals

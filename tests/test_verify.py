@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 from stagein.formats import Dataset, Manifest, convert, scan_imagefolder, verify
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
@@ -168,3 +169,19 @@ def test_repair_refuses_another_data_set_and_damage_in_both(copy: Path, jpeg_fol
     with pytest.raises(ChecksumError, match=r"chunk 0 of shards/00000\.h5"):
         repair(good, other)
     assert (good / "shards/00000.h5").read_bytes() == before
+
+
+def test_repair_without_room_is_a_sentence_and_leaves_what_is_there(jpeg_dataset_path: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, 1 << 20):
+        copy = shutil.copytree(jpeg_dataset_path, disk / "x.st", symlinks=True)
+        (copy / "shards/00001.h5").unlink()
+        room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "fill").write_bytes(bytes(room - 20_000))
+        result = run("verify", copy, "--repair", "--from", jpeg_dataset_path)
+        assert result.returncode == 4
+        assert result.stderr.startswith(f"stagein: no space left while mending {copy}")
+        assert len(result.stderr.splitlines()) == 1
+        (disk / "fill").unlink()
+        assert run("verify", copy, "--repair", "--from", jpeg_dataset_path).returncode == 0

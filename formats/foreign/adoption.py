@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.assembly import FinishedField, FinishedShard, GrowingDataset, file_sums
 from stagein.formats.checksums import crc32c
-from stagein.formats.errors import ChecksumError, SourceError, UsageError, source_error
+from stagein.formats.errors import ChecksumError, SourceError, UsageError, destination_error, source_error
 from stagein.formats.index import RecordIndex
 from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
 from stagein.formats.record_reader import RecordReader
@@ -79,7 +79,10 @@ def adopt(
     schema = Schema(fields={**records.large, **records.columns}, primary=records.primary).resolved({})
     capacity = {name: max(len(shard.parts[name].offset) for shard in records.shards) for name in records.large}
     layout = ShardLayout(schema, "foreign", capacity, DEFAULT_CHUNK_BYTES)
-    growing = GrowingDataset(target, overwrite=overwrite)
+    try:
+        growing = GrowingDataset(target, overwrite=overwrite)
+    except OSError as error:
+        raise destination_error(error, "writing", target) from None
     try:
         total = sum(_size(path) for shard in records.shards for path in {part.path for part in shard.parts.values()})
         shards, done = [], 0
@@ -93,6 +96,9 @@ def adopt(
             sums.update(b"".join(shard.large_fields[name].crc32c.tobytes() for shard in shards))
         origin = Origin(kind=f"adopted {records.kind}", records_sha256=sums.hexdigest())
         manifest = growing.publish(layout, shards, origin)
+    except OSError as error:
+        growing.discard()
+        raise destination_error(error, "writing", target) from None
     except BaseException:
         growing.discard()
         raise
