@@ -216,7 +216,8 @@ def test_a_plain_loader_made_of_the_parts_is_refused_where_the_transform_would_b
 # --- HF Trainer ---
 
 
-def test_hf_trainer_with_our_loader_from_its_hook(dataset, tmp_path):
+def hf_trainer(dataset, tmp_path, callbacks=(), loader=None, **arguments):
+    """A Trainer whose loaders are ours; its model notes the labels that it was trained on."""
     transformers = pytest.importorskip("transformers")
 
     class Classifier(torch.nn.Module):
@@ -233,21 +234,57 @@ def test_hf_trainer_with_our_loader_from_its_hook(dataset, tmp_path):
 
     class Trainer(transformers.Trainer):
         def get_train_dataloader(self):
-            return DataLoader(dataset, 8, shuffle=True, num_workers=1, transform=image_train(8), device="cpu")
+            return loader or training_loader(dataset)
 
         def get_eval_dataloader(self, eval_dataset=None):
             return DataLoader(dataset, 8, transform=image_eval(8, resize=8), device="cpu")
 
-    model = Classifier()
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), num_train_epochs=2, report_to=[], save_strategy="no", use_cpu=True, label_names=["label"],
-        remove_unused_columns=False, disable_tqdm=True, gradient_accumulation_steps=2,
+    told = transformers.TrainingArguments(
+        str(tmp_path), **{"num_train_epochs": 2, "report_to": [], "save_strategy": "no", "use_cpu": True, "label_names": ["label"],
+        "remove_unused_columns": False, "disable_tqdm": True, **arguments},
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset)
+    return Trainer(Classifier(), told, train_dataset=dataset, eval_dataset=dataset, callbacks=list(callbacks))
+
+
+def training_loader(dataset) -> DataLoader:
+    return DataLoader(dataset, 8, shuffle=True, num_workers=1, transform=image_train(8), device="cpu")
+
+
+def test_hf_trainer_with_our_loader_from_its_hook(dataset, tmp_path):
+    trainer = hf_trainer(dataset, tmp_path, gradient_accumulation_steps=2)
     assert trainer.train().global_step == 12
-    assert len(model.seen) == 2 * SAMPLES
-    assert model.seen[:SAMPLES] != model.seen[SAMPLES:]
+    seen = trainer.model.seen
+    assert len(seen) == 2 * SAMPLES
+    assert seen[:SAMPLES] != seen[SAMPLES:]
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("stop", [4, 11, 15])
+def test_hf_trainer_goes_on_in_the_middle_of_an_epoch(stop, dataset, tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class WithLoader(transformers.TrainerCallback):
+        """What README.md tells users of HF Trainer: the loader's state lies beside each checkpoint."""
+
+        def on_save(self, args, state, control, train_dataloader=None, **_):
+            folder = tmp_path / f"checkpoint-{state.global_step}"
+            torch.save(train_dataloader.state_dict(), folder / "loader.pt")
+
+    class Stopping(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == stop:
+                control.should_save = control.should_training_stop = True
+
+    whole = hf_trainer(dataset, tmp_path / "whole", num_train_epochs=3)
+    whole.train()
+    first = hf_trainer(dataset, tmp_path, [WithLoader(), Stopping()], num_train_epochs=3)
+    first.train()
+    checkpoint = tmp_path / f"checkpoint-{stop}"
+    loader = training_loader(dataset)
+    loader.load_state_dict(torch.load(checkpoint / "loader.pt", weights_only=True))
+    rest = hf_trainer(dataset, tmp_path, loader=loader, num_train_epochs=3, ignore_data_skip=True)
+    assert rest.train(resume_from_checkpoint=str(checkpoint)).global_step == whole.state.global_step
+    assert first.model.seen + rest.model.seen == whole.model.seen
 
 
 # --- scripts for torch, with the import changed ---
