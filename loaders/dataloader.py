@@ -263,7 +263,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if isinstance(self.dataset, IterableDataset):
             return IterableOrder(self.dataset, self.num_workers)
         samples = len(self.dataset) if hasattr(self.dataset, "__len__") else None
-        return SamplerOrder(self._index_sampler, self._auto_collation, samples, self.in_order)
+        return SamplerOrder(
+            self._index_sampler, self._auto_collation, samples, self.in_order, self.dataset, self.num_workers
+        )
 
     def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> LoadingPath:
         """`collate_fn`: the user's own, None where it is torch's default."""

@@ -45,11 +45,22 @@ class SamplerOrder:
     index_sampler  what torch's loader takes its indices from: its batch sampler, without batching its sampler.
     samples        of the data set, None where it does not say.
     in_order       batches are delivered in the order of the sampler.
+    dataset        if it is `Stateful`, its state is kept too.
+    num_workers    that load ahead of what is delivered.
     """
 
-    def __init__(self, index_sampler: Iterable[Any], batched: bool, samples: int | None, in_order: bool) -> None:
+    def __init__(
+        self,
+        index_sampler: Iterable[Any],
+        batched: bool,
+        samples: int | None,
+        in_order: bool,
+        dataset: object,
+        num_workers: int,
+    ) -> None:
         self.index_sampler, self.batched, self._samples = index_sampler, batched, samples
-        self._in_order = in_order
+        self._in_order, self._num_workers = in_order, num_workers
+        self._dataset = dataset if isinstance(dataset, Stateful) else None
         self._inner = _innermost(index_sampler)
         self.stateful = next((each for each in (index_sampler, self._inner) if isinstance(each, Stateful)), None)
         self._epoch = SamplerEpoch(self, 0)
@@ -90,10 +101,13 @@ class SamplerOrder:
             "batches_delivered": epoch.delivered_batches,
             "refused": self._reason_to_refuse() if epoch.delivered_batches else None,
         }
+        if self._dataset is not None and not self._num_workers:
+            state["dataset"] = self._dataset.state_dict()
         if epoch.begun:
-            return {**state, "begun": True, "sampler": epoch.sampler_state, "generators": epoch.origin}
+            generators = epoch.origin if self._draws else {}
+            return {**state, "begun": True, "sampler": epoch.sampler_state, "generators": generators}
         # Until the sampler begins, the global generator is the caller's.
-        generators = {name: value for name, value in self.generators().items() if name != "global"}
+        generators = {name: value for name, value in self.generators().items() if name != "global" and self._draws}
         return {**state, "begun": not self._at_start, "sampler": self.sampler_state(), "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,6 +124,8 @@ class SamplerOrder:
         self._epoch.origin, self._epoch.sampler_state = dict(state["generators"]), state["sampler"]
         self._epoch.resumed = bool(state["begun"])
         self._at_start = True
+        if self._dataset is not None and "dataset" in state:
+            self._dataset.load_state_dict(state["dataset"])
         if not state["begun"]:
             if self.stateful is not None:
                 self.stateful.load_state_dict(state["sampler"])
@@ -141,6 +157,11 @@ class SamplerOrder:
         return None if self.stateful is None else self.stateful.state_dict()
 
     @property
+    def _draws(self) -> bool:
+        """Whether generators tell how to go on; else a state is plain numbers, which JSON takes."""
+        return self.stateful is None and type(self._inner) not in (SequentialSampler, *_SEQUENCES)
+
+    @property
     def _own_generator(self) -> torch.Generator | None:
         generator = getattr(self._inner, "generator", None)
         return generator if isinstance(generator, torch.Generator) else None
@@ -148,6 +169,11 @@ class SamplerOrder:
     def _reason_to_refuse(self) -> str | None:
         if not self._in_order:
             return "with in_order=False the batches delivered are not the first ones of the epoch"
+        if self._dataset is not None and self._num_workers:
+            return (
+                f"the state of a {type(self._dataset).__name__} is that of samples loaded ahead; give num_workers=0, or save the "
+                "state between two epochs"
+            )
         if self.stateful is None and type(self._inner) not in (*_REPEATABLE, *_SEQUENCES):
             return (
                 f"a {type(self._inner).__name__} does not say where it is in its epoch; give it state_dict and "
@@ -172,7 +198,7 @@ class SamplerEpoch:
     @property
     def begun(self) -> bool:
         """Whether the sampler was asked for this epoch's indices."""
-        return "global" in self.origin
+        return self.resumed or "global" in self.origin
 
     def steps(self) -> Iterator[Step]:
         order = self._order

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import threading
 import time
 import warnings
@@ -766,6 +767,106 @@ def test_a_state_can_be_saved_and_loaded_with_torch(tmp_path):
     loader = DataLoader(Numbers(), 4, shuffle=True)
     loader.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert [plain(batch) for batch in loader] == rest
+
+
+def test_a_state_goes_on_with_another_number_of_workers():
+    for before, after in ((0, 3), (3, 0)):
+        torch.manual_seed(3)
+        loader = DataLoader(Numbers(), 3, shuffle=True, num_workers=before)
+        batches = iter(loader)
+        next(batches)
+        state = loader.state_dict()
+        rest = [plain(batch) for batch in batches]
+        loader = DataLoader(Numbers(), 3, shuffle=True, num_workers=after)
+        loader.load_state_dict(state)
+        assert [plain(batch) for batch in loader] == rest
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("sampler", [None, Counting, lambda: list(range(22, -1, -1)), "own order"])
+def test_a_state_without_generators_is_json(sampler, num_workers):
+    def make_loader() -> DataLoader:
+        if sampler == "own order":
+            return DataLoader(Numbers(), 4, shuffle=True, num_workers=num_workers, distributed=(0, 1))
+        return DataLoader(Numbers(), 4, sampler=sampler and sampler(), num_workers=num_workers)
+
+    for stop in (0, 2):
+        loader = make_loader()
+        batches = iter(loader)
+        for _ in range(stop):
+            next(batches)
+        state = json.dumps(loader.state_dict())
+        rest = [plain(batch) for batch in batches]
+        loader = make_loader()
+        loader.load_state_dict(json.loads(state))
+        assert json.dumps(loader.state_dict()) == state
+        assert [plain(batch) for batch in loader] == rest
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_states_are_loaded_back_and_forth_into_the_same_loader(num_workers, persistent):
+    loader = DataLoader(Numbers(), 3, shuffle=True, num_workers=num_workers, persistent_workers=persistent)
+    batches = iter(loader)
+    whole = [plain(next(batches))]
+    states = [loader.state_dict()]
+    whole += [plain(next(batches)) for _ in range(3)]
+    states.append(loader.state_dict())
+    loader.load_state_dict(states[1])
+    whole += [plain(batch) for batch in loader]
+    assert len(set(map(str, whole))) == len(whole) == len(loader)
+    loader.load_state_dict(states[0])
+    assert [plain(batch) for batch in loader] == whole[1:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_state_after_the_end_begins_the_next_epoch(shuffle, batch_size, num_workers):
+    def make_loader() -> DataLoader:
+        generator = torch.Generator().manual_seed(15)
+        return DataLoader(Numbers(), batch_size, shuffle, num_workers=num_workers, generator=generator)
+
+    loader = make_loader()
+    first = [plain(batch) for batch in loader]
+    state = loader.state_dict()
+    second = [plain(batch) for batch in loader]
+    assert (first == second) != shuffle
+    loader = make_loader()
+    next(iter(loader))  # what was begun is given up
+    loader.load_state_dict(state)
+    assert [plain(batch) for batch in loader] == second
+
+
+class Drawing(Numbers):
+    """Each sample is drawn from a generator of the data set's own, which says where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __getitem__(self, index: int) -> int:
+        return int(torch.randint(1000, (), generator=self.generator))
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+
+
+def test_a_data_set_with_state_goes_on_where_it_was_or_is_refused_by_name():
+    loader = DataLoader(Drawing(), 4)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    rest = [plain(batch) for batch in batches]
+    loader = DataLoader(Drawing(), 4)
+    loader.load_state_dict(state)
+    assert [plain(batch) for batch in loader] == rest
+    ahead = DataLoader(Drawing(), 4, num_workers=2)
+    next(iter(ahead))
+    with pytest.raises(UsageError, match="state of a Drawing is that of samples loaded ahead"):
+        loader.load_state_dict(ahead.state_dict())
 
 
 def test_delivered_counts_what_the_caller_got_however_far_threads_are():
