@@ -9,11 +9,11 @@ import errno
 import numpy as np
 from numpy.typing import NDArray
 
+from .blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
 from .codecs import LZ4, ZSTD
 from .crc32c_kernel import crc32c_extend
 from .native import fetch_add, kernel, signed
 from .native_calls import (
-    blosc_decompress,
     clock_gettime,
     errno_location,
     fstatfs,
@@ -27,6 +27,9 @@ from .native_calls import (
 CUT_OFF, DAMAGED, UNDECODABLE = -1, -2, -3
 """What is wrong with a record, where no error number (above 0) says it: the file ends before it, its crc32c differs, it
 is not what the codec makes of a record."""
+
+WORK_BYTES = MOST_BLOCK_BYTES
+"""Of memory that a thread needs to decode, of whatever codec."""
 
 _PIECE_BYTES = 256 << 10
 """Read and summed at a time: what was read is still in the second-level cache when it is summed."""
@@ -201,11 +204,13 @@ def read_and_decode(
     """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
     `counter`, [1], share them out. Returns as `read_records` does.
 
-    scratch  this thread's memory for the stored bytes of a record.
+    scratch  this thread's memory: WORK_BYTES, and behind them room for the stored bytes of a record.
     decode_nanoseconds  [1], is added what decompressing took.
     """
-    count, stored, clock, elapsed = len(offsets), scratch.ctypes.data, np.empty(2, np.int64), 0
+    count, work, stored = len(offsets), scratch[:WORK_BYTES], scratch[WORK_BYTES:]
+    clock, elapsed = np.empty(2, np.int64), 0
     piece_bytes = choose_piece_bytes(descriptors, offsets)
+    source = stored.ctypes.data
     while True:
         number = fetch_add(counter, 1)
         if number == 0:
@@ -214,10 +219,10 @@ def read_and_decode(
             fetch_add(decode_nanoseconds, elapsed)
             return count, 0
         trouble = read_record(
-            descriptors[number], stored, nbytes[number], offsets[number], True, np.uint32(0), sums[number], piece_bytes
+            descriptors[number], source, nbytes[number], offsets[number], True, np.uint32(0), sums[number], piece_bytes
         )
         began = nanoseconds(clock)
-        if trouble == 0 and not decode_record(codec, scratch[: nbytes[number]], rows[number]):
+        if trouble == 0 and not decode_record(codec, stored[: nbytes[number]], rows[number], work):
             trouble = UNDECODABLE
         elapsed += nanoseconds(clock) - began
         if trouble != 0:
@@ -233,17 +238,17 @@ def nanoseconds(clock: NDArray[np.int64]) -> int:
 
 
 @kernel
-def decode_record(codec: int, stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
-    """Fill `record` with what `stored` stands for; False when that is not a record of this size, or not all of `stored`."""
+def decode_record(codec: int, stored: NDArray[np.uint8], record: NDArray[np.uint8], planes: NDArray[np.uint8]) -> bool:
+    """Fill `record` with what `stored` stands for; False when that is not a record of this size, or not all of `stored`.
+
+    planes  memory to work in, WORK_BYTES.
+    """
     source, target = stored.ctypes.data, record.ctypes.data
     if codec == LZ4:
         return decode_lz4(stored, record)
     if codec == ZSTD:
         return signed(zstd_decompress(target, len(record), source, len(stored))) == len(record)
-    # Blosc trusts the sizes in its header (bytes 4 to 8: of the record; 12 to 16: of the frame)
-    if len(stored) < 16 or little_endian_32(stored, 4) != len(record) or little_endian_32(stored, 12) != len(stored):
-        return False
-    return signed(blosc_decompress(source, target, len(record), 1)) == len(record)
+    return decode_blosc(stored, record, planes)
 
 
 @kernel
@@ -269,16 +274,6 @@ def decode_lz4(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
             return False
         position += nbytes
     return position == len(stored)
-
-
-@kernel
-def little_endian_32(content: NDArray[np.uint8], at: int) -> int:
-    return (
-        signed(content[at])
-        | signed(content[at + 1]) << 8
-        | signed(content[at + 2]) << 16
-        | signed(content[at + 3]) << 24
-    )
 
 
 @kernel

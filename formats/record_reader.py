@@ -230,8 +230,9 @@ class RecordReader:
     ) -> None:
         """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
         assert self.field.codec is not None
+        kernels = _kernels()
         codec, places, nbytes = self.field.codec.kernel_number, offset.view(np.int64), sizes.astype(np.int64)
-        room = int(nbytes.max(initial=0))
+        room = kernels.WORK_BYTES + int(nbytes.max(initial=0))
 
         def read(some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]") -> "_Read":
             return lambda: kernels.read_and_decode(
@@ -246,7 +247,6 @@ class RecordReader:
                 decode_nanoseconds,
             )
 
-        kernels = _kernels()
         self._read_all(numbers, read, threads)
 
     def _read_all(self, numbers: NDArray[np.int64], plan: "_Plan", threads: int) -> None:
