@@ -213,8 +213,11 @@ class Store:
         return claimed
 
     def _remove_others(self, wanted: set[str]) -> None:
-        """Remove whatever lies in the work folder and is neither wanted nor a journal."""
-        for folder, _, names in os.walk(self.work):
+        """Remove whatever lies in the work folder and is neither wanted nor a journal; a link to a folder would lead us out."""
+        for folder, folders, names in os.walk(self.work):
+            for name in folders:
+                if (Path(folder) / name).is_symlink():
+                    (Path(folder) / name).unlink()
             for name in names:
                 path = Path(folder) / name
                 below = path.relative_to(self.work).as_posix()

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,9 +291,13 @@ class StageJob:
         return manifest if self._world.rank == 0 else Manifest.parse(content, self._source / MANIFEST_NAME)
 
     def _check_source(self) -> None:
-        """Find files that are missing or changed before anything is moved; each rank looks at its share of them."""
+        """Find files that are missing or changed before anything is moved; each rank looks at its share of them.
+
+        A folder of the data set may be a link to another place in it, but not to one outside: what lies there is not its own.
+        """
         bad: dict[int, StageinError] = {}
         with self._all.together():
+            root, resolve = self._source.resolve(), cache(Path.resolve)
             for file in range(self._world.rank, len(self._table.files), self._world.size):
                 entry = self._table.files[file]
                 path = self._source / entry.file
@@ -303,6 +308,11 @@ class StageJob:
                     continue
                 if status.st_size != entry.nbytes or not stat.S_ISREG(status.st_mode):
                     bad[file] = SourceError(describe_changed_file(path, status, entry.nbytes))
+                elif not resolve(path.parent).is_relative_to(root):
+                    bad[file] = SourceError(
+                        f"{path} lies outside the data set, in {resolve(path.parent)}: a link on its way leads there; put the "
+                        "files themselves in its place"
+                    )
         refuse_bad_files(bad, self._all)
 
     def _look_at_destination(self) -> list[NodeSpace]:

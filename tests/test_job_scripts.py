@@ -16,12 +16,22 @@ STAND_INS = {
     "srun": 'shift; exec "$@"',
     "scontrol": 'echo "scontrol $*" >>"$LOG"',
     "stagein": f"""echo "stagein $*" >>"$LOG"
-case "$1" in
-stage) [ "${{STAGE_CODE:-0}}" -eq 0 ] || exit "$STAGE_CODE" ;;
-train) exit "${{TRAIN_CODE:-0}}" ;;
+case "$1 $*" in
+*--dry-run) code=${{CHECK_CODE:-0}} ;;
+"stage "*) code=${{STAGE_CODE:-}} ;;
+"status "*) [ -z "${{STATUS_CODE:-}}" ] || kill -USR1 $PPID ;;
+"train "*) code=${{TRAIN_CODE:-0}} ;;
 esac
-exec {sys.executable} -m stagein.tools.cli "$@" """,
+if [ "${{SIGNAL:-no}}" = yes ] && [ "${{code:-0}}" -ne 0 ]; then
+    [ "$code" -eq 138 ] || trap 'exit $code' USR1
+    kill -USR1 $PPID  # the script, which hands it on
+    for _ in {{1..100}}; do sleep 0.1; done
+    exit 99
+fi
+[ -z "${{code:-}}" ] || exit "$code"
+exec {sys.executable} -m stagein.tools "$@" """,
 }
+"""The training is only played; with SIGNAL=yes the step that is to fail does so when the script hands it the signal."""
 
 
 def run_script(script: str, tmp_path: Path, **codes: str) -> tuple[int, list[str]]:
@@ -68,13 +78,37 @@ def test_tasks_of_an_array_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("script", "job"), [("train.sbatch", "7"), ("array.sbatch", "7_3")])
 @pytest.mark.parametrize("step", ["STAGE_CODE", "TRAIN_CODE"])
-def test_what_was_interrupted_goes_back_to_the_queue(tmp_path: Path, script: str, job: str, step: str) -> None:
-    exit_code, calls = run_script(script, tmp_path, **{step: str(int(ExitCode.INTERRUPTED))})
-    assert exit_code == ExitCode.INTERRUPTED and calls[-1] == f"scontrol requeue {job}"
-    assert any(call.startswith("stagein train") for call in calls) == (step == "TRAIN_CODE")
+@pytest.mark.parametrize("code", [int(ExitCode.INTERRUPTED), 138])
+def test_what_the_signal_interrupts_goes_back_to_the_queue(
+    tmp_path: Path, script: str, job: str, step: str, code: int
+) -> None:
+    """138: the step died of SIGUSR1 before it could take it."""
+    exit_code, calls = run_script(script, tmp_path, **{step: str(code), "SIGNAL": "yes"})
+    assert exit_code == code and calls[-1] == f"scontrol requeue {job}"
+    assert len([call for call in calls if call.startswith("stagein train")]) == (2 if step == "TRAIN_CODE" else 1)
+
+
+def test_a_signal_between_two_steps_is_not_lost(tmp_path: Path) -> None:
+    exit_code, calls = run_script("train.sbatch", tmp_path, STATUS_CODE="yes")
+    assert exit_code == ExitCode.INTERRUPTED and calls[-1] == "scontrol requeue 7"
+    assert calls[-2].startswith("stagein status")
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch"])
-def test_what_failed_does_not(tmp_path: Path, script: str) -> None:
-    exit_code, calls = run_script(script, tmp_path, STAGE_CODE=str(int(ExitCode.NO_SPACE)))
-    assert exit_code == ExitCode.NO_SPACE and len(calls) == 1
+@pytest.mark.parametrize("signal", ["yes", "no"])
+def test_what_failed_does_not(tmp_path: Path, script: str, signal: str) -> None:
+    exit_code, calls = run_script(script, tmp_path, STAGE_CODE=str(int(ExitCode.NO_SPACE)), SIGNAL=signal)
+    assert exit_code == ExitCode.NO_SPACE and len(calls) == 2
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch"])
+def test_what_was_cancelled_does_not_either(tmp_path: Path, script: str) -> None:
+    """scancel ends the steps by SIGTERM, and gives the script no signal before the time limit."""
+    exit_code, calls = run_script(script, tmp_path, TRAIN_CODE=str(int(ExitCode.INTERRUPTED)))
+    assert exit_code == ExitCode.INTERRUPTED and calls[-1].startswith("stagein train")
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch"])
+def test_wrong_settings_end_the_job_before_anything_is_staged(tmp_path: Path, script: str) -> None:
+    exit_code, calls = run_script(script, tmp_path, CHECK_CODE=str(int(ExitCode.USAGE)))
+    assert exit_code == ExitCode.USAGE and len(calls) == 1 and calls[0].endswith("--dry-run")

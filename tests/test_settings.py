@@ -86,3 +86,25 @@ def test_the_command_trains_on_two_ranks_and_writes_its_summary(jpeg_dataset_pat
     assert (summary["epochs"], summary["steps"], summary["images"]) == (2, 12, 170)
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["step"] * 3 + ["epoch"] + ["step"] * 3 + ["epoch", "end"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("data.global_batch_size=9", "cannot be divided by 2 ranks"),
+        ("model.name=colossal", "colossal"),
+        ("optim.warmup_epochs=99", "exceeds optim.epochs"),
+        ("data.train=/nowhere.st", "/nowhere.st"),
+        ("data.global_batch_size=8", None),
+    ],
+)
+def test_a_dry_run_finds_mistakes_and_trains_nothing(
+    jpeg_dataset_path: Path, tmp_path: Path, setting: str, sentence: str | None
+) -> None:
+    words = ["--set", f"data.train={jpeg_dataset_path}", "--set", f"train.run_folder={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "stagein.tools", "train", "demo", *words, "--set", setting, "--dry-run"]
+    result = run_ranks(2, *command)
+    assert (result.returncode == 0) == (sentence is None) and (sentence or "") in result.stderr, result.stderr
+    assert ("nothing was trained" in result.stdout) == (sentence is None)
+    assert result.stderr.count("stagein: ") == (sentence is not None) and not (tmp_path / "run").exists()

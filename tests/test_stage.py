@@ -197,6 +197,32 @@ def test_a_wrong_source_file_is_refused_before_anything_moves(source: Path, to: 
     assert list(to.iterdir()) == []
 
 
+def test_a_folder_that_is_a_link_is_followed_inside_the_data_set_only(source: Path, to: Path, tmp_path: Path) -> None:
+    (source / "shards").rename(source / "elsewhere")
+    (source / "shards").symlink_to("elsewhere")
+    stage_alone(source, to)
+    assert_staged(source, to)
+    (source / "elsewhere").rename(tmp_path / "outside")
+    (source / "shards").unlink()
+    (source / "shards").symlink_to(tmp_path / "outside")
+    with pytest.raises(SourceError, match=r"(?s)5 files .*00000\.h5 lies outside the data set, in /\S*/outside"):
+        stage_alone(source, to)
+    (source / "shards").unlink()
+    (source / "shards").symlink_to("shards")
+    with pytest.raises(SourceError, match="symbolic links"):
+        stage_alone(source, to)
+
+
+def test_a_link_left_in_the_work_folder_leads_nowhere(source: Path, to: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "precious", SHARD_SIZES, FILE_SIZES, seed=1)
+    before = (tmp_path / "precious/shards/00000.h5").read_bytes()
+    work_folder(source, to).mkdir(parents=True)
+    (work_folder(source, to) / "shards").symlink_to(tmp_path / "precious/shards")
+    stage_alone(source, to)
+    assert_staged(source, to)
+    assert (tmp_path / "precious/shards/00000.h5").read_bytes() == before
+
+
 def test_all_bad_files_are_listed(source: Path, to: Path) -> None:
     (source / "shards/00001.h5").unlink()
     truncate(source / "shards/00003.h5")

@@ -229,12 +229,15 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a setting; may be repeated.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check settings, data, ranks and devices, and train nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a model with the loader and the allreduce loop of this package, on as many ranks as mpirun started."""
     from . import train
 
-    train.run(config, overrides or [], as_json=json)
+    train.run(config, overrides or [], dry_run=dry_run, as_json=json)
 
 
 @app.command()

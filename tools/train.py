@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 SUMMARY_NAME = "summary.json"
 
 
-def run(config: str | Path, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+def run(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False, as_json: bool = False) -> None:
     """Train as `config` (a TOML file or a packaged name) and `overrides` say, on the ranks that the launcher started.
+
+    With `dry_run` everything is put together and nothing is trained: mistakes show before hours of staging or waiting.
 
     Prints what was chosen and why, progress, and a summary: lines of text, or with `as_json` the summary as one object
     on standard output and the rest on standard error. Raises StageinError, one sentence, the same on every rank.
@@ -74,6 +76,10 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, as_json: bool = Fa
     tell(f"model: {settings.model.name}, {parameters:,} parameters, {settings.train.precision}")
 
     collective = make_collective(settings.train.backend, communicator, device.type)
+    if dry_run:
+        collective.close()
+        tell("all of it fits together; nothing was trained")
+        return
     try:
         trainer = Trainer(
             model,
