@@ -54,9 +54,6 @@ preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int3
 posix_fadvise = _of_c_library("posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32)
 """(descriptor, offset, nbytes, advice) -> 0, or an error number."""
 
-fstatfs = _of_c_library("fstatfs", types.int32, types.int32, _ADDRESS)
-"""(descriptor, address of a struct statfs, whose first word is the type of the file system) -> 0, or -1."""
-
 openat = _of_c_library("openat", types.int32, types.int32, _ADDRESS, types.int32)
 """(descriptor of a folder, path that ends in a zero byte, flags) -> descriptor, or -1."""
 

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from .blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
 from .codecs import LZ4, ZSTD
-from .crc32c_kernel import crc32c_extend
 from .native import fetch_add, kernel, signed
 from .native_calls import (
     clock_gettime,
+    crc32c_extend,
     errno_location,
-    fstatfs,
     lz4_decompress,
     posix_fadvise,
     pread,
@@ -31,10 +30,6 @@ is not what the codec makes of a record."""
 WORK_BYTES = MOST_BLOCK_BYTES
 """Of memory that a thread needs to decode, of whatever codec."""
 
-_PIECE_BYTES = 256 << 10
-"""Read and summed at a time: what was read is still in the second-level cache when it is summed."""
-_LARGE_PIECE_BYTES = 8 << 20
-"""The same where every read is a message to a server, which is asked for few large pieces."""
 _PROBES = 8
 _AHEAD_BYTES = 128 << 10
 """A hint of more bytes is cut to the readahead of the device, which may be as little as this."""
@@ -42,27 +37,7 @@ _AHEAD_BYTES = 128 << 10
 _RWF_NOWAIT = 8
 _FADV_WILLNEED = 3
 _CLOCK_MONOTONIC = 1
-_EINTR, _EAGAIN, _EOPNOTSUPP = errno.EINTR, errno.EAGAIN, errno.EOPNOTSUPP
-_WORDS_OF_STATFS = 64
-_TMPFS, _RAMFS = 0x01021994, 0x858458F6
-
-
-@kernel
-def choose_piece_bytes(descriptors: NDArray[np.int32], offsets: NDArray[np.int64]) -> int:
-    """How much to read at a time. Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in
-    memory, and are not memory themselves: their own reading ahead begins late, or knows only one client at a time."""
-    if len(offsets) == 0:
-        return _PIECE_BYTES
-    probe = np.empty(1, np.uint8)
-    vector = np.array([probe.ctypes.data, 1], np.int64)
-    if preadv2(descriptors[0], vector.ctypes.data, 1, offsets[0], _RWF_NOWAIT) >= 0:
-        return _PIECE_BYTES
-    if errno_location()[0] != _EOPNOTSUPP:
-        return _PIECE_BYTES
-    statistics = np.zeros(_WORDS_OF_STATFS, np.int64)
-    if fstatfs(descriptors[0], statistics.ctypes.data) != 0 or statistics[0] == _TMPFS or statistics[0] == _RAMFS:
-        return _PIECE_BYTES
-    return _LARGE_PIECE_BYTES
+_EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
 
 
 @kernel
@@ -74,8 +49,8 @@ def read_ahead_where_cold(
     count = len(offsets)
     if count == 0:
         return
-    probe = np.empty(1, np.uint8)
-    vector = np.array([probe.ctypes.data, 1], np.int64)
+    vector = np.ones(3, np.int64)  # the address of its last element, and one byte
+    vector[0] = vector.ctypes.data + 16
     step = max(1, count // _PROBES)
     for number in range(0, count, step):
         last_byte = offsets[number] + max(nbytes[number] - 1, 0)
@@ -134,6 +109,7 @@ def read_record(
 def read_records(
     counter: NDArray[np.int64],
     share: int,
+    piece_bytes: int,
     descriptors: NDArray[np.int32],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
@@ -144,13 +120,14 @@ def read_records(
     """Read records, or ranges of them, to the addresses `targets`; several threads with one `counter` share them out.
 
     counter        [1], the first record that no thread has taken yet; `share` of them are taken at a time.
+    piece_bytes    to read at a time, before it is summed.
     before, after  the crc32c of each record up to where its range starts, and up to where it ends. Nothing for `before`: they
                    start with the record; nothing for `after`: they are not checked.
 
     Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first on, should
     other threads do theirs, and 0 or what is wrong with the next.
     """
-    count, check, piece_bytes = len(offsets), len(after) > 0, choose_piece_bytes(descriptors, offsets)
+    count, check = len(offsets), len(after) > 0
     while True:
         first = fetch_add(counter, share)
         if first == 0:
@@ -192,6 +169,7 @@ def read_records(
 @kernel
 def read_and_decode(
     counter: NDArray[np.int64],
+    piece_bytes: int,
     descriptors: NDArray[np.int32],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
@@ -204,12 +182,12 @@ def read_and_decode(
     """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
     `counter`, [1], share them out. Returns as `read_records` does.
 
-    scratch  this thread's memory: WORK_BYTES, and behind them room for the stored bytes of a record.
+    piece_bytes  to read at a time, before it is summed.
+    scratch      this thread's memory: WORK_BYTES, and behind them room for the stored bytes of a record.
     decode_nanoseconds  [1], is added what decompressing took.
     """
     count, work, stored = len(offsets), scratch[:WORK_BYTES], scratch[WORK_BYTES:]
     clock, elapsed = np.empty(2, np.int64), 0
-    piece_bytes = choose_piece_bytes(descriptors, offsets)
     source = stored.ctypes.data
     while True:
         number = fetch_add(counter, 1)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
 _Read: TypeAlias = Callable[[], tuple[int, int]]
 """Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
-_Plan: TypeAlias = Callable[[slice, NDArray[np.int32], NDArray[np.int64]], _Read]
+_Plan: TypeAlias = Callable[[slice, NDArray[np.int32], NDArray[np.int64], int], _Read]
 _NO_SUMS = np.empty(0, np.uint32)
 _SHARES_OF_A_THREAD = 8
 """A thread takes so many records at a time that its part is done in about so many steps: none is left alone with the rest."""
@@ -177,12 +177,12 @@ class RecordReader:
         return content.view(self.field.array_dtype).reshape(self.field.fixed_shape)
 
     def largest_read_bytes(self) -> int:
-        """The most bytes that one read asks for: more where the file system is shared, see `read_kernels.choose_piece_bytes`.
+        """The most bytes that one read asks for: more where the file system is shared.
 
         Raises SourceError when the first shard cannot be opened.
         """
-        with self._files.use(np.zeros(1, np.uint32)) as descriptors:
-            return _kernels().choose_piece_bytes(descriptors, np.zeros(1, np.int64))  # type: ignore[no-any-return]
+        with self._files.use(np.zeros(1, np.uint32)):
+            return int(self._files.piece_bytes[0])
 
     def close(self) -> None:
         """Close the shards and end the threads; nothing can be read afterwards."""
@@ -208,10 +208,12 @@ class RecordReader:
         targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
         share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
-        def read(some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]") -> "_Read":
+        def read(
+            some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]", piece_bytes: int
+        ) -> "_Read":
             before, after = sums.before[some], sums.after[some]
             return lambda: kernels.read_records(
-                counter, share, descriptors, places[some], nbytes[some], targets[some], before, after
+                counter, share, piece_bytes, descriptors, places[some], nbytes[some], targets[some], before, after
             )
 
         kernels = _kernels()
@@ -234,9 +236,12 @@ class RecordReader:
         codec, places, nbytes = self.field.codec.kernel_number, offset.view(np.int64), sizes.astype(np.int64)
         room = kernels.WORK_BYTES + int(nbytes.max(initial=0))
 
-        def read(some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]") -> "_Read":
+        def read(
+            some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]", piece_bytes: int
+        ) -> "_Read":
             return lambda: kernels.read_and_decode(
                 counter,
+                piece_bytes,
                 descriptors,
                 places[some],
                 nbytes[some],
@@ -256,7 +261,8 @@ class RecordReader:
         done, troubled, attempts = 0, -1, 0
         while done < len(numbers):
             with self._files.use(shards[done:]) as descriptors:
-                read = plan(slice(done, done + len(descriptors)), descriptors, np.zeros(1, np.int64))
+                some, piece_bytes = slice(done, done + len(descriptors)), int(self._files.piece_bytes[shards[done]])
+                read = plan(some, descriptors, np.zeros(1, np.int64), piece_bytes)
                 count, trouble = read() if threads == 1 else min(self._helpers.run(read, threads))
             done += count
             if trouble == 0:

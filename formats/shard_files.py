@@ -1,5 +1,8 @@
 """Open shards, at most as many as the process may have; those unused for longest are closed first."""
 
+import ctypes
+import errno
+import functools
 import os
 import resource
 import threading
@@ -16,6 +19,12 @@ from .forks import renew_in_forks
 _RESERVED_DESCRIPTORS = 256
 """Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
 _PATIENCE_SECONDS = 600
+_PIECE_BYTES = 256 << 10
+"""To read and sum at a time: what was read is still in the second-level cache when it is summed."""
+_LARGE_PIECE_BYTES = 8 << 20
+"""The same where every read is a message to a server, which is asked for few large pieces."""
+_WORDS_OF_STATFS = 64
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
 _CLOSED = -1
 
 
@@ -25,6 +34,8 @@ class ShardFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self._limit = _allowed_descriptors()
+        self.piece_bytes = np.full(len(paths), _PIECE_BYTES, np.int64)
+        """How much of each to read at a time, known once it was opened."""
         self._descriptors = np.full(len(paths), _CLOSED, np.int32)
         self._used_at = np.zeros(len(paths), np.int64)
         self._clock = 0
@@ -91,6 +102,7 @@ class ShardFiles:
             )
         for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
             self._descriptors[shard] = self._open(shard)
+            self.piece_bytes[shard] = _choose_piece_bytes(int(self._descriptors[shard]))
         return shards
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:
@@ -143,3 +155,21 @@ def _allowed_descriptors() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
     return max(1, limit - _RESERVED_DESCRIPTORS)
+
+
+def _choose_piece_bytes(descriptor: int) -> int:
+    """How much to read at a time. Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in
+    memory, and are not memory themselves: their own reading ahead begins late, or knows only one client at a time."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            statistics = (ctypes.c_long * _WORDS_OF_STATFS)()  # a struct statfs begins with the type of the file system
+            if _c_library().fstatfs(descriptor, statistics) == 0 and statistics[0] not in (_TMPFS, _RAMFS):
+                return _LARGE_PIECE_BYTES
+    return _PIECE_BYTES
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
