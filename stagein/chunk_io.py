@@ -112,21 +112,15 @@ class ChunkReader:
         """
         place = self._table.place(chunk)
         self._fill(place, buffer)
-        if not self._is_right(place, buffer):
+        if not self.is_right(chunk, buffer):
             os.posix_fadvise(self._open.descriptor(place.file), place.offset, place.nbytes, os.POSIX_FADV_DONTNEED)
             self._fill(place, buffer)
-            if not self._is_right(place, buffer):
+            if not self.is_right(chunk, buffer):
                 check_sum(place, buffer, f"the source {self._root / place.name}")
 
-    def check(self, chunk: int, buffer: memoryview) -> bool:
-        """Whether a chunk that came over the network is whole; when it is not, it is read from the source as by `read`."""
-        if self._is_right(self._table.place(chunk), buffer):
-            return True
-        self.read(chunk, buffer)
-        return False
-
-    def _is_right(self, place: Place, buffer: memoryview) -> bool:
-        return chunk_sum(buffer) == place.chunk_sum
+    def is_right(self, chunk: int, buffer: memoryview) -> bool:
+        """Whether a chunk, which may have come over the network, is what the manifest says."""
+        return chunk_sum(buffer) == self._table.place(chunk).chunk_sum
 
     def close(self) -> None:
         self._open.close()

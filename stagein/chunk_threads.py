@@ -1,4 +1,4 @@
-"""What the helper threads of a rank do: read, check and write chunks in a fixed set of buffers, with the lock of Python released."""
+"""What the helper threads of a rank do: read and write chunks in a fixed set of buffers, with the lock of Python released."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .stage_plan import ChunkTable
 READER_THREADS = 4
 """Reads under way at once: a parallel file system serves one client from several servers."""
 
-_THREADS = {"read": READER_THREADS, "check": 2, "write": 2}
+_THREADS = {"read": READER_THREADS, "write": 2}
 
-Task: TypeAlias = Literal["read", "check", "write"]
+Task: TypeAlias = Literal["read", "write"]
 
 
 class Buffers:
@@ -65,17 +65,13 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Done:
-    """A helper thread's word to the main thread; neither finished nor an error: left undone, as the transfer is stopping.
-
-    `was_whole` is False for a check that found damage, and mended it.
-    """
+    """A helper thread's word to the main thread; neither finished nor an error: left undone, as the transfer is stopping."""
 
     task: Task
     chunk: int
     buffer: int
     error: StageinError | None
     finished: bool
-    was_whole: bool
 
 
 class BusyClock:
@@ -101,13 +97,12 @@ class BusyClock:
 
 
 class ChunkThreads:
-    """Threads that read, check and write chunks, and what they have to say about it."""
+    """Threads that read and write chunks, and what they have to say about it."""
 
     def __init__(self, reader: ChunkReader, writer: ChunkWriter, buffers: Buffers, table: ChunkTable) -> None:
         self._reader, self._writer, self._buffers, self._table = reader, writer, buffers, table
-        self._actions: dict[Task, Callable[[int, memoryview], bool | None]] = {
+        self._actions: dict[Task, Callable[[int, memoryview], None]] = {
             "read": reader.read,
-            "check": reader.check,
             "write": writer.write,
         }
         self._waiting: dict[Task, queue.SimpleQueue[tuple[int, int] | None]] = {
@@ -157,11 +152,11 @@ class ChunkThreads:
 
     def _do(self, task: Task, chunk: int, buffer: int) -> Done:
         if self.stopping:
-            return Done(task, chunk, buffer, None, finished=False, was_whole=True)
+            return Done(task, chunk, buffer, None, finished=False)
         self.busy[task].start()
         try:
-            whole = self._actions[task](chunk, self._buffers.view(buffer, int(self._table.nbytes[chunk])))
-            return Done(task, chunk, buffer, None, finished=True, was_whole=whole is not False)
+            self._actions[task](chunk, self._buffers.view(buffer, int(self._table.nbytes[chunk])))
+            return Done(task, chunk, buffer, None, finished=True)
         except StageinError as problem:
             error = problem
         except Exception as problem:  # a bug here must end the job, not hang it
@@ -169,4 +164,4 @@ class ChunkThreads:
             error.__cause__ = problem
         finally:
             self.busy[task].stop()
-        return Done(task, chunk, buffer, error, finished=False, was_whole=True)
+        return Done(task, chunk, buffer, error, finished=False)

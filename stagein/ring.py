@@ -1,7 +1,7 @@
 """The engine of stage-in: every chunk is read once, travels a ring of nodes, and is checked and written on each of them.
 
 One rank of each node forms a ring; k ranks a node form k rings that share the chunks. A rank's main thread alone talks to MPI
-(`neighbours.py`) and never blocks; helper threads (`chunk_threads.py`) read, check and write with the interpreter lock released.
+(`neighbours.py`), checks what arrives, and never blocks; helper threads (`chunk_threads.py`) read and write with the lock released.
 Reads, sends and writes of different chunks overlap, in a fixed set of buffers.
 
 A chunk is checked before it is passed on. One that was damaged on the way is read from the source instead, so that damage
@@ -116,11 +116,12 @@ class Engine:
         """How many of them may be past the reading: buffers that are used again and again stay in the caches, fresh ones cost
         page faults. It grows while it holds this rank back."""
         self._reading: dict[int, bool] = {}  # chunks being read: do they travel?
-        self._checking: dict[int, int] = {}  # chunks being checked on arrival, and their origin
+        self._mending: dict[int, int] = {}  # chunks that came damaged, being read, and their origin
         self._turns: dict[int, deque[int]] = defaultdict(deque)  # chunks in the order in which they go on, by origin
         self._turns[work.position].extend(work.traveling.tolist())
         self._ready: dict[int, int] = {}  # those of them that are right, in a buffer, before their turn
         self._to_pass_on = len(work.traveling)  # how many chunks are in all turns
+        self._reader = reader
         self._threads = ChunkThreads(reader, writer, self._buffers, table)
         self._lost: set[int] = set()  # chunks that could not be read, here or at their origin
         self.bad_files: dict[int, StageinError] = {}
@@ -210,12 +211,12 @@ class Engine:
                 self._note_bad_file(done.chunk, done.error)
             elif done.error is not None:
                 self._fail(done.error)
-            if done.task == "read":
-                self._after_read(done)
-            elif done.task == "check":
-                self._after_check(done)
-            else:
+            if done.task == "write":
                 self._after_write(done)
+            elif done.chunk in self._mending:
+                self._after_mending(done)
+            else:
+                self._after_read(done)
             self._buffers.release(done.buffer)
         return handled
 
@@ -236,15 +237,18 @@ class Engine:
         if len(self.bad_files) > _MOST_BAD_FILES:
             self._fail(None)
 
-    def _after_check(self, done: Done) -> None:
-        origin = self._checking.pop(done.chunk)
+    def _after_mending(self, done: Done) -> None:
+        origin = self._mending.pop(done.chunk)
         if done.finished:
-            self.transfer.verified_chunks += 1
-            if not done.was_whole:
-                self._note_damage(int(self._table.nbytes[done.chunk]))
+            self._note_damage(int(self._table.nbytes[done.chunk]))
+        self._take_over(done.chunk, done.buffer, origin)
+
+    def _take_over(self, chunk: int, buffer: int, origin: int) -> None:
+        """A chunk of another node is right, or lost: pass it on and keep it."""
+        self.transfer.verified_chunks += chunk not in self._lost
         if not self._failed:
-            self._pass_on_in_turn(done.chunk, done.buffer, origin)
-            self._keep(done.chunk, done.buffer)
+            self._pass_on_in_turn(chunk, buffer, origin)
+            self._keep(chunk, buffer)
 
     def _note_damage(self, nbytes: int) -> None:
         """A chunk came damaged and was read from the source: often enough is a failure."""
@@ -262,7 +266,7 @@ class Engine:
             )
 
     def _pass_on_in_turn(self, chunk: int, buffer: int, origin: int) -> None:
-        """Pass chunks on in the order of the plan, by which the others know them; reads and checks may end in another."""
+        """Pass chunks on in the order of the plan, by which the others know them; reads may end in another."""
         self._buffers.use_again(buffer)
         self._ready[chunk] = buffer
         turns = self._turns[origin]
@@ -311,20 +315,25 @@ class Engine:
         return handled
 
     def _after_arrival(self, arrival: Arrival) -> None:
-        """Have the chunk checked; it is passed on and written when it is right."""
+        """Check the chunk, pass it on and have it written when it is right.
+
+        That is done here and not in a helper thread: the chunk is in the caches now, and the others would wait for the thread.
+        """
+        chunk, nbytes = arrival.chunk, int(self._table.nbytes[arrival.chunk])
         if not arrival.is_lost:
-            self.transfer.received_bytes += int(self._table.nbytes[arrival.chunk])
+            self.transfer.received_bytes += nbytes
         if self._failed:
             return
-        self._turns[arrival.origin].append(arrival.chunk)
+        self._turns[arrival.origin].append(chunk)
         self._to_pass_on += 1
         if arrival.is_lost:
-            self._lost.add(arrival.chunk)
-            self._pass_on_in_turn(arrival.chunk, arrival.buffer, arrival.origin)
+            self._lost.add(chunk)
+        elif not self._reader.is_right(chunk, self._buffers.view(arrival.buffer, nbytes)):
+            self._mending[chunk] = arrival.origin
+            self._buffers.use_again(arrival.buffer)
+            self._threads.start("read", chunk, arrival.buffer)
             return
-        self._checking[arrival.chunk] = arrival.origin
-        self._buffers.use_again(arrival.buffer)
-        self._threads.start("check", arrival.chunk, arrival.buffer)
+        self._take_over(chunk, arrival.buffer, arrival.origin)
 
     def _after_end(self, neighbours: Neighbours) -> None:
         """The left neighbour is done, or has failed when something is missing."""
@@ -417,8 +426,8 @@ class Engine:
             )
 
     def _waited_for(self) -> str:
-        if self._reading and self._threads.outstanding:
-            return f"the source to deliver {self._table.place(next(iter(self._reading)))}"
+        if (self._reading or self._mending) and self._threads.outstanding:
+            return f"the source to deliver {self._table.place(next(iter([*self._reading, *self._mending])))}"
         if self._threads.outstanding:
             return "the local disk to take a chunk"
         if self._neighbours is not None and not self._neighbours.left_ended:

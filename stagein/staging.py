@@ -50,7 +50,7 @@ from .world import NODE_VARIABLE, Communicator, World, connect
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DEFAULT_MEMORY_BYTES = 256 << 20
+DEFAULT_MEMORY_BYTES = 128 << 20
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_PROBE_SECONDS = 1.0
 

@@ -44,7 +44,7 @@ def test_threads_and_ranks_share_the_rate_of_a_source(tmp_path: Path) -> None:
     ranks = [SharedRate(tmp_path, 1e9) for _ in range(2)]
     started = time.monotonic()
     threads = [
-        threading.Thread(target=lambda rank=rank: [rank.reserve(1_000_000) for _ in range(250)])
+        threading.Thread(target=lambda rank=rank: [rank.reserve(1_000_000) for _ in range(1000)])
         for rank in ranks
         for _ in range(4)
     ]
@@ -52,4 +52,4 @@ def test_threads_and_ranks_share_the_rate_of_a_source(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert ranks[0].reserve(0) - started >= 2.0  # 8 x 250 slots of a millisecond
+    assert ranks[0].reserve(0) - started >= 8.0  # 8 x 1000 slots of a millisecond

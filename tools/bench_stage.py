@@ -70,8 +70,8 @@ class PacedReader(ChunkReader):
         super()._fill(place, buffer)
         time.sleep(max(0.0, end - time.monotonic()))
 
-    def _is_right(self, place: Place, buffer: memoryview) -> bool:
-        return not self._verifies or super()._is_right(place, buffer)
+    def is_right(self, chunk: int, buffer: memoryview) -> bool:
+        return not self._verifies or super().is_right(chunk, buffer)
 
 
 def run_stage(source: Path, work: Path, rounds: int, source_rate: int | None) -> None:
@@ -159,8 +159,8 @@ def _broadcast(
             if communicator.world.rank == 0:
                 reader.read(chunk, content)
             communicator.mpi.Bcast(content, root=0)
-            if communicator.world.rank != 0:
-                reader.check(chunk, content)
+            if communicator.world.rank != 0 and not reader.is_right(chunk, content):
+                reader.read(chunk, content)
             if communicator.world.local_rank == 0:
                 files.write(table.place(chunk), content)
     reader.close()

@@ -159,8 +159,8 @@ def stage(
         bool, typer.Option("--make-room", help="Where it does not fit, evict what was unused for longest.")
     ] = False,
     memory: Annotated[
-        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Buffers of each rank.")
-    ] = 256 << 20,
+        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="128MiB", help="Buffers of each rank.")
+    ] = 128 << 20,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without any progress after which all ranks end.")
     ] = 300.0,
