@@ -51,7 +51,7 @@ class FastPath:
     ) -> None:
         self.stats = LoaderStats()
         self._dataset, self._reading, self._seed, self._device = dataset, reading, seed, options.device
-        self._engine = _choose_engine(dataset, graph, seed, options, on_failure)
+        self._engine = choose_engine(dataset, graph, seed, options, on_failure)
 
     @property
     def delivers_on(self) -> torch.device:
@@ -143,9 +143,10 @@ def _read(batches: ReadAhead[BatchTask, HostBatch], stats: LoaderStats) -> Itera
         yield batch
 
 
-def _choose_engine(
+def choose_engine(
     dataset: RecordDataset, graph: Graph | None, seed: int, options: EngineOptions, on_failure: OnFailure
 ) -> Engine:
+    """The engine that fits a data set, a graph (None: fields as they are) and where batches are wanted."""
     inflated = why_not_inflated(dataset, options.device) is None
     if graph is None and not inflated:
         return TensorEngine(dataset, options, on_failure)

@@ -168,7 +168,7 @@ def run_tensors(
 
     with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:
         folder = Path(made)
-        _make_tensors(folder / "records.st", kind, codec)
+        make_tensors(folder / "records.st", kind, codec)
         work = {"dataset": str(folder / "records.st"), "batch_size": batch_size, "threads": threads}
         specs = [{"name": name, "kind": "tensors"} for name in ("stagein", *PEERS)]
         settings = {"records": kind, "codec": codec or "none", "batch_size": batch_size, "threads": threads}
@@ -182,16 +182,18 @@ def _chosen(specs: list[dict[str, Any]], against: Collection[str]) -> list[dict[
     return [spec for spec in specs if not against or spec["name"] == "stagein" or spec["name"] in against]
 
 
-def _make_tensors(path: Path, kind: TensorKind, codec: str | None) -> None:
+def make_tensors(path: Path, kind: TensorKind, codec: str | None) -> None:
     """Smooth volumes with a little noise, which a codec shrinks to a third or so."""
     import numpy as np
 
     from stagein.formats import Writer
     from stagein.formats.codecs import Codec
+    from stagein.formats.manifest import Container
 
     codecs = {} if codec is None else {"record": Codec.model_validate({"name": codec})}
     random, shape = np.random.default_rng(0), SHAPES[kind]
-    with Writer(path, codec=codecs) as writer:
+    container: Container = "hdf5" if codec == "lz4" else "hdf5+zarr"  # Zarr has no such codec
+    with Writer(path, codec=codecs, container=container) as writer:
         for number in range(_RECORDS):
             smooth = np.sin(np.arange(np.prod(shape)) / 5000 + number).reshape(shape)
             record = 300 * smooth + random.integers(0, 4, shape)

@@ -334,6 +334,34 @@ def bench_load(
         bench_load.run_tensors(tensors, codec, rounds, batch_size or 8, threads, round_seconds, against or ())
 
 
+@bench_app.command("device")
+def bench_device(
+    images: Annotated[
+        Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
+    ] = None,
+    tensors: Annotated[
+        Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec of the tensors: lz4 is inflated on a GPU.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where batches are wanted.  [default: cuda where there is one, else cpu]")
+    ] = None,
+    rounds: Rounds = 7,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")] = 224,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode, or read.  [default: all cores]")
+    ] = None,
+    round_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")] = 1.0,
+) -> None:
+    """Our DataLoader as batches reach the device, beside the same work on data that lie in memory: images/s or GB/s, and the share."""
+    from . import bench_device
+    from .convert import usable_cores
+
+    work = bench_device.Work(images, tensors, codec, device, batch_size, size, threads or usable_cores())
+    bench_device.run_device(work, rounds, round_seconds)
+
+
 @bench_app.command("stage")
 def bench_stage(
     dataset: Annotated[Path, typer.Argument(help="A data set.")],

@@ -1,0 +1,59 @@
+"""Our loader as batches reach a device, and what bounds it: the same engine, fed with batches that lie in memory."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from .batches import BatchTask
+from .dataloader import DataLoader
+from .dataset import RecordDataset
+from .engine import Batch, EngineOptions, raise_first
+from .fastpath import choose_engine
+from .graphs import Graph
+from .order import RankBatch
+from .to_device import CudaSender
+
+_MAX_BATCHES_IN_MEMORY = 16
+_AHEAD = 1
+
+
+def our_loader(
+    dataset: RecordDataset, graph: Graph | None, device: torch.device, batch_size: int, threads: int
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2 if graph is not None else threads,
+        transform=graph,
+        device=device,
+        decode_threads=None if graph is None else threads,
+    )
+
+
+def from_memory(
+    dataset: RecordDataset, graph: Graph | None, device: torch.device, batch_size: int, threads: int
+) -> Iterator[Batch]:
+    """Batches for ever, of what was read before the first: decompressed there only if that is not done on the device."""
+    options = EngineOptions(threads, device, pin_memory=device.type == "cuda", keep_between_epochs=False)
+    engine = choose_engine(dataset, graph, 0, options, raise_first)
+    order = np.random.default_rng(0).permutation(len(dataset))
+    whole = min(len(dataset) // batch_size, _MAX_BATCHES_IN_MEMORY)
+    rows = order[: whole * batch_size].reshape(-1, batch_size).astype(np.int64)
+    read = [engine.load(BatchTask(0, number, RankBatch(ids, batch_size))) for number, ids in enumerate(rows)]
+    batches = (batch for _, batch in engine.transform(itertools.cycle(read)))
+    return batches if engine.delivers_on == device else _sent(batches, device)
+
+
+def _sent(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copied as `to_device` does it, one ahead of the caller."""
+    send = CudaSender(device)
+    under_way = [send(next(batches)) for _ in range(_AHEAD)]
+    for batch in batches:
+        under_way.append(send(batch))
+        first = under_way.pop(0)
+        yield first.receive()
+        first.wait()
