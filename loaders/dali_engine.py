@@ -5,22 +5,25 @@ from collections.abc import Iterator
 
 import torch
 
+from stagein.formats.errors import UsageError
+
 from .batches import BatchReader, BatchTask, HostBatch
 from .dali import import_dali
 from .dali_pipeline import QUEUE_DEPTH, GraphPipeline, RowsFailedError
 from .dataset import RecordDataset
 from .engine import Delivered, EngineOptions, OnFailure
-from .graphs import Graph
+from .graphs import Graph, is_dali_tensor
 from .inflate import InflateOnGpu
 
 
 class DaliEngine:
-    """Runs batches through a DALI pipeline. Raises UsageError where there is no DALI."""
+    """Runs batches through a DALI pipeline. Raises UsageError where there is no DALI, or none for the primary field."""
 
     def __init__(
         self, dataset: RecordDataset, graph: Graph, seed: int, options: EngineOptions, on_failure: OnFailure
     ) -> None:
         import_dali()
+        _refuse_unknown_type(dataset)
         self._dataset, self._graph, self._options = dataset, graph, options
         self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=True)
         self._idle_pipeline: GraphPipeline | None = None
@@ -70,4 +73,13 @@ class DaliEngine:
         depth = QUEUE_DEPTH if options.device.type == "cpu" else 1 + options.prefetch_to_device
         return GraphPipeline(
             self._graph, example, len(example.ids), options.device, options.decode_threads, depth, row_place
+        )
+
+
+def _refuse_unknown_type(dataset: RecordDataset) -> None:
+    schema = dataset.records.schema
+    if schema.primary_field.kind == "tensor" and not is_dali_tensor(schema.primary_field):
+        raise UsageError(
+            f"DALI has no type for {schema.primary_field.dtype}, so that no graph takes {schema.primary!r}: leave transform= out, or "
+            "give PerSample(function)"
         )

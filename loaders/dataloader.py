@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal
 
 import torch
@@ -155,6 +156,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._pins = torch.accelerator.is_available() and (pin_memory or not on_cpu)
         is_default = collate_fn in (None, default_collate, default_convert) or isinstance(collate_fn, GraphCollate)
         self._path = self._choose_path(None if is_default else collate_fn)
+
+    def __class_getitem__(cls, batch: Any) -> GenericAlias:
+        """`DataLoader[Batch]`, as scripts annotate torch's."""
+        return GenericAlias(cls, batch)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._may_be_undivided:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.errors import UsageError
-from stagein.formats.schema import Schema
+from stagein.formats.schema import BFLOAT16, Field, Schema
 
 from .augment import centre_crops, random_flips, random_resized_crops, train_uniforms
 from .dali import import_dali
@@ -79,6 +79,11 @@ class FunctionGraph:
             raise UsageError(
                 f"the transform asks for field {error}, DALI was given {', '.join(nodes)}: it has no text, bfloat16 and complex"
             ) from error
+
+
+def is_dali_tensor(field: Field) -> bool:
+    """Whether DALI has a type for the elements of a tensor field."""
+    return has_dali_type(np.empty(0, field.array_dtype)) and field.array_dtype_name != BFLOAT16
 
 
 def has_dali_type(rows: Any) -> bool:

@@ -16,15 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    StackDataset,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
+    random_split,
 )
 
 from stagein.formats.errors import ChecksumError, StageinError, UsageError
@@ -246,6 +250,45 @@ def test_samples_that_do_not_stack_are_the_same_error():
 
 def test_a_collate_function_gets_the_samples():
     both(Numbers, 2, batch_size=5, collate_fn=lambda samples: {"sum": sum(samples), "n": len(samples)})
+
+
+PAIRS = TensorDataset(torch.arange(10), torch.arange(10) * 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConcatDataset([PAIRS, TensorDataset(torch.arange(5), torch.arange(5))]),
+        lambda: Subset(PAIRS, [3, 1, 2]),
+        lambda: StackDataset(PAIRS, PAIRS),
+        lambda: StackDataset(x=PAIRS, y=PAIRS),
+        lambda: random_split(PAIRS, [7, 3], torch.Generator().manual_seed(1))[0],
+    ],
+)
+def test_data_sets_made_of_others(make, num_workers):
+    both(make, num_workers, batch_size=4, shuffle=True)
+
+
+def test_a_data_set_that_grows_after_its_loader_was_made():
+    for shuffle in (False, True):
+        samples = [1, 2, 3]
+        loader = DataLoader(samples, shuffle=shuffle)
+        samples.extend([4, 5, 6, 7])
+        assert len(loader) == 7
+        assert sorted(batch.item() for batch in loader) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_sampler_without_length_has_none_here_either():
+    for kind in (TorchLoader, DataLoader):
+        for arguments in ({"sampler": iter(range(5))}, {"batch_sampler": iter([[1], [2]])}):
+            with pytest.raises(TypeError, match=r"has no len\(\)"):
+                len(kind(range(5), **arguments))
+
+
+def test_annotations_name_the_batch_as_torchs_do():
+    assert DataLoader[torch.Tensor].__origin__ is DataLoader
+    assert list(DataLoader[int]([1, 2])) == [1, 2]
 
 
 def test_iterable_data_sets():

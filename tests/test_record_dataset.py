@@ -77,6 +77,17 @@ def test_every_type_arrives_bit_by_bit(dtype, codec, num_workers, tmp_path):
         assert tensor_bits(batch[name]) == b"".join(values(dtype, n, shape).tobytes() for n in range(RECORDS))
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "bfloat16"])
+def test_what_dali_has_no_type_for_is_refused_by_a_graph(dtype, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    with formats.Writer(
+        tmp_path / "x.st", formats.Schema(fields={"x": formats.Field(kind="tensor", dtype=dtype, shape=(3000,))})
+    ) as writer:
+        writer.write({"x": np.ones(3000, np.float32 if dtype == "bfloat16" else dtype)})
+    with pytest.raises(UsageError, match=f"DALI has no type for {dtype}, so that no graph takes 'x'"):
+        DataLoader(RecordDataset(tmp_path / "x.st", staged=None), transform=lambda nodes: nodes, device="cpu")
+
+
 def test_big_endian_numbers_keep_their_value(tmp_path):
     dataset = write(tmp_path / "d.st", lambda number: {"x": np.arange(number, number + 2000, dtype=">f4")})
     (batch,) = DataLoader(dataset, RECORDS)
