@@ -1,7 +1,8 @@
 """Other formats, to measure ours against: the same records, written and read by their own libraries, as far as those are installed.
 
 Each peer writes records of bytes to a folder, and opens it for reading: a function that takes record numbers and returns the
-bytes of all of them together. WebDataset and TFRecord have no random access: theirs gives the next so many records instead.
+bytes of all of them together, once it holds them all: a record that is dropped before the next one is read never leaves the
+cache, and is no batch. WebDataset and TFRecord have no random access: theirs gives the next so many records instead.
 """
 
 import itertools
@@ -37,7 +38,7 @@ def _open_mds(folder: Path) -> Read:
     from streaming import LocalDataset
 
     dataset: Any = LocalDataset(local=str(folder))
-    return lambda numbers: sum(len(dataset[number]["x"]) for number in numbers.tolist())
+    return lambda numbers: _total_bytes([dataset[number]["x"] for number in numbers.tolist()])
 
 
 def _write_litdata(folder: Path, records: Sequence[bytes]) -> None:
@@ -55,8 +56,8 @@ def _open_litdata(folder: Path) -> Read:
     from litdata import StreamingDataset
 
     dataset: Any = StreamingDataset(str(folder))
-    return lambda numbers: sum(
-        len(bytes(dataset[number])) for number in numbers.tolist()
+    return lambda numbers: _total_bytes(
+        [bytes(dataset[number]) for number in numbers.tolist()]
     )  # views of a map: not read yet
 
 
@@ -76,7 +77,7 @@ def _open_array_record(folder: Path) -> Read:
     reader: Any = ArrayRecordReader(
         str(folder / "x.array_record"), "readahead_buffer_size:0,index_storage_option:in_memory"
     )
-    return lambda numbers: sum(map(len, reader.read(numbers.tolist())))
+    return lambda numbers: _total_bytes(reader.read(numbers.tolist()))
 
 
 def _write_webdataset(folder: Path, records: Sequence[bytes]) -> None:
@@ -120,7 +121,11 @@ def _open_tfrecord(folder: Path) -> Read:
 
 def _in_order(epoch: Callable[[], Iterator[Any]]) -> Read:
     records = itertools.chain.from_iterable(epoch() for _ in itertools.count())
-    return lambda numbers: sum(len(record) for record in itertools.islice(records, len(numbers)))
+    return lambda numbers: _total_bytes(list(itertools.islice(records, len(numbers))))
+
+
+def _total_bytes(records: Sequence[Any]) -> int:
+    return sum(map(len, records))
 
 
 def _write_h5py(folder: Path, records: Sequence[bytes]) -> None:
@@ -135,12 +140,15 @@ def _open_h5py(folder: Path) -> Read:
     import h5py
 
     dataset = h5py.File(folder / "x.h5", "r")["x"]
-    out = np.empty(dataset.shape[1:], np.uint8)
+    out = np.empty((0, *dataset.shape[1:]), np.uint8)
 
     def read(numbers: NDArray[np.int64]) -> int:
-        for number in numbers.tolist():
-            dataset.read_direct(out, np.s_[number])
-        return len(numbers) * out.nbytes
+        nonlocal out
+        if len(out) < len(numbers):
+            out = np.zeros((len(numbers), *dataset.shape[1:]), np.uint8)
+        for row, number in enumerate(numbers.tolist()):
+            dataset.read_direct(out, np.s_[number], np.s_[row])
+        return int(out[: len(numbers)].nbytes)
 
     return read
 
@@ -165,7 +173,7 @@ def _open_zarr(folder: Path) -> Read:
     import zarr
 
     array: Any = zarr.open_array(folder, mode="r")
-    return lambda numbers: sum(array[number].nbytes for number in numbers.tolist())
+    return lambda numbers: _total_bytes([array[number] for number in numbers.tolist()])
 
 
 def _open_tensorstore(folder: Path) -> Read:

@@ -1,4 +1,4 @@
-"""`stagein bench read` and `bench write` as commands: every contestant that is installed has its line; no timing is judged."""
+"""`stagein bench read`, `bench write` and `bench decode` as commands: every contestant that is installed has its line; no timing is judged."""
 
 import json
 import subprocess
@@ -21,3 +21,17 @@ def test_a_line_for_each_contestant_and_a_table(tmp_path: Path, bench: str) -> N
     assert lines[0]["record_bytes"] == 3000
     assert lines[0]["records"] == 20
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("codec", ["blosc-lz4", "lz4"])
+def test_decoding_with_one_thread_and_with_several(tmp_path: Path, codec: str) -> None:
+    command = [sys.executable, "-m", "stagein.tools.cli", "bench", "decode", "--codec", codec, "--rounds", "1"]
+    command += ["--threads", "3", "--work", str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    rates = {
+        line["contestant"]: line["rates"]
+        for line in [json.loads(line) for line in output.splitlines() if line[0] == "{"]
+    }
+    peers = {"h5py"} if codec == "lz4" else {"h5py", "tensorstore"}
+    assert rates.keys() == {"stagein, 1 thread", "stagein, 3 threads", *peers}
+    assert all(rate > 0 for of_rounds in rates.values() for rate in of_rounds)

@@ -287,6 +287,21 @@ def bench_read(
     bench_read.run_read(record_bytes, total_bytes, threads, rounds, work)
 
 
+@bench_app.command("decode")
+def bench_decode(
+    codec: Annotated[
+        Literal["blosc-lz4", "lz4", "zstd"], typer.Option(help="How the tensors are compressed.")
+    ] = "blosc-lz4",
+    threads: Annotated[int, typer.Option(min=2, help="Threads that share a batch.")] = 2,
+    rounds: Rounds = 5,
+    work: BenchFolder = None,
+) -> None:
+    """Compressed tensors that are in memory, with one thread and with several, beside h5py and tensorstore."""
+    from . import bench_decode
+
+    bench_decode.run_decode(codec, threads, rounds, work)
+
+
 @bench_app.command("write")
 def bench_write(
     record_bytes: RecordBytes = 110_000,
