@@ -7,13 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dataset import decode_image
-from .image_kernels import find_frame
 
 _MARGIN_ROWS = 2
 """Rows of chroma below a window that its last rows are interpolated from (one; we give two)."""
 _LEFT_OVER = re.compile(r"extraneous bytes before marker 0xd9$")
 """libjpeg's first and only complaint about an image of which not all rows were asked for: data lie before its end marker."""
 _HEIGHT = struct.Struct(">H")
+_SEGMENT = struct.Struct(">BBH")
+"""The first bytes of a segment: 0xFF, its marker, its length without these two."""
+_FRAME = struct.Struct(">BHHB")
+"""Of a frame, behind them: bits of a sample, height, width, components."""
 
 
 class ImageDecoder:
@@ -63,3 +66,32 @@ class ImageDecoder:
         if image is None:
             raise ValueError("its data are damaged, or of a kind that is not known")
         return image.reshape(len(image), -1)
+
+
+def find_frame(record: NDArray[np.uint8]) -> tuple[int, int, int, int]:
+    """(position of its height, height, width, MCU height) of the frame of a sequential Huffman-coded JPEG, grey or in colour.
+
+    (-1, 0, 0, 0) for anything else. Segments are walked as ITU-T T.81 annex B lays them out. No kernel: that takes longer to
+    compile than it saves in a million images.
+    """
+    content, position = memoryview(record), 2
+    try:
+        while True:
+            start, marker, nbytes = _SEGMENT.unpack_from(content, position)
+            if start != 0xFF:
+                break
+            if marker == 0xFF:  # a fill byte
+                position += 1
+                continue
+            if marker in (0xC0, 0xC1):
+                _, height, width, components = _FRAME.unpack_from(content, position + _SEGMENT.size)
+                factors = content[position + 11 : position + 10 + 3 * components : 3]
+                if components not in (1, 3) or len(factors) < components:
+                    break
+                return position + 5, height, width, 8 * max(each & 15 for each in factors)
+            if marker == 0xDA or (0xC2 <= marker <= 0xCF and marker != 0xC4):
+                break
+            position += 2 + nbytes
+    except struct.error:  # the record ends
+        pass
+    return -1, 0, 0, 0

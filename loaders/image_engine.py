@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -85,7 +85,7 @@ class ImageEngine:
             work.wait()
         tensors = {self._graph.output.field: torch.from_numpy(work.rows)}
         tensors |= {name: torch.as_tensor(rows) for name, rows in work.batch.ready.items()}
-        return work.batch, tensors
+        return replace(work.batch, inputs={}), tensors  # or its records lived as long as its tensors
 
 
 @dataclass

@@ -1,16 +1,83 @@
-"""From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes."""
+"""From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes.
+
+A first batch waits until this is compiled, half a second; plain loops and comparisons compile in half the time of numpy's
+functions, `min` and `max`.
+"""
+
+import math
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.native import kernel, signed
+_part = numba.njit(  # compiled into the kernel, with multiply and add in one, and never called from Python
+    nogil=True, error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
-_FRAME_BYTES = 9
-"""Of a frame segment, from its marker to its width."""
+
+@_part
+def _weigh(
+    start: float,
+    stop: float,
+    extent: int,
+    antialias: bool,
+    first: NDArray[np.int64],
+    weights: NDArray[np.float32],
+) -> None:
+    """For each result along one axis, the `first` source pixel of 0 … extent - 1, and the weights `[size, taps]` from it on.
+
+    Weights beyond the filter, or the last pixel, are 0.
+    """
+    size, taps = weights.shape
+    ratio = (stop - start) / size
+    support = ratio if antialias and ratio > 1 else 1.0
+    for i in range(size):
+        centre = start + (i + 0.5) * ratio
+        low, high = int(centre - support + 0.5), int(centre + support + 0.5)
+        if low < 0:
+            low = 0
+        elif low >= extent:
+            low = extent - 1
+        if high > extent:
+            high = extent
+        total = 0.0
+        for tap in range(taps):
+            weight = 1 - abs((low + tap + 0.5 - centre) / support)
+            if weight < 0 or low + tap >= high:
+                weight = 0.0
+            weights[i, tap] = weight
+            total += weight
+        if total == 0:
+            weights[i, 0] = total = 1.0
+        for tap in range(taps):
+            weights[i, tap] /= total
+        first[i] = low
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})  # multiply and add in one
+@_part
+def _blend(
+    upper: NDArray[np.uint8],
+    lower: NDArray[np.uint8],
+    of_upper: np.float32,
+    of_lower: np.float32,
+    row: NDArray[np.float32],
+) -> None:
+    for i in range(len(upper)):
+        row[i] = of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
+
+
+@_part
+def _blend_in(
+    upper: NDArray[np.uint8],
+    lower: NDArray[np.uint8],
+    of_upper: np.float32,
+    of_lower: np.float32,
+    row: NDArray[np.float32],
+) -> None:
+    for i in range(len(upper)):
+        row[i] += of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
+
+
 def resize_into(
     pixels: NDArray[np.uint8],
     window: NDArray[np.int64],
@@ -29,27 +96,54 @@ def resize_into(
     antialias  the filter is as wide as a pixel of the result, where that is larger: the rule, and the rounding of its
              bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
     """
-    size, width = out.shape[1], 3 * window[3]
-    top, left = window[0], 3 * window[1]
-    first_y, weight_y = _weights(region[0], region[2], window[2], size, antialias)
-    first_x, weight_x = _weights(region[1], region[3], window[3], size, antialias)
-    taps_y, taps_x, last_row = weight_y.shape[1], weight_x.shape[1], window[2] - 1
-    row = np.empty(width + 3 * taps_x, np.float32)
-    row[width:] = np.float32(0)  # read with weight 0
+    size = out.shape[1]
+    top, left, bottom, right = region.tolist()
+    taps_y, taps_x = _taps(bottom - top, size, antialias), _taps(right - left, size, antialias)
+    first = np.empty((2, size), np.int64)
+    weight_y, weight_x = np.empty((size, taps_y), np.float32), np.empty((size, taps_x), np.float32)
+    row = np.zeros(3 * (int(window[3]) + taps_x), np.float32)  # beyond the width it is read with weight 0
+    _resize(pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
+
+
+def _taps(extent: float, size: int, antialias: bool) -> int:
+    """Pixels that a result may depend on along an axis, rounded up to an even number."""
+    support = extent / size if antialias and extent > size else 1.0
+    return 2 * (math.ceil(2 * support) // 2 + 1)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _resize(
+    pixels: NDArray[np.uint8],
+    window: NDArray[np.int64],
+    region: NDArray[np.float64],
+    antialias: bool,
+    mirror: bool,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    first: NDArray[np.int64],
+    weight_y: NDArray[np.float32],
+    weight_x: NDArray[np.float32],
+    row: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    size, last_row, width = out.shape[1], window[2] - 1, 3 * window[3]
+    top, left, right = window[0], 3 * window[1], 3 * window[1] + width
+    first_y, first_x = first[0], first[1]
+    _weigh(region[0], region[2], window[2], antialias, first_y, weight_y)
+    _weigh(region[1], region[3], window[3], antialias, first_x, weight_x)
+    taps_y, taps_x = weight_y.shape[1], weight_x.shape[1]
     for y in range(size):
         for tap in range(0, taps_y, 2):
-            at = first_y[y] + tap
-            if tap > 0 and weight_y[y, tap] == 0:
-                break
-            upper = pixels[top + min(at, last_row), left : left + width]
-            lower = pixels[top + min(at + 1, last_row), left : left + width]
             of_upper, of_lower = weight_y[y, tap], weight_y[y, tap + 1]
+            if tap > 0 and of_upper == 0:
+                break
+            at = first_y[y] + tap
+            upper = pixels[top + (at if at < last_row else last_row), left:right]
+            lower = pixels[top + (at + 1 if at < last_row else last_row), left:right]
             if tap == 0:
-                for i in range(width):
-                    row[i] = of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
+                _blend(upper, lower, of_upper, of_lower, row)
             else:
-                for i in range(width):
-                    row[i] += of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
+                _blend_in(upper, lower, of_upper, of_lower, row)
         for x in range(size):
             red = green = blue = np.float32(0)
             at = 3 * first_x[x]
@@ -63,62 +157,3 @@ def resize_into(
             out[0, y, to] = red * scale[0] + offset[0]
             out[1, y, to] = green * scale[1] + offset[1]
             out[2, y, to] = blue * scale[2] + offset[2]
-
-
-@numba.njit(nogil=True, cache=True)
-def _weights(
-    start: float, stop: float, extent: int, size: int, antialias: bool
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """For each of `size` results along one axis, the first source pixel of 0 … extent - 1, and the weights from it on.
-
-    The number of weights is even; those beyond the filter, or the last pixel, are 0.
-    """
-    ratio = (stop - start) / size
-    support = ratio if antialias and ratio > 1 else 1.0
-    taps = 2 * (int(np.ceil(2 * support)) // 2 + 1)
-    first, weights = np.empty(size, np.int64), np.zeros((size, taps), np.float32)
-    for i in range(size):
-        centre = start + (i + 0.5) * ratio
-        low = min(max(int(np.floor(centre - support + 0.5)), 0), extent - 1)
-        high = min(max(int(np.floor(centre + support + 0.5)), low + 1), extent, low + taps)
-        total = 0.0
-        for pixel in range(low, high):
-            weight = max(1 - abs((pixel + 0.5 - centre) / support), 0.0)
-            weights[i, pixel - low] = weight
-            total += weight
-        if total > 0:
-            for tap in range(taps):
-                weights[i, tap] /= total
-        else:
-            weights[i, 0] = 1
-        first[i] = low
-    return first, weights
-
-
-@kernel
-def find_frame(record: NDArray[np.uint8]) -> tuple[int, int, int, int]:
-    """(position of its height, height, width, MCU height) of the frame of a sequential Huffman-coded JPEG, grey or in colour.
-
-    (-1, 0, 0, 0) for anything else. Segments are walked as ITU-T T.81 annex B lays them out.
-    """
-    position, end = 2, len(record)
-    while position + _FRAME_BYTES < end and record[position] == 0xFF:
-        marker = signed(record[position + 1])
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
-        nbytes = 256 * signed(record[position + 2]) + signed(record[position + 3])
-        if marker == 0xC0 or marker == 0xC1:
-            components = signed(record[position + 9])
-            if position + 10 + 3 * components > end or (components != 1 and components != 3):
-                break
-            vertical = 1
-            for number in range(components):
-                vertical = max(vertical, signed(record[position + 11 + 3 * number]) & 15)
-            height = 256 * signed(record[position + 5]) + signed(record[position + 6])
-            width = 256 * signed(record[position + 7]) + signed(record[position + 8])
-            return position + 5, height, width, 8 * vertical
-        if marker == 0xDA or (0xC2 <= marker <= 0xCF and marker != 0xC4):
-            break
-        position += 2 + nbytes
-    return -1, 0, 0, 0
