@@ -10,12 +10,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_part = numba.njit(  # compiled into the kernel, with multiply and add in one, and never called from Python
-    nogil=True, error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
 
-
-@_part
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def _weigh(
     start: float,
     stop: float,
@@ -54,7 +50,7 @@ def _weigh(
         first[i] = low
 
 
-@_part
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def _blend(
     upper: NDArray[np.uint8],
     lower: NDArray[np.uint8],
@@ -66,7 +62,7 @@ def _blend(
         row[i] = of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
 
 
-@_part
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def _blend_in(
     upper: NDArray[np.uint8],
     lower: NDArray[np.uint8],
@@ -111,7 +107,7 @@ def _taps(extent: float, size: int, antialias: bool) -> int:
     return 2 * (math.ceil(2 * support) // 2 + 1)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # multiply and add in one
 def _resize(
     pixels: NDArray[np.uint8],
     window: NDArray[np.int64],
