@@ -504,8 +504,11 @@ def test_no_room_and_nowhere_to_write(tmp_path: Path) -> None:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    """adopt, verify and stage, one after the other."""
+    """adopt, verify and stage, one after the other, of two large fields in one file."""
     _write_hdf5(tmp_path / "x.h5", **HDF5_LAYOUTS["blosc"])
+    masks = np.arange(13 * 5000).reshape(13, 5000)
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        file["mask"] = masks
 
     def run(*arguments: object) -> dict[str, Any]:
         command = [sys.executable, "-m", "stagein.tools.cli", *map(str, arguments), "--json"]
@@ -513,11 +516,13 @@ def test_the_commands(tmp_path: Path) -> None:
         result: dict[str, Any] = json.loads(output)
         return result
 
-    options = ("--field", "cube=group/x", "--field", "label=label")
+    options = ("--field", "cube=group/x", "--field", "label=label", "--field", "mask=mask", "--primary", "cube")
     assert run("adopt", tmp_path / "x.h5", tmp_path / "x.st", *options)["records"] == 13
     run("verify", tmp_path / "x.st")
     (tmp_path / "node").mkdir()
-    with small_disk(tmp_path / "node", 4 << 20):
+    assert (tmp_path / "x.h5").stat().st_size > 1 << 19
+    with small_disk(tmp_path / "node", 1 << 20):  # room for the file once
         run("stage", tmp_path / "x.st", "--to", tmp_path / "node")
         (copy,) = (path.parent for path in (tmp_path / "node").rglob("manifest.json"))
         _check(copy)
+        assert [record["mask"].tolist() for record in Dataset(copy)[[12, 3]]] == masks[[12, 3]].tolist()

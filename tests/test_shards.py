@@ -1,8 +1,8 @@
 """A shard is what it claims to be: other people's HDF5 and Zarr libraries read back what was written."""
 
-import contextlib
 import json
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any, get_args
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, Writer, verify
-from stagein.formats.codecs import Codec, lz4_block_bytes
+from stagein.formats.codecs import LZ4, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, UsageError
 from stagein.formats.manifest import Container
+from stagein.formats.read_kernels import decode_record
 from stagein.formats.shards import plan_shards
 
 CONTAINERS = [container for container in get_args(Container) if container != "foreign"]
@@ -220,11 +221,37 @@ def test_a_damaged_chunk_never_writes_past_its_record(codec: Codec, position: in
     stored = np.frombuffer(codec.encode(record, 2), np.uint8).copy()
     stored[position % len(stored)] = value
     stored = stored[: len(stored) - cut % len(stored) // 2]
-    room = np.zeros(len(record) + 8192, np.uint8)
-    with contextlib.suppress(ChecksumError):
-        codec.decode_into(stored, room[4096:-4096])
-    assert not room[:4096].any()
-    assert not room[-4096:].any()
+    by_library, by_kernel = (np.zeros(len(record) + 8192, np.uint8) for _ in range(2))
+    is_decoded = True
+    try:
+        codec.decode_into(stored, by_library[4096:-4096])
+    except ChecksumError:
+        is_decoded = False
+    assert decode_record(codec.kernel_number, stored, by_kernel[4096:-4096]) == is_decoded
+    for room in (by_library, by_kernel):
+        assert not room[:4096].any()
+        assert not room[-4096:].any()
+    assert not is_decoded or np.array_equal(by_library, by_kernel)
+
+
+@given(head=st.binary(max_size=40), body=st.binary(max_size=200), room=st.integers(0, 400))
+@settings(deadline=None, max_examples=200)
+def test_any_bytes_are_an_lz4_chunk_or_none(head: bytes, body: bytes, room: int) -> None:
+    """Also with a head that fits the record, so that what follows is looked at."""
+    for stored in (
+        head + body,
+        struct.pack(">QI", room, max(1, room // 3)) + body,
+        struct.pack(">QI", room, 2**31) + body,
+    ):
+        rooms = np.zeros(room + 128, np.uint8), np.zeros(room + 128, np.uint8)
+        is_decoded = True
+        try:
+            CODECS["lz4"].decode_into(np.frombuffer(stored, np.uint8), rooms[0][64:-64])
+        except ChecksumError:
+            is_decoded = False
+        assert decode_record(LZ4, np.frombuffer(stored, np.uint8), rooms[1][64:-64]) == is_decoded
+        assert not any(around.any() for each in rooms for around in (each[:64], each[-64:]))
+        assert not is_decoded or np.array_equal(*rooms)
 
 
 @given(st.integers(1, 3_000_000))

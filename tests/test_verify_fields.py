@@ -381,6 +381,31 @@ def test_any_damage_is_refused_or_without_effect(written: Path, data: st.DataObj
 
 
 @given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_number_in_an_index_whose_sums_hold_is_refused_or_without_effect(
+    written: Path, data: st.DataObject
+) -> None:
+    """As if it had been written so: offsets, sizes and sums of one record, or of one like another."""
+    name = data.draw(st.sampled_from(sorted(SCHEMA.resolved({}).indexed_fields)))
+    part = data.draw(st.sampled_from(["shard", "offset", "nbytes"]))
+    path = written / "index" / name / part / "c/0"
+    good, manifest = path.read_bytes(), (written / "manifest.json").read_bytes()
+    values = np.frombuffer(good, {"offset": "<u8"}.get(part, "<u4")).copy()
+    record, other = data.draw(st.integers(0, 22)), data.draw(st.integers(0, 22))
+    near = int(values[other]) + data.draw(st.sampled_from([0, 1, -1, 4096]))
+    values[record] = data.draw(
+        st.sampled_from([max(near, 0), 0, data.draw(st.integers(0, np.iinfo(values.dtype).max))])
+    )
+    try:
+        path.write_bytes(values.tobytes())
+        reseal(written)
+        assert_read_right_or_refused(written)
+    finally:
+        path.write_bytes(good)
+        (written / "manifest.json").write_bytes(manifest)
+
+
+@given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_any_manifest_is_a_manifest_or_a_sentence(written: Path, data: st.DataObject) -> None:
     """Any value of any kind anywhere in a manifest that is sealed anew: refused in a sentence, or read without a crash."""
