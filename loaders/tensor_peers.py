@@ -1,5 +1,6 @@
 """Other loaders of tensors, to measure ours against: whole batches of records into memory, done their way."""
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,8 +105,35 @@ def torch_npy(work: TensorWork) -> Iterator[Batch]:
     dataset = Dataset(work.dataset)
     for number in range(len(dataset)):
         np.save(work.folder / f"{number}.npy", dataset[number][dataset.schema.primary])
+    return _by_torch(work, _NpyFiles(work.folder, len(dataset)))
+
+
+class _Hdf5Records(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, work: TensorWork) -> None:
+        dataset = Dataset(work.dataset)
+        self._path, self._records, self._field = work.dataset, len(dataset), dataset.schema.primary_field
+
+    def __len__(self) -> int:
+        return self._records
+
+    @functools.cached_property
+    def _read(self) -> Read:  # in the worker process: files opened before a fork are shared
+        return read_by_h5py(self._path)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        record = np.empty((1, *self._field.fixed_shape), self._field.stored_dtype)
+        self._read([index], record)
+        return torch.from_numpy(record[0])
+
+
+def torch_h5py(work: TensorWork) -> Iterator[Batch]:
+    """torch's DataLoader over h5py, in worker processes: on as many cores as ours."""
+    return _by_torch(work, _Hdf5Records(work))
+
+
+def _by_torch(work: TensorWork, dataset: torch.utils.data.Dataset[torch.Tensor]) -> Iterator[Batch]:
     loader = torch.utils.data.DataLoader(
-        _NpyFiles(work.folder, len(dataset)),
+        dataset,
         work.batch_size,
         shuffle=True,
         drop_last=True,
@@ -143,6 +171,7 @@ PEERS: dict[str, Callable[[TensorWork], Iterator[Batch]]] = {
     "reading alone": reading_alone,
     "h5py": h5py_slices,
     "tensorstore": tensorstore,
+    "torch + h5py": torch_h5py,
     "torch + npy": torch_npy,
     "litdata": litdata,
 }
