@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--damage-source", action="store_true", help="as soon as all files were found to be there")
     parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
+    parser.add_argument("--slow-alone", action="store_true", help="--slow-seconds are for that rank only")
     parser.add_argument(
         "--slow-seconds", type=float, default=0, help="on every rank, each chunk read takes this much longer"
     )
@@ -96,7 +97,7 @@ def main() -> None:
     arguments = parse()
     communicator: Communicator = connect()
     faulty = communicator.world.rank == arguments.on_rank
-    if arguments.slow_seconds:
+    if arguments.slow_seconds and (faulty or not arguments.slow_alone):
         read_slowly(arguments.slow_seconds)
     if faulty:
         plant_faults(arguments)

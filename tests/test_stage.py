@@ -355,10 +355,12 @@ def test_a_destination_that_gets_full_is_cleaned_up(
     source: Path, to: Path, monkeypatch: pytest.MonkeyPatch, reserve: bool
 ) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1 << 40)  # somebody else took the room after we looked
-    if not reserve:
-        monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, offset, nbytes: os.ftruncate(descriptor, nbytes))
+    if reserve:  # as on a disk: a tmpfs is not asked to, for the time that it takes
+        monkeypatch.setattr(
+            "stagein.cache.allocate", lambda descriptor, nbytes: os.posix_fallocate(descriptor, 0, nbytes or 1)
+        )
     with small_disk(to, 2 << 20):
-        with pytest.raises(NoSpaceError, match="no space left"):
+        with pytest.raises(NoSpaceError, match=f"no space left while {'making room' if reserve else 'writing'}"):
             stage_alone(source, to)
         assert not work_folder(source, to).exists() and not final_folder(source, to).exists()
 
@@ -813,6 +815,15 @@ def test_a_source_that_hangs_is_named_and_ends_all(source: Path, node_disks: str
     )
     assert result.returncode == ExitCode.WATCHDOG
     assert "waiting for the source to deliver shards/" in result.stderr
+
+
+@pytest.mark.mpi
+def test_a_node_whose_reads_are_slow_is_named(source: Path, node_disks: str) -> None:
+    words = ["--policy", "replicate", "--slow-seconds", "0.2", "--slow-alone", "--on-rank", 1]
+    result, report = stage_over_ranks(source, node_disks, "abc", *words)
+    assert report is not None, result.stderr
+    bound = report["receipt"]["bound"]
+    assert (bound["resource"], bound["node"]) == ("source", "b") and bound["percent"] > 80
 
 
 @pytest.mark.mpi
