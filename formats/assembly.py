@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
 from .schema import Field, column_chunk_path
-from .shards import FieldContent, ShardContent, ShardLayout, write_shard_file
+from .shards import FieldContent, ShardContent, ShardFile, ShardLayout
 from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
@@ -87,17 +87,37 @@ def finish_shard(
 
     Raises OSError as the file system does.
     """
-    if not content.records:
-        return FinishedShard(0, {}, {}, {}, skipped, dict(counts or {}))
-    large = {}
-    for name, field in content.large_fields.items():
-        entry, offset = write_shard_file(folder, number, first, name, content, layout)
-        large[name] = FinishedField(entry, len(field.payload), offset, field.nbytes, field.crc32c)
-    ragged = {
-        name: ColumnPart(np.frombuffer(field.payload, np.uint8), field.nbytes, field.crc32c)
-        for name, field in content.ragged_columns.items()
-    }
-    return FinishedShard(content.records, large, ragged, dict(content.columns), skipped, dict(counts or {}))
+    return start_shard(folder, number, first, content, layout, skipped, counts)()
+
+
+def start_shard(
+    folder: Path,
+    number: int,
+    first: int,
+    content: ShardContent,
+    layout: ShardLayout,
+    skipped: tuple[RefusedRecord, ...] = (),
+    counts: Mapping[str, int] | None = None,
+) -> Callable[[], FinishedShard]:
+    """Lay out the files of a shard; returns what writes and publishes them, as `finish_shard` does, in any thread."""
+    names = content.large_fields if content.records else ()
+    files = {name: ShardFile(folder, number, first, name, content, layout) for name in names}
+
+    def finish() -> FinishedShard:
+        large = {}
+        for name, file in files.items():
+            entry, offset = file.finish()
+            field = content.large_fields[name]
+            large[name] = FinishedField(entry, len(field.payload), offset, field.nbytes, field.crc32c)
+        ragged = {
+            name: ColumnPart(np.frombuffer(field.payload, np.uint8), field.nbytes, field.crc32c)
+            for name, field in content.ragged_columns.items()
+            if content.records
+        }
+        columns = dict(content.columns) if content.records else {}
+        return FinishedShard(content.records, large, ragged, columns, skipped, dict(counts or {}))
+
+    return finish
 
 
 def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, layout: ShardLayout) -> FinishedShard:
@@ -116,7 +136,7 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     }
     mine = {name: FieldContent(payload, in_payload, old.nbytes, old.crc32c)}
     content = ShardContent(shard.records, mine, ragged, shard.columns)
-    entry, offset = write_shard_file(folder, number, old.entry.first, name, content, layout)
+    entry, offset = ShardFile(folder, number, old.entry.first, name, content, layout).finish()
     rewritten = FinishedField(entry, old.payload_bytes, offset, old.nbytes, old.crc32c)
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
 

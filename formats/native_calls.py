@@ -10,8 +10,12 @@ from typing import Any
 
 import llvmlite.binding
 import numcodecs.blosc
+import xxhash._xxhash as _xxhash  # type: ignore[import-not-found, unused-ignore]
 from google_crc32c import _crc32c
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from . import folded_crc32c
 from .errors import StageinError
@@ -60,9 +64,6 @@ openat = _of_c_library("openat", types.int32, types.int32, _ADDRESS, types.int32
 close = _of_c_library("close", types.int32, types.int32)
 """(descriptor) -> 0, or -1."""
 
-memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
-"""(target, source, nbytes) -> target."""
-
 clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRESS)
 """(clock, address of seconds and nanoseconds) -> 0, or -1."""
 
@@ -73,6 +74,40 @@ crc32c_extend = (
     else _of_wheel(_crc32c, "crc32c_extend", *_crc32c_signature)
 )
 """(sum of what comes before, data, nbytes) -> sum of both."""
+
+pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
+"""(descriptor, buffer, nbytes, offset) -> bytes written, or -1."""
+
+xxh3_create = _of_wheel(_xxhash, "XXH3_createState", _ADDRESS)
+"""() -> state of a sum, 0 without memory."""
+
+xxh3_free = _of_wheel(_xxhash, "XXH3_freeState", types.int32, _ADDRESS)
+
+xxh3_reset = _of_wheel(_xxhash, "XXH3_128bits_reset", types.int32, _ADDRESS)
+"""(state) -> 0: the sum of nothing yet."""
+
+xxh3_update = _of_wheel(_xxhash, "XXH3_128bits_update", types.int32, _ADDRESS, _ADDRESS, _SIZE)
+"""(state, data, nbytes) -> 0."""
+
+_of_wheel(_xxhash, "XXH3_128bits_digest", types.void, _ADDRESS)
+
+
+@intrinsic
+def _xxh3_digest(context: Any, state: Any) -> Any:
+    """ExternalFunction has no results that are a structure of C."""
+
+    def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.LiteralStructType((word, word)), (word,))
+        function = cgutils.get_or_insert_function(builder.module, kind, "stagein_XXH3_128bits_digest")  # type: ignore[no-untyped-call, unused-ignore]
+        halves = builder.call(function, arguments)
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(halves, at) for at in (0, 1)])
+
+    return types.UniTuple(types.uint64, 2)(types.intp), call  # type: ignore[no-untyped-call, unused-ignore]
+
+
+xxh3_digest: Any = _xxh3_digest
+"""(state) -> lower and upper half of the sum."""
 
 blosc_decompress = _of_wheel(
     numcodecs.blosc, "blosc_decompress_ctx", types.int32, _ADDRESS, _ADDRESS, _SIZE, types.int32

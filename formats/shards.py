@@ -9,16 +9,16 @@ import json
 import mmap
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5_shard, zarr_view
-from .checksums import Buffer, chunk_sums, crc32c, pread_exactly, pwrite_all
+from .checksums import chunk_sums, crc32c, pread_exactly, pwrite_all
 from .errors import SourceError, UsageError
 from .manifest import FORMAT_VERSION, MIN_CHUNK_BYTES, Container, ShardEntry
 from .publish import publish_file
@@ -28,7 +28,13 @@ from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
 
 DEFAULT_SHARD_BYTES = 256 << 20
 SHARD_MODE = 0o444
-_WRITE_BYTES = 1 << 20
+_WRITE_BYTES = 16 << 20
+_WORTHWHILE_BYTES = 32 << 20
+"""A smaller file is not worth a call off the GIL."""
+_SUMMED_BYTES = 512 << 10
+"""Summed at a time, at least: many records by one call, which are still in the second-level cache."""
+_WORTHWHILE_RECORDS = 64
+"""Fewer records are summed one by one."""
 
 
 @dataclass(frozen=True)
@@ -189,26 +195,57 @@ class ShardLayout:
 
 
 class _Places:
-    """Where the records of a field are in its payload: one behind the other."""
+    """Where the records of a field are in its payload, one behind the other, and their sums."""
 
     def __init__(self) -> None:
         self.used_bytes = 0
         self._sizes = array("I")
         self._sums = array("I")
+        self._summed_bytes = 0
 
-    def add(self, stored: memoryview) -> None:
-        self._sizes.append(len(stored))
-        self._sums.append(crc32c(stored))
-        self.used_bytes += len(stored)
+    def add(self, nbytes: int) -> None:
+        """A record of so many bytes is there; `sum_up` sums it."""
+        self._sizes.append(nbytes)
+        self.used_bytes += nbytes
 
-    def extend(self, added: ReadField) -> None:
+    def extend(self, added: ReadField, payload: memoryview) -> None:
+        """Several records are there, with their sums."""
+        self.sum_up(payload)
         self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
         self._sums.frombytes(added.crc32c.tobytes())
         self.used_bytes += int(added.nbytes.sum())
+        self._summed_bytes = self.used_bytes
+
+    def sum_some(self, payload: memoryview) -> None:
+        """Sum the last records if they are many enough: they are still in the processor's cache."""
+        if self.used_bytes - self._summed_bytes >= _SUMMED_BYTES:
+            self.sum_up(payload)
+
+    def sum_up(self, payload: memoryview) -> None:
+        """Sum the records that are not yet."""
+        sizes = np.array(self._sizes[len(self._sums) :], np.uint32)
+        if len(sizes):
+            content = np.asarray(payload[self._summed_bytes : self.used_bytes])
+            self._sums.frombytes(record_sums(content, sizes).tobytes())
+            self._summed_bytes = self.used_bytes
 
     def content(self, payload: memoryview) -> FieldContent:
+        self.sum_up(payload)
         sizes, sums = np.array(self._sizes, np.uint32), np.array(self._sums, np.uint32)
         return FieldContent(payload, np.cumsum(sizes, dtype=np.uint64) - sizes, sizes, sums)
+
+
+def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The crc32c of records of these sizes that lie one behind the other."""
+    if len(nbytes) >= _WORTHWHILE_RECORDS:
+        from .write_kernels import sum_records  # numba takes a third of a second to load
+
+        sums = np.empty(len(nbytes), np.uint32)
+        sum_records(content, nbytes, sums)
+        return sums
+    ends = np.cumsum(nbytes, dtype=np.int64).tolist()
+    starts = [0, *ends[:-1]]
+    return np.array([crc32c(content[start:end]) for start, end in zip(starts, ends, strict=True)], np.uint32)
 
 
 class _PayloadBuilder:
@@ -237,15 +274,23 @@ class _PayloadBuilder:
         return self._payload[start : start + nbytes]
 
     def extend(self, added: ReadField) -> None:
-        self._places.extend(added)
+        self._places.extend(added, self._payload)
 
     def add(self, nbytes: int) -> None:
-        start = self._places.used_bytes
         if self._codec:
-            stored = self._codec.encode(self._record, self._field.stored_dtype.itemsize)
-            nbytes = len(stored)
-            self._payload[start : start + nbytes] = stored
-        self._places.add(self._payload[start : start + nbytes])
+            self.put(self._record)
+        else:
+            self._places.add(nbytes)
+            self._places.sum_some(self._payload)
+
+    def put(self, record: bytes | memoryview) -> None:
+        """Add a record of which the bytes are elsewhere."""
+        if self._codec:
+            record = self._codec.encode(record, self._field.stored_dtype.itemsize)
+        start, nbytes = self._places.used_bytes, len(record)
+        self._payload[start : start + nbytes] = record
+        self._places.add(nbytes)
+        self._places.sum_some(self._payload)
 
     def content(self) -> FieldContent:
         used = self._places.used_bytes
@@ -254,31 +299,37 @@ class _PayloadBuilder:
         return self._places.content(self._payload[:payload_bytes])
 
 
-class _ColumnBuilder:
+class _RaggedColumnBuilder:
     """Collects the records of a ragged column."""
 
     def __init__(self) -> None:
-        self._record = memoryview(b"")
-        self._records: list[memoryview] = []
-        self._places = _Places()
+        self._room = memoryview(b"")
+        self._records: list[bytes | memoryview] = []
+        self._sizes = array("I")
 
     def room(self, nbytes: int) -> memoryview:
-        self._record = memoryview(bytearray(nbytes))
-        return self._record
-
-    def add(self, nbytes: int) -> None:
-        self._records.append(self._record)
-        self._places.add(self._record)
+        self._room = memoryview(bytearray(nbytes))
+        return self._room
 
     def batch_room(self, nbytes: int) -> memoryview:
         return self.room(nbytes)
 
     def extend(self, added: ReadField) -> None:
-        self._records.append(self._record[: int(added.nbytes.sum())])
-        self._places.extend(added)
+        self._records.append(self._room[: int(added.nbytes.sum())])
+        self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
+
+    def add(self, nbytes: int) -> None:
+        self.put(self._room)
+
+    def put(self, record: bytes | memoryview) -> None:
+        """Add a record; its memory stays as it is."""
+        self._records.append(record)
+        self._sizes.append(len(record))
 
     def content(self) -> FieldContent:
-        return self._places.content(memoryview(b"".join(self._records)))
+        payload, sizes = b"".join(self._records), np.array(self._sizes, np.uint32)
+        sums = record_sums(np.frombuffer(payload, np.uint8), sizes)
+        return FieldContent(memoryview(payload), np.cumsum(sizes, dtype=np.uint64) - sizes, sizes, sums)
 
 
 class _ColumnValues:
@@ -289,7 +340,10 @@ class _ColumnValues:
         self._field = field
         self._arrays: list[NDArray[np.generic]] = []
         self._values: list[Value] = []
+        self._stored: list[bytes] = []
         self.add = self._values.append
+        self.put = self._stored.append
+        """Adds a value by its stored bytes. Values come in one of the three ways, by `add`, `put` or `extend`."""
 
     def extend(self, rows: NDArray[np.generic]) -> None:
         """Add values as an array of the stored type, [records, *shape]."""
@@ -301,6 +355,10 @@ class _ColumnValues:
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays)
 
     def _stack(self) -> None:
+        if self._stored:
+            rows = np.frombuffer(b"".join(self._stored), self._field.stored_dtype)
+            self._arrays.append(rows.reshape(len(self._stored), *self._field.fixed_shape))
+            self._stored.clear()
         if self._values or not self._arrays:
             try:
                 self._arrays.append(stack_rows(self._field, self._values))
@@ -318,16 +376,17 @@ class ShardBuilder:
         `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
         """
         self._schema = schema
-        self._builders: dict[str, _PayloadBuilder | _ColumnBuilder] = {
+        self._builders: dict[str, _PayloadBuilder | _RaggedColumnBuilder] = {
             name: _PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), records, payload_bytes[name])
             for name, field in schema.large_fields.items()
         }
-        self._builders |= {name: _ColumnBuilder() for name in schema.ragged_columns}
+        self._builders |= {name: _RaggedColumnBuilder() for name in schema.ragged_columns}
         self._columns = {name: _ColumnValues(name, field) for name, field in schema.columns.items()}
         self._asked: dict[str, memoryview] = {}
+        self._puts: list[Callable[[Any], None]] = [
+            (self._columns[name] if name in self._columns else self._builders[name]).put for name in schema.fields
+        ]
         self.records = 0
-        self.used_bytes = 0
-        """Bytes of the large fields so far, before compression."""
 
     def room(self, name: str, nbytes: int) -> memoryview:
         """Where the field `name` of the next record goes, `nbytes` long; asked for again, it is the same place.
@@ -359,8 +418,16 @@ class ShardBuilder:
             added = batch.read[name]
             records = len(added.nbytes)
             builder.extend(added)
-            self.used_bytes += int(added.nbytes.sum()) if isinstance(builder, _PayloadBuilder) else 0
         self.records += records
+
+    def put(self, stored: Sequence[bytes | memoryview]) -> None:
+        """Add a record by the bytes of its fields as they are stored before compression, in the order of the schema.
+
+        They are right, and there is room for them; what goes into a column is bytes.
+        """
+        for put, content in zip(self._puts, stored, strict=True):
+            put(content)
+        self.records += 1
 
     def forget(self) -> None:
         """The record for which room was asked is none."""
@@ -386,9 +453,7 @@ class ShardBuilder:
         for name, column in self._columns.items():
             column.add(self._column_value(name) if name in self._asked else values[name])
         for name, builder in self._builders.items():
-            nbytes = len(self._asked[name])
-            builder.add(nbytes)
-            self.used_bytes += nbytes if isinstance(builder, _PayloadBuilder) else 0
+            builder.add(len(self._asked[name]))
         self.records += 1
         self._asked.clear()
 
@@ -421,40 +486,55 @@ class _Placement:
         return int(self.offset.min()) if self.payload_offset is None else self.payload_offset
 
 
-def write_shard_file(
-    folder: Path, number: int, first: int, name: str, content: ShardContent, layout: ShardLayout
-) -> tuple[ShardEntry, NDArray[np.uint64]]:
-    """Write the file of the large field `name` in shard `number` into the data set at `folder` and publish it.
+class ShardFile:
+    """The file of the large field `name` in shard `number` of the data set at `folder`: laid out when it is made, then finished.
 
-    Returns its manifest entry and the offset of every record in it. Raises OSError as the file system does; nothing is
-    left under the final name then.
+    Raises OSError as the file system does; nothing is left under the final name then.
     """
-    relative = shard_path(number, name, layout.schema, layout.container)
-    payload = content.large_fields[name].payload
-    (folder / relative).parent.mkdir(exist_ok=True)
-    with publish_file(folder / relative, mode=SHARD_MODE) as part:
-        placement = _lay_out(part, name, content, layout)
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if placement.index_offset is not None:
-                sizes = content.large_fields[name].nbytes
-                index = layout.zarr_index(name, placement.data_offset, len(payload), placement.offset, sizes)
-                pwrite_all(descriptor, index, placement.index_offset)
-            nbytes = os.fstat(descriptor).st_size
-            pieces = _finished_pieces(descriptor, nbytes, placement.payload_offset, payload)
-            sums = b"".join(chunk_sums(pieces, layout.chunk_bytes)).hex()
-        finally:
-            os.close(descriptor)
-    entry = ShardEntry(
-        file=relative,
-        nbytes=nbytes,
-        xxh3_128=sums,
-        field=name,
-        records=content.records,
-        first=first,
-        data_offset=placement.data_offset,
-    )
-    return entry, placement.offset
+
+    def __init__(
+        self, folder: Path, number: int, first: int, name: str, content: ShardContent, layout: ShardLayout
+    ) -> None:
+        self._relative = shard_path(number, name, layout.schema, layout.container)
+        self._first = first
+        self._name = name
+        self._content = content
+        self._layout = layout
+        path = folder / self._relative
+        path.parent.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._part = stack.enter_context(publish_file(path, mode=SHARD_MODE))
+            self._placement = _lay_out(self._part, name, content, layout)
+            self._publication = stack.pop_all()
+
+    def finish(self) -> tuple[ShardEntry, NDArray[np.uint64]]:
+        """Write the payload and publish the file, in any thread, mostly off the GIL.
+
+        Returns its manifest entry and the offset of every record in it.
+        """
+        placement, layout, mine = self._placement, self._layout, self._content.large_fields[self._name]
+        with self._publication:
+            descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if placement.index_offset is not None:
+                    index = layout.zarr_index(
+                        self._name, placement.data_offset, len(mine.payload), placement.offset, mine.nbytes
+                    )
+                    pwrite_all(descriptor, index, placement.index_offset)
+                nbytes = os.fstat(descriptor).st_size
+                sums = _write_payload(descriptor, nbytes, placement.payload_offset, mine.payload, layout.chunk_bytes)
+            finally:
+                os.close(descriptor)
+        entry = ShardEntry(
+            file=self._relative,
+            nbytes=nbytes,
+            xxh3_128=sums.hex(),
+            field=self._name,
+            records=self._content.records,
+            first=self._first,
+            data_offset=placement.data_offset,
+        )
+        return entry, placement.offset
 
 
 def _lay_out(part: Path, name: str, content: ShardContent, layout: ShardLayout) -> _Placement:
@@ -538,22 +618,30 @@ def hdf5_count_name(name: str, field: Field) -> str:
     return f"{name}/{'count' if field.kind == 'ragged' else 'nbytes'}"
 
 
-def _finished_pieces(descriptor: int, nbytes: int, payload_offset: int | None, payload: memoryview) -> Iterator[Buffer]:
-    """The bytes of a shard file in order: the payload is written on the way, piece by piece, while all else is read back.
+def _write_payload(
+    descriptor: int, nbytes: int, payload_offset: int | None, payload: memoryview, chunk_bytes: int
+) -> bytes:
+    """Write the payload of a shard file, where HDF5 has not, and return the sums of all chunks of the file.
 
-    A piece is summed when it was just written, so that it comes from memory once.
+    All else is in the file; it has `nbytes` in the end. Raises OSError.
     """
     if payload_offset is None:
-        for start in range(0, nbytes, _WRITE_BYTES):
-            yield _read_piece(descriptor, start, min(_WRITE_BYTES, nbytes - start))
-        return
-    yield _read_piece(descriptor, 0, payload_offset)
-    for start in range(0, len(payload), _WRITE_BYTES):
-        piece = payload[start : start + _WRITE_BYTES]
-        pwrite_all(descriptor, piece, payload_offset + start)
-        yield piece
+        starts = range(0, nbytes, _WRITE_BYTES)
+        pieces = (_read_piece(descriptor, start, min(_WRITE_BYTES, nbytes - start)) for start in starts)
+        return b"".join(chunk_sums(pieces, chunk_bytes))
     end = payload_offset + len(payload)
-    yield _read_piece(descriptor, end, nbytes - end)
+    head = memoryview(_read_piece(descriptor, 0, payload_offset))
+    tail = memoryview(_read_piece(descriptor, end, nbytes - end))
+    if nbytes < _WORTHWHILE_BYTES:
+        pwrite_all(descriptor, payload, payload_offset)
+        return b"".join(chunk_sums((head, payload, tail), chunk_bytes))
+    from .write_kernels import write_and_sum  # numba takes a third of a second to load
+
+    sums = np.empty((-(-nbytes // chunk_bytes), 2), np.uint64)
+    trouble = write_and_sum(descriptor, np.asarray(head), np.asarray(payload), np.asarray(tail), chunk_bytes, sums)
+    if trouble:
+        raise OSError(trouble, os.strerror(trouble))
+    return sums.astype(">u8").tobytes()
 
 
 def _read_piece(descriptor: int, offset: int, nbytes: int) -> bytearray:

@@ -1,7 +1,8 @@
 """From a value in Python to the rows of a field and back; whatever does not keep its meaning on the way is refused."""
 
+import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,16 @@ _SIGNATURES = (
     (b"MM\0*", "tiff"),
 )
 UNKNOWN_ENCODING = "bytes"
+
+_QUICK_BYTES = 1 << 20
+"""Larger values are not copied before they are where they belong."""
+_PYTHON_NUMBERS: dict[str, tuple[type, struct.Struct]] = {
+    name: (int, struct.Struct(f"<{code}"))
+    for name, code in zip(
+        ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"), "bhiqBHIQ", strict=True
+    )
+} | {"float32": (float, struct.Struct("<f")), "float64": (float, struct.Struct("<d"))}
+"""By type, which of Python's numbers are scalars of it, and how they are stored."""
 
 
 class BadValueError(ValueError):
@@ -50,6 +61,43 @@ def to_rows(field: Field, value: Value) -> NDArray[np.generic]:
         raise BadValueError(f"its shape is {array.shape}, not ({expected})")
     num_rows = 1 if field.kind == "tensor" else len(array)
     return np.ascontiguousarray(array).reshape(num_rows, *field.row_shape)
+
+
+Stored: TypeAlias = bytes | memoryview
+"""The bytes of a record's field as they are stored, before compression."""
+
+
+def quick_storing(field: Field) -> Callable[[Any], bytes | None]:
+    """A function that makes the stored bytes of values of the very type that the field has, a copy of their memory.
+
+    It returns None for all others, and large ones: `to_rows` says what becomes of them.
+    """
+    if field.kind == "encoded":
+        return lambda value: value if type(value) is bytes and len(value) <= _QUICK_BYTES else None
+    if field.kind == "text":
+        return lambda value: value.encode() if type(value) is str and value.isascii() else None
+    dtype, shape, row_shape = field.stored_dtype, field.fixed_shape, field.row_shape
+    python_type, packed = _PYTHON_NUMBERS.get(dtype.name, (None, None)) if shape == () else (None, None)
+    if field.dtype == BFLOAT16:
+        python_type = None
+
+    def tensor(value: Any) -> bytes | None:
+        if type(value) is np.ndarray or type(value) is dtype.type:
+            is_same = value.dtype == dtype and value.shape == shape and value.nbytes <= _QUICK_BYTES
+            return value.tobytes() if is_same else None
+        if type(value) is python_type and packed is not None:
+            try:
+                return packed.pack(value)
+            except (struct.error, OverflowError):
+                return None
+        return None
+
+    def ragged(value: Any) -> bytes | None:
+        if type(value) is not np.ndarray or value.dtype != dtype or value.ndim != 1 + len(row_shape):
+            return None
+        return value.tobytes() if value.shape[1:] == row_shape and value.nbytes <= _QUICK_BYTES else None
+
+    return tensor if field.kind == "tensor" else ragged
 
 
 def row_bytes(rows: NDArray[np.generic]) -> memoryview:

@@ -1,33 +1,101 @@
-"""Filling shards, many records by one call off the GIL: files read whole or memory copied, each record summed while it is in
-the processor's cache.
-"""
+"""Filling shards, many records by one call off the GIL: files read whole, records summed, sizes of images found."""
+
+import errno
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .native import kernel
-from .native_calls import close, crc32c_extend, errno_location, memcpy, openat, pread
+from .native import kernel, signed
+from .native_calls import (
+    close,
+    crc32c_extend,
+    errno_location,
+    openat,
+    pread,
+    pwrite,
+    xxh3_create,
+    xxh3_digest,
+    xxh3_free,
+    xxh3_reset,
+    xxh3_update,
+)
 from .read_kernels import read_ahead_where_cold, read_exactly
 
 CHANGED = -4
 """What is wrong with a file, where no error number (above 0) says it: its size is not what it was."""
 
 _PIECE_BYTES = 256 << 10
-"""Read and summed at a time: what was read is still in the second-level cache when it is summed."""
+"""Read or written, and summed, at a time: it is still in the second-level cache when it is summed."""
+_EINTR, _ENOMEM = errno.EINTR, errno.ENOMEM
 _O_RDONLY_CLOEXEC = 0o2000000
 _START_OF_SCAN = 0xDA
 
 
 @kernel
-def copy_records(
-    sources: NDArray[np.int64], nbytes: NDArray[np.int64], target: NDArray[np.uint8], sums: NDArray[np.uint32]
-) -> None:
-    """Copy records from the addresses `sources` to `target`, one behind the other; `sums` become their crc32c."""
-    position = target.ctypes.data
-    for number in range(len(sources)):
-        sums[number] = crc32c_extend(np.uint32(0), sources[number], nbytes[number])
-        memcpy(position, sources[number], nbytes[number])
+def sum_records(content: NDArray[np.uint8], nbytes: NDArray[np.uint32], sums: NDArray[np.uint32]) -> None:
+    """The crc32c of records that lie one behind the other, into `sums`."""
+    position = content.ctypes.data
+    for number in range(len(nbytes)):
+        sums[number] = crc32c_extend(np.uint32(0), position, nbytes[number])
         position += nbytes[number]
+
+
+@kernel
+def write_and_sum(
+    descriptor: int,
+    head: NDArray[np.uint8],
+    payload: NDArray[np.uint8],
+    tail: NDArray[np.uint8],
+    chunk_bytes: int,
+    sums: NDArray[np.uint64],
+) -> int:
+    """Write the payload of a file behind its head, and sum the chunks of the whole; head and tail are in the file already.
+
+    sums  becomes the xxh3_128 of every `chunk_bytes` of the file, [chunks, 2]: upper half, lower half.
+
+    Returns 0 or an error number. A piece is summed when it was just written, so that it comes from memory once.
+    """
+    state = xxh3_create()
+    if state == 0:
+        return _ENOMEM
+    xxh3_reset(state)
+    trouble, chunk, filled = 0, 0, 0
+    for place in range(3):
+        part = head if place == 0 else payload if place == 1 else tail
+        start = 0
+        while start < len(part):
+            nbytes = min(_PIECE_BYTES, chunk_bytes - filled, len(part) - start)
+            address = part.ctypes.data + start
+            if place == 1:
+                trouble = _write_exactly(descriptor, address, nbytes, len(head) + start)
+                if trouble != 0:
+                    break
+            xxh3_update(state, address, nbytes)
+            start += nbytes
+            filled += nbytes
+            if filled == chunk_bytes:
+                sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
+                xxh3_reset(state)
+                chunk, filled = chunk + 1, 0
+        if trouble != 0:
+            break
+    if filled > 0 and trouble == 0:
+        sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
+    xxh3_free(state)
+    return trouble
+
+
+@kernel
+def _write_exactly(descriptor: int, source: int, nbytes: int, offset: int) -> int:
+    """Write `nbytes` from the address `source`; returns 0 or an error number."""
+    done = 0
+    while done < nbytes:
+        written = pwrite(descriptor, source + done, nbytes - done, offset + done)
+        if written >= 0:
+            done += written
+        elif errno_location()[0] != _EINTR:
+            return signed(errno_location()[0])
+    return 0
 
 
 @kernel

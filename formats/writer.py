@@ -1,7 +1,10 @@
 """A writer for records that come one by one: the way in for any data that a Python loop can produce."""
 
 import copy
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint, finish_shard, rewrite_field
+from .assembly import FinishedShard, GrowingDataset, fingerprint, rewrite_field, start_shard
 from .codec_trial import TRIED_RECORDS, CodecTrial
 from .codecs import Codec
 from .errors import UsageError, destination_error
@@ -27,12 +30,14 @@ from .shards import (
     refuse_sizes,
     shard_capacity,
 )
-from .values import BadValueError, Value, as_array, infer_schema, row_bytes, to_rows
+from .values import BadValueError, Stored, Value, as_array, infer_schema, quick_storing, row_bytes, to_rows
 from .zarr_view import padded_bytes
 
 CodecChoice: TypeAlias = Codec | Literal["auto"] | None
 Rows: TypeAlias = dict[str, NDArray[np.generic]]
 
+_SHARDS_IN_MEMORY = 2
+"""One fills while the others are written."""
 _TRIED_BYTES = 64 << 20
 """When the first records have so many bytes, they are enough to settle what is not yet."""
 
@@ -50,7 +55,7 @@ class Writer:
     codec        how large tensors are compressed, for all fields or by field, where the schema does not say; "auto": as the
                  first records suggest.
     container    what the shards are: HDF5, Zarr, or both at once.
-    shard_bytes  size of a shard; one is held in memory.
+    shard_bytes  size of a shard; two are held in memory: one fills while the other is written.
 
     How each field is stored follows from the first records too. Nothing is left at `target` when the block raises.
     """
@@ -77,6 +82,7 @@ class Writer:
         self._first_records: list[Mapping[str, Value]] = []
         self._first_bytes = 0
         self._shards: _ShardWriter | None = None
+        self._quickly: list[tuple[str, Callable[[Value], bytes | None]]] = []
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
 
     def write(self, record: Mapping[str, Value]) -> None:
@@ -86,7 +92,7 @@ class Writer:
         record is not in the data set then.
         """
         if self._shards is not None:
-            self._shards.write(self._checked(record, self._shards.schema))
+            self._shards.write(self._stored(record, self._shards.schema))
             return
         if self._schema is not None:
             self._checked(record, self._schema)
@@ -110,7 +116,7 @@ class Writer:
             assert self._shards is not None
             manifest = self._shards.publish()
         except BaseException:
-            self._growing.discard()
+            self._discard()
             raise
         self._growing.close()
         return manifest
@@ -124,7 +130,12 @@ class Writer:
         if kind is None:
             self.close()
         else:
-            self._growing.discard()
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._shards is not None:
+            self._shards.end()
+        self._growing.discard()
 
     def _begin(self) -> None:
         """Settle the schema by the first records, and write them."""
@@ -146,8 +157,9 @@ class Writer:
         refuse_codecs(schema, self._container)
         layout = ShardLayout(schema, self._container, shard_capacity(schema, self._shard_bytes), self._chunk_bytes)
         self._shards = _ShardWriter(self._growing, layout, self._shard_bytes)
+        self._quickly = [(name, quick_storing(field)) for name, field in schema.fields.items()]
         for record in records:
-            self._shards.write(record)
+            self._shards.write(_row_bytes(record, schema))
         self._first_records = []
 
     def _with_codecs(self, schema: Schema, records: list[Rows]) -> Schema:
@@ -163,6 +175,17 @@ class Writer:
                 codec = trial.choice()
             fields[name] = field.model_copy(update={"codec": codec})
         return schema.model_copy(update={"fields": fields})
+
+    def _stored(self, record: Mapping[str, Value], schema: Schema) -> Sequence[Stored]:
+        """The bytes of every field of a record, in the order of the schema."""
+        if len(record) == len(self._quickly):
+            try:
+                stored = [quickly(record[name]) for name, quickly in self._quickly]
+            except KeyError:
+                stored = [None]
+            if None not in stored:
+                return stored  # type: ignore[return-value]
+        return _row_bytes(self._checked(record, schema), schema)
 
     def _checked(self, record: Mapping[str, Value], schema: Schema) -> Rows:
         """The rows of every field of a record."""
@@ -182,77 +205,114 @@ class Writer:
 
 
 class _ShardWriter:
-    """Deals records to shards as they come and writes each that is full."""
+    """Deals records to shards as they come; each that is full is written by a thread while the next one fills."""
 
     def __init__(self, growing: GrowingDataset, layout: ShardLayout, shard_bytes: int) -> None:
         self.schema = layout.schema
         self._growing = growing
         self._layout = layout
         self._shard_bytes = shard_bytes
-        self._buffers: ShardBuffers = {}
+        self._buffers: deque[ShardBuffers] = deque({} for _ in range(_SHARDS_IN_MEMORY))
+        self._threads = ThreadPoolExecutor(_SHARDS_IN_MEMORY - 1, thread_name_prefix="stagein writer")
+        self._finishing: deque[Future[FinishedShard]] = deque()
         self._finished: list[FinishedShard] = []
-        self._column_shapes = {name: field.fixed_shape for name, field in self.schema.columns.items()}
+        self._shards = self._records = 0
+        """Shards that are full, and the records in them."""
         self._builder = self._new_builder()
 
-    def write(self, record: Rows) -> None:
-        """Add a record of rows that fit their fields."""
-        large_bytes = sum(record[name].nbytes for name in self._room_bytes)
-        if self._builder.records and self._builder.used_bytes + large_bytes > self._shard_bytes:
+    def write(self, record: Sequence[Stored]) -> None:
+        """Add a record by the bytes of its fields, in the order of the schema."""
+        large_bytes = 0
+        for place, room_bytes in self._room_bytes:
+            nbytes = len(record[place])
+            if nbytes > room_bytes:
+                self._finish_shard()
+                self._widen(place, nbytes)
+                return self.write(record)
+            large_bytes += nbytes
+        if self._used_bytes + large_bytes > self._shard_bytes and self._builder.records:
             self._finish_shard()
-        for name, room_bytes in self._room_bytes.items():
-            if record[name].nbytes > room_bytes:
-                self._widen(name, record[name].nbytes)
-        values: dict[str, Value] = {}
-        for name, rows in record.items():
-            if name in self._column_shapes:
-                values[name] = rows.reshape(self._column_shapes[name])
-            else:
-                self._builder.room(name, rows.nbytes)[:] = row_bytes(rows)
-        self._builder.add(values)
+        self._builder.put(record)
+        self._used_bytes += large_bytes
+        return None
 
     def publish(self) -> Manifest:
         """Write what is left and give the data set its name."""
-        if self._builder.records:
-            self._finish_shard()
+        self._finish_shard()
+        self._await_shards()
+        self.end()
         sums = [field.entry.xxh3_128 for shard in self._finished for field in shard.large_fields.values()]
         origin = Origin(kind="writer", records_sha256=fingerprint(sums))
-        try:
+        with self._os_errors_as_sentences():
             return self._growing.publish(self._layout, self._finished, origin)
-        except OSError as error:
-            raise destination_error(error, "writing", self._growing.target) from error
 
-    def _widen(self, name: str, nbytes: int) -> None:
+    def end(self) -> None:
+        """Write no more: what is being written is waited for."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _widen(self, place: int, nbytes: int) -> None:
         """Make room for one record larger than a shard, which then has a shard to itself.
 
         The capacity is one for all shards of a field, and the Zarr index at the end of each says it: those that are
         written already are written again, from their payloads.
         """
-        field = self.schema.fields[name]
+        name, field = list(self.schema.fields.items())[place]
         capacity = {**self._layout.capacity, name: padded_bytes(field, nbytes) // field.row_bytes}
         self._layout = replace(self._layout, capacity=capacity)
         if "zarr" in self._layout.container:
-            try:
+            self._await_shards()
+            with self._os_errors_as_sentences():
                 for number, shard in enumerate(self._finished):
                     self._finished[number] = rewrite_field(self._growing.folder, number, shard, name, self._layout)
-            except OSError as error:
-                raise destination_error(error, "writing", self._growing.target) from error
         self._builder = self._new_builder()
 
     def _new_builder(self) -> ShardBuilder:
         capacity, large = self._layout.capacity, self.schema.large_fields
-        self._room_bytes = {name: capacity[name] * field.row_bytes for name, field in large.items()}
-        """Bytes of a full shard of each large field, before compression."""
+        payload_bytes = {name: capacity[name] * field.row_bytes for name, field in large.items()}
+        self._room_bytes = [
+            (place, payload_bytes[name]) for place, name in enumerate(self.schema.fields) if name in large
+        ]
+        """Place and bytes of a full shard of each large field, before compression."""
+        self._used_bytes = 0
         records = max((capacity[name] for name, field in large.items() if field.codec), default=0)
-        return ShardBuilder(self.schema, self._buffers, records, self._room_bytes)
+        return ShardBuilder(self.schema, self._buffers[0], records, payload_bytes)
 
     def _finish_shard(self) -> None:
-        first, number = sum(shard.records for shard in self._finished), len(self._finished)
+        """Have the shard written that is filled, if there is anything in it."""
+        if not self._builder.records:
+            return
         content = self._builder.content()
+        while len(self._finishing) >= _SHARDS_IN_MEMORY - 1:
+            self._await_shard()
+        with self._os_errors_as_sentences():  # HDF5 needs the GIL: here it is at hand
+            finish = start_shard(self._growing.folder, self._shards, self._records, content, self._layout)
+        self._finishing.append(self._threads.submit(finish))
+        self._shards += 1
+        self._records += content.records
+        self._buffers.rotate(-1)
+        self._builder = self._new_builder()
+
+    def _await_shards(self) -> None:
+        while self._finishing:
+            self._await_shard()
+
+    def _await_shard(self) -> None:
+        with self._os_errors_as_sentences():
+            self._finished.append(self._finishing.popleft().result())
+
+    @contextmanager
+    def _os_errors_as_sentences(self) -> Iterator[None]:
         try:
-            self._finished.append(finish_shard(self._growing.folder, number, first, content, self._layout))
+            yield
         except OSError as error:
             raise destination_error(error, "writing", self._growing.target) from error
-        self._builder = self._new_builder()
+
+
+def _row_bytes(record: Rows, schema: Schema) -> Sequence[Stored]:
+    """The bytes of rows as they are stored, in the order of the schema; of what goes into a column, copies."""
+    return [
+        row_bytes(record[name]) if name in schema.large_fields else record[name].tobytes() for name in schema.fields
+    ]
 
 
 def _kept(value: Value) -> Value:

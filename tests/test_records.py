@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,10 +18,10 @@ from readers import assert_read_alike
 from stagein import formats
 from stagein.formats import Dataset, Field, Schema, Writer, verify
 from stagein.formats.codecs import Codec
-from stagein.formats.errors import UsageError
+from stagein.formats.errors import NoSpaceError, UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.schema import BFLOAT16
-from stagein.formats.values import to_rows
+from stagein.formats.values import quick_storing, to_rows
 
 CONTAINERS = [container for container in get_args(Container) if container != "foreign"]
 CODECS = [
@@ -571,3 +572,56 @@ def test_the_primary_field_is_the_first_that_is_not_small() -> None:
     assert Schema(fields={"n": SMALL, "x": LARGE, "t": text}).primary == "x"
     assert Schema(fields={"n": SMALL, "t": text, "x": LARGE}).primary == "t"
     assert Schema(fields={"n": SMALL, "m": SMALL.model_copy(update={"shape": (3,)})}).primary == "m"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_stored_quickly_is_what_is_stored_slowly(dtype: str) -> None:
+    tensor = Field(kind="tensor", dtype=dtype, shape=(2, 3))
+    ragged, scalar = Field(kind="ragged", dtype=dtype, shape=(None, 3)), Field(kind="tensor", dtype=dtype)
+    array = random_array(dtype, (4, 3), 1)
+    numbers: list[Any] = [
+        0,
+        1,
+        -1,
+        1.5,
+        -0.0,
+        1e300,
+        float("nan"),
+        float("inf"),
+        2**31,
+        2**63,
+        2**64,
+        10**400,
+        True,
+        1j,
+    ]
+    values: list[tuple[Field, Any]] = [(scalar, number) for number in [*numbers, *array[0]]]
+    values += [(field, each) for field in (tensor, ragged) for each in (array, array[:2], array[:2, ::-1], array.T)]
+    values += [(field, each.astype(each.dtype.newbyteorder(">"))) for field, each in values[-8:] if dtype != BFLOAT16]
+    quick = 0
+    for field, value in values:
+        stored = quick_storing(field)(value)
+        if stored is not None:
+            quick += 1
+            assert stored == to_rows(field, value).tobytes()
+    assert quick >= 6 or dtype == BFLOAT16
+
+
+def test_text_and_files_are_stored_quickly() -> None:
+    assert quick_storing(Field(kind="text"))("plain") == b"plain"
+    assert quick_storing(Field(kind="text"))(b"bytes") is None
+    assert quick_storing(Field(kind="encoded", encoding="bytes"))(b"file") == b"file"
+    assert quick_storing(Field(kind="encoded", encoding="bytes"))("text") is None
+
+
+@pytest.mark.parametrize("disk_bytes", [100_000, 1_500_000])
+def test_a_disk_that_gets_full_while_shards_are_written_is_a_sentence(tmp_path: Path, disk_bytes: int) -> None:
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", disk_bytes):
+        with (
+            pytest.raises(NoSpaceError, match="no space left while writing"),
+            Writer(tmp_path / "disk/x.st", shard_bytes=400_000) as writer,
+        ):
+            for number in range(2000):
+                writer.write({"x": number.to_bytes(2, "big") * 1000})
+        assert list((tmp_path / "disk").iterdir()) == []

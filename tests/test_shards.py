@@ -1,6 +1,7 @@
 """A shard is what it claims to be: other people's HDF5 and Zarr libraries read back what was written."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stagein.formats import Dataset, Field, Schema, Writer, verify
+from stagein.formats import Dataset, Field, Schema, Writer, shards, verify
+from stagein.formats.checksums import chunk_sums
 from stagein.formats.codecs import LZ4, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, UsageError
 from stagein.formats.manifest import Container
@@ -261,3 +263,31 @@ def test_lz4_blocks_are_equal_and_small(record_bytes: int) -> None:
     block_bytes = lz4_block_bytes(record_bytes)
     assert record_bytes % block_bytes == 0
     assert block_bytes <= 65536 or block_bytes == record_bytes
+
+
+@pytest.mark.parametrize(
+    ("payload_bytes", "offset", "tail_bytes", "chunk_bytes"),
+    [(100_000, 4096, 70, 4096), (1 << 20, 0, 0, 65536), (3 << 20, 8192, 1004, 8 << 20), (0, 100, 0, 4096)],
+)
+def test_a_large_file_is_written_and_summed_as_a_small_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    payload_bytes: int,
+    offset: int,
+    tail_bytes: int,
+    chunk_bytes: int,
+) -> None:
+    payload = bytearray(np.random.default_rng(0).bytes(payload_bytes))
+    expected = b"h" * offset + payload + b"t" * tail_bytes
+    for worthwhile_bytes in (0, 1 << 40):
+        monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", worthwhile_bytes)
+        path = tmp_path / f"{worthwhile_bytes}"
+        with open(path, "w+b", buffering=0) as file:
+            os.pwrite(file.fileno(), b"h" * offset, 0)
+            os.pwrite(file.fileno(), b"t" * tail_bytes, offset + payload_bytes)
+            sums = shards._write_payload(file.fileno(), len(expected), offset, memoryview(payload), chunk_bytes)
+        assert path.read_bytes() == expected
+        assert sums == b"".join(chunk_sums([expected], chunk_bytes))
+    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", 0)
+        shards._write_payload(full.fileno(), 4096, 0, memoryview(bytearray(4096)), chunk_bytes)

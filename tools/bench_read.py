@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.peers import PEERS, Read
+from stagein.formats.publish import publish_file
 
 from .console import say
 from .rates import print_rates
@@ -20,6 +21,8 @@ from .rates import print_rates
 _BATCH_BYTES = 8 << 20
 _MOST_IN_BATCH = 256
 _ROUND_SECONDS = 0.4
+_MOST_IN_WRITE = 1024
+"""Pieces of memory that one writev takes (IOV_MAX)."""
 _SHARD_BYTES = 64 << 20
 _SCHEMA = Schema(fields={"x": Field(kind="encoded", encoding="bytes", shape=(None,))})
 
@@ -39,29 +42,29 @@ def run_read(record_bytes: int, total_bytes: int, threads: int, rounds: int, wor
 
 
 def run_write(record_bytes: int, total_bytes: int, rounds: int, work: Path | None) -> None:
-    """Write the same records in every format, and raw: to a file by `write`, fsync and rename; in interleaved rounds."""
+    """Write the same records in every format, and raw: to files as large by `writev`, fsync and rename; in interleaved rounds."""
     records = _make_records(record_bytes, total_bytes)
     writers: dict[str, Callable[[Path, Sequence[bytes]], None]] = {
         "raw, fsync, rename": _write_raw,
         "stagein": _write_ours,
     }
     writers |= {peer.name: peer.write for peer in PEERS if peer.name != "tensorstore"}
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {name: [] for name in writers}
     with tempfile.TemporaryDirectory(prefix="stagein-bench-", dir=work) as folder:
         for _ in range(rounds):
-            for name, write in writers.items():
+            for name in list(rates):
                 target = Path(folder) / "x"
                 os.sync()
                 started = time.perf_counter()
                 try:
-                    write(target, records)
+                    writers[name](target, records)
                 except ImportError as error:
                     say(f"{name} is left out: {error}")
+                    del rates[name]
                     continue
                 os.sync()  # peers leave their bytes in memory
-                rates.setdefault(name, []).append(len(records) * record_bytes / 1e6 / (time.perf_counter() - started))
+                rates[name].append(len(records) * record_bytes / 1e6 / (time.perf_counter() - started))
                 shutil.rmtree(target)
-        rates = {name: of_rounds for name, of_rounds in rates.items() if len(of_rounds) == rounds}
     print_rates(
         "write", rates, baseline="raw, fsync, rename", unit="MB/s", record_bytes=record_bytes, records=len(records)
     )
@@ -100,15 +103,15 @@ def _write_ours(target: Path, records: Sequence[bytes]) -> None:
 
 
 def _write_raw(target: Path, records: Sequence[bytes]) -> None:
-    """The same bytes in files as large as shards, each by one large `write`."""
+    """The same bytes in files as large as shards, straight from where they are, each made durable as shards are."""
     target.mkdir()
     each = max(1, _SHARD_BYTES // len(records[0]))
     for first in range(0, len(records), each):
-        part = target / "part"
-        with open(part, "wb", buffering=0) as file:
-            file.write(b"".join(records[first : first + each]))
-            os.fsync(file.fileno())
-        part.rename(target / f"{first}")
+        with publish_file(target / f"{first}") as part, open(part, "wb", buffering=0) as file:
+            stop = min(first + each, len(records))
+            for start in range(first, stop, _MOST_IN_WRITE):
+                pieces = records[start : min(start + _MOST_IN_WRITE, stop)]
+                assert os.writev(file.fileno(), pieces) == sum(map(len, pieces))
 
 
 def _open_ours(dataset: Dataset, *, check: bool) -> Read:
