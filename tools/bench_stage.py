@@ -169,8 +169,8 @@ def _broadcast(
 def _copy(communicator: Communicator, source: Path, rate: SharedRate | None, folder: Path, *, verifies: bool) -> None:
     """Every node reads all of the source: with cp, or, as that cannot be paced, chunk by chunk from a source with a rate.
 
-    verifies  the copies are read back and checked, which leaves out what was damaged on its way into the page cache of the
-              source; made durable, and renamed.
+    verifies  the bytes are checked, those of cp by reading its copies back, the others when they are read; the copies are
+              made durable, and renamed.
     """
     if communicator.world.local_rank != 0:
         return
