@@ -22,6 +22,7 @@ MOST_BLOCK_BYTES = 1 << 20
 
 _HEADER_BYTES = 16
 _SHUFFLED, _FLAGS_OF_OTHERS = 0x01, 0x0E
+_FORMAT_VERSION = 2
 _ONE_STREAM = 0x10
 _LZ4_FLAGS = 1
 _FEWEST_BYTES_OF_A_STREAM = 128
@@ -37,7 +38,7 @@ def decode_blosc(stored: NDArray[np.uint8], record: NDArray[np.uint8], planes: N
     # Sizes first: the library trusts them.
     if len(stored) < _HEADER_BYTES or little_endian_32(stored, 4) != len(record):
         return False
-    if little_endian_32(stored, 12) != len(stored):
+    if little_endian_32(stored, 12) != len(stored) or stored[0] != _FORMAT_VERSION:
         return False
     flags, itemsize, block_bytes = signed(stored[2]), signed(stored[3]), little_endian_32(stored, 8)
     is_ours = flags & (_SHUFFLED | _FLAGS_OF_OTHERS) == _SHUFFLED and flags >> 5 == _LZ4_FLAGS

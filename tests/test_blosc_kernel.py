@@ -72,6 +72,11 @@ def test_a_frame_of_another_size_is_refused() -> None:
             assert decoded(cut[:12] + struct.pack("<I", nbytes) + cut[16:], 40_000) is None
 
 
+def test_a_frame_of_another_version_is_refused() -> None:
+    frame = framed(smooth(40_000, 2), 2)
+    assert decoded(bytes([frame[0] + 1]) + frame[1:], 40_000) is None
+
+
 def test_damage_is_refused_or_gives_other_bytes_but_never_leaves_the_record() -> None:
     random = np.random.default_rng(1)
     record = smooth(40_000, 2)
