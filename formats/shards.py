@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -243,9 +244,8 @@ def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArr
         sums = np.empty(len(nbytes), np.uint32)
         sum_records(content, nbytes, sums)
         return sums
-    ends = np.cumsum(nbytes, dtype=np.int64).tolist()
-    starts = [0, *ends[:-1]]
-    return np.array([crc32c(content[start:end]) for start, end in zip(starts, ends, strict=True)], np.uint32)
+    edges = [0, *np.cumsum(nbytes, dtype=np.int64).tolist()]
+    return np.array([crc32c(content[start:end]) for start, end in pairwise(edges)], np.uint32)
 
 
 class _PayloadBuilder:
