@@ -45,6 +45,7 @@ def _loader(work: ImageWork, dataset: Path, transform: Any) -> Iterator[Batch]:
         shuffle=work.is_shuffled,
         drop_last=True,
         num_workers=1,
+        persistent_workers=True,
         transform=transform,
         device="cpu",
         decode_threads=work.threads,
