@@ -11,7 +11,9 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all
 from .errors import UsageError
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
-from .publish import PART_SUFFIX, fsync_folder, publish_bytes, publish_file
+from .publish import PART_SUFFIX, fsync_file, fsync_folder, publish_bytes
 from .schema import Field, column_chunk_path
 from .shards import FieldContent, ShardContent, ShardFile, ShardLayout
 from .source import RefusedRecord
@@ -37,6 +39,8 @@ from .zarr_view import (
 
 JOURNAL_FOLDER = "journal"
 _READ_BYTES = 16 << 20
+_FILE_MODE = 0o644
+_SYNC_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -327,7 +331,16 @@ def _write_all_but_shards(
         source=origin,
     ).sealed()
     make_links(folder, manifest)
+    _make_durable([folder / entry.file for entry in files.entries], folder)
     return manifest
+
+
+def _make_durable(files: Sequence[Path], folder: Path) -> None:
+    """Have these files, and all names below `folder`, on the disk. Many at a time: file systems write them together then."""
+    folders = [Path(each) for each, _, _ in os.walk(folder)]
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+        synced = pool.map(fsync_file, files), pool.map(fsync_folder, folders)
+        list(chain(*synced))  # raises what was raised
 
 
 def _renumbered_entries(layout: ShardLayout, shards: Sequence[FinishedShard]) -> tuple[ShardEntry, ...]:
@@ -393,10 +406,12 @@ class _FileWriter:
         self.entries: list[FileEntry] = []
 
     def write(self, name: str, pieces: Sequence[Buffer]) -> None:
-        """Publish the file `name` with these bytes."""
+        """Write the file `name` with these bytes; it is durable later, and counts only when the manifest does."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with publish_file(path) as part, open(part, "wb", buffering=0) as file:
+        path.unlink(missing_ok=True)  # of an earlier attempt, where it may be a link to a shard
+        with open(path, "xb", buffering=0) as file:
+            os.fchmod(file.fileno(), _FILE_MODE)
             for piece in pieces:
                 pwrite_all(file.fileno(), piece, file.tell())
                 file.seek(0, os.SEEK_END)

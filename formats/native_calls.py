@@ -78,6 +78,9 @@ crc32c_extend = (
 pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
 """(descriptor, buffer, nbytes, offset) -> bytes written, or -1."""
 
+sync_file_range = _of_c_library("sync_file_range", types.int32, types.int32, types.int64, types.int64, types.uint32)
+"""(descriptor, offset, nbytes, flags) -> 0, or -1."""
+
 xxh3_create = _of_wheel(_xxhash, "XXH3_createState", _ADDRESS)
 """() -> state of a sum, 0 without memory."""
 

@@ -12,9 +12,18 @@ from pathlib import Path
 PART_SUFFIX = ".part"
 
 
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file durable, whoever wrote them."""
+    _fsync(path, os.O_RDONLY)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
+from . import worker_server
 from .errors import StageinError
 from .shard_tasks import ShardResult, ShardTask, make_shard
 from .shards import ShardBuffers
@@ -50,13 +51,12 @@ class ShardWorkers:
 
     def __init__(self, workers: int) -> None:
         self.capacity = 2 * workers  # so that the next task is there when one is finished
-        context = multiprocessing.get_context("forkserver")  # never fork a process that may have threads or MPI
-        context.set_forkserver_preload([__name__])
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        self._pool = ProcessPoolExecutor(workers, mp_context=worker_server.worker_context(), initializer=_start_worker)
 
     def submit(self, task: ShardTask) -> Future[ShardResult]:
         try:
             with _signals_later():  # the first task starts the processes: one that is half started could not be ended
+                worker_server.start()
                 return self._pool.submit(_make_shard_in_worker, task)
         except (BrokenProcessPool, EOFError, OSError):  # the latter when the process that starts them was killed
             raise worker_lost() from None

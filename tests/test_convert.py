@@ -291,6 +291,92 @@ def test_stopped_while_its_processes_start_it_leaves_none_half_started(jpeg_fold
     assert result.stdout.count("stopped") > 3
 
 
+KERNELS_LOADED = """
+import sys
+from pathlib import Path
+
+from stagein.formats import convert, scan_imagefolder
+from stagein.formats import worker_preload, write_kernels
+
+def signatures():
+    return {name: len(each.signatures) for name, each in vars(write_kernels).items() if hasattr(each, "signatures")}
+
+loaded = signatures()
+convert(scan_imagefolder(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=64 << 20)
+assert loaded == signatures(), (loaded, signatures())
+assert all(loaded[name] for name in ("read_files", "jpeg_sizes", "write_and_sum")), loaded
+"""
+
+
+def test_all_kernels_that_workers_need_are_loaded_before_they_are_forked(tmp_path: Path) -> None:
+    folder = tmp_path / "images/class"
+    folder.mkdir(parents=True)
+    large = np.random.default_rng(0).integers(0, 255, (3000, 3000, 3), np.uint8)
+    (folder / "0.jpg").write_bytes(simplejpeg.encode_jpeg(large, quality=99))
+    for number in range(1, 4):  # above 32 MiB together
+        shutil.copy(folder / "0.jpg", folder / f"{number}.jpg")
+    command = [sys.executable, "-c", KERNELS_LOADED, str(folder.parent), str(tmp_path / "x.st")]
+    subprocess.run(command, check=True, timeout=100)
+    assert max(shard.nbytes for shard in Dataset(tmp_path / "x.st").manifest.shards) > 32 << 20
+
+
+def test_the_command_ends_with_all_that_it_started(source: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "stagein.tools", "convert", "imagefolder"]
+    for name, folder in (("good.st", source), ("none.st", tmp_path / "nothing")):
+        with subprocess.Popen(
+            [*start, str(folder), str(tmp_path / name)], stderr=subprocess.PIPE, start_new_session=True
+        ) as process:
+            assert process.stderr is not None
+            process.stderr.read()  # until the last of its processes ends
+            assert process.wait(timeout=30) == (0 if folder == source else 3)
+        deadline = time.monotonic() + 20
+        while group_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert group_of(process.pid) == []
+
+
+def group_of(leader: int) -> list[int]:
+    """The processes of a process group that live."""
+    found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in found.splitlines()]
+    return [int(pid) for pid, group, state in rows if int(group) == leader and not state.startswith("Z")]
+
+
+def test_what_workers_are_forked_from_starts_first_and_ignores_ctrl_c() -> None:
+    script = """
+import time
+from multiprocessing import forkserver
+from stagein.formats import worker_server
+import sys
+assert "numpy" not in sys.modules
+worker_server.start()
+print(forkserver._forkserver._forkserver_pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            server = Path("/proc") / process.stdout.readline().strip()
+            blocked = int((server / "status").read_text().split("SigBlk:")[1].split()[0], 16)
+            assert blocked & 1 << (signal.SIGINT - 1)
+        finally:
+            process.kill()
+    deadline = time.monotonic() + 30
+    while server.exists() and "Z" not in (server / "stat").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not server.exists() or "Z" in (server / "stat").read_text()
+
+
+def test_a_link_of_an_earlier_attempt_is_not_written_through(source: Path, tmp_path: Path) -> None:
+    attempt = tmp_path / "x.st.part/label/c"
+    attempt.mkdir(parents=True)
+    (tmp_path / "victim").write_bytes(b"kept")
+    (attempt / "0").symlink_to(tmp_path / "victim")
+    assert run_convert(source, tmp_path / "x.st").returncode == 0
+    assert (tmp_path / "victim").read_bytes() == b"kept"
+    assert not (tmp_path / "x.st/label/c/0").is_symlink()
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_at_any_time_the_same_command_ends_in_the_same_bytes(
     jpeg_folder: Path, tmp_path: Path, signal_number: signal.Signals

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -154,9 +154,9 @@ _UNFINISHED = re.compile(r"^(\d+) +(.*) <unfinished \.\.\.>$")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)$")
 
 
-def lost_with_the_power(source: Path, to: Path, log: Path) -> set[str]:
-    """What would be lost of the copy if the power went when READY got its name, from a log of strace."""
-    disk, begun = Disk(), {}
+def calls_below(folder: Path, log: Path) -> Iterator[tuple[str, list[str]]]:
+    """The system calls of a log of strace that succeeded, with those of their paths that are below a folder, in order."""
+    begun: dict[str, str] = {}
     for line in log.read_text(errors="replace").splitlines():
         if found := _UNFINISHED.match(line):
             begun[found[1]] = found[2]
@@ -166,9 +166,15 @@ def lost_with_the_power(source: Path, to: Path, log: Path) -> set[str]:
         if not (found := _CALL.match(line)):
             continue
         call, words, _ = found.groups()
-        paths = [path for path in re.findall(r'["<](/[^">]*)[">]', words) if path.startswith(f"{to}")]
-        if not paths or (call == "openat" and "O_CREAT" not in words):
-            continue
+        paths = [path for path in re.findall(r'["<](/[^">]*)[">]', words) if path.startswith(f"{folder}")]
+        if paths and (call != "openat" or "O_CREAT" in words):
+            yield call, paths
+
+
+def lost_with_the_power(to: Path, log: Path) -> set[str]:
+    """What would be lost of the copy if the power went when READY got its name, from a log of strace."""
+    disk = Disk()
+    for call, paths in calls_below(to, log):
         if call == "rename" and paths[1].endswith("/READY"):
             final = str(Path(paths[1]).parent)
             mine = {
@@ -181,15 +187,20 @@ def lost_with_the_power(source: Path, to: Path, log: Path) -> set[str]:
     raise AssertionError("READY never got its name")
 
 
-def traced(source: Path, to: Path, log: Path) -> None:
+def tracing(log: Path) -> list[str | Path]:
+    """What to write before a command for its changes to the file system to be logged."""
     calls = "openat,write,pwrite64,fallocate,ftruncate,fsync,rename,mkdir,symlink,unlink"
-    result = stage_under(["strace", "-f", "-y", "-qq", "-s", "4", "-o", log, "-e", f"trace={calls}"], source, to)
+    return ["strace", "-f", "-y", "-qq", "-s", "4", "-o", log, "-e", f"trace={calls}"]
+
+
+def traced(source: Path, to: Path, log: Path) -> None:
+    result = stage_under(tracing(log), source, to)
     assert result.returncode == 0, result.stderr
 
 
 def test_ready_stands_only_for_what_survives_a_loss_of_power(jpeg_dataset_path: Path, to: Path, tmp_path: Path) -> None:
     traced(jpeg_dataset_path, to, tmp_path / "log")
-    assert lost_with_the_power(jpeg_dataset_path, to, tmp_path / "log") == set()
+    assert lost_with_the_power(to, tmp_path / "log") == set()
 
 
 def test_a_copy_that_is_completed_survives_a_loss_of_power(jpeg_dataset_path: Path, to: Path, tmp_path: Path) -> None:
@@ -199,4 +210,21 @@ def test_a_copy_that_is_completed_survives_a_loss_of_power(jpeg_dataset_path: Pa
     (final / ready["files"][0]).unlink()
     (final / "READY").write_text(json.dumps(ready | {"policy": "partition", "files": ready["files"][1:]}))
     traced(jpeg_dataset_path, to, tmp_path / "log")
-    assert lost_with_the_power(jpeg_dataset_path, to, tmp_path / "log") == set()
+    assert lost_with_the_power(to, tmp_path / "log") == set()
+
+
+def test_a_converted_data_set_has_its_name_only_when_it_survives_a_loss_of_power(
+    jpeg_folder: Path, to: Path, tmp_path: Path
+) -> None:
+    log, target, part = tmp_path / "log", to / "x.st", to / "x.st.part"
+    convert = [sys.executable, "-m", "stagein.tools.cli", "convert", "imagefolder", jpeg_folder, target]
+    words = [*tracing(log), *convert, "--shard-bytes", "64KiB", "--workers", "2"]
+    subprocess.run(list(map(str, words)), check=True, capture_output=True, timeout=60)
+    disk, renamed = Disk(), False
+    for call, paths in calls_below(to, log):
+        if call == "rename" and paths == [str(part), str(target)]:
+            lost = {name for name in disk.dirty | disk.unnamed if name.startswith(f"{part}/")}
+            assert {name for name in lost if not name.startswith(f"{part}/journal")} == set()
+            renamed = True
+        disk.apply(call, paths)
+    assert renamed and str(target) not in disk.unnamed

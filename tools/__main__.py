@@ -1,4 +1,7 @@
-"""Where the `stagein` command starts. Signals that ask it to stop are noted before anything heavy is imported, which takes seconds."""
+"""Where the `stagein` command starts: what must be done before anything heavy is imported, which takes long.
+
+Signals that ask it to stop are noted, and what worker processes are forked from starts to import what they need, beside us.
+"""
 
 import sys
 
@@ -6,10 +9,15 @@ from stagein.stop_signals import StopSignals
 
 _RESUMABLE = ("stage", "train")
 """Commands that a signal stops in good order, however early it comes: job scripts send it before the time limit."""
+_NO_WORK = {"--help", "-h", "--dry-run"}
 
 
 def main() -> None:
     """Entry point of the `stagein` command."""
+    if sys.argv[1:2] == ["convert"] and sys.argv[3:] and not _NO_WORK.intersection(sys.argv):
+        from stagein.formats import worker_server
+
+        worker_server.start()
     if sys.argv[1:2] and sys.argv[1] in _RESUMABLE:
         with StopSignals() as signals:
             _run()

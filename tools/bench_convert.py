@@ -27,7 +27,7 @@ def run_convert(source: Path, rounds: int, work: Path | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="stagein-bench-", dir=work))
     copy, target = str(folder / "copy"), str(folder / "x.st")
     commands: dict[str, list[str]] = {
-        "stagein convert": [sys.executable, "-m", "stagein.tools.cli", "convert", "imagefolder", str(source), target],
+        "stagein convert": [sys.executable, "-m", "stagein.tools", "convert", "imagefolder", str(source), target],
         "cp -r": ["cp", "-r", str(source), copy],
         "cp -r, sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), copy],
     }
