@@ -10,7 +10,7 @@ import ctypes
 import functools
 import math
 import struct
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import lz4.block
 import numcodecs.blosc
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from .checksums import Buffer
-from .errors import ChecksumError, StageinError
+from .errors import ChecksumError, StageinError, UsageError
 
 CodecName = Literal["blosc-lz4", "lz4", "zstd"]
 WORTHWHILE_RATIO = 1.15
@@ -99,6 +99,25 @@ class Codec(BaseModel):
     def most_stored_bytes(self, record_bytes: int) -> int:
         """A bound on the stored bytes of a record, however badly it compresses."""
         return record_bytes + record_bytes // 128 + 4096
+
+
+CodecChoice: TypeAlias = Codec | Literal["auto"] | None
+"""A codec, none, or whichever a trial finds best."""
+
+
+def parse_codec(text: str) -> CodecChoice:
+    """What is called auto, none, zstd, lz4, blosc-lz4 (shuffled by bytes) or blosc-lz4:bit. Raises UsageError."""
+    codecs: dict[str, CodecChoice] = {
+        "auto": "auto",
+        "none": None,
+        "zstd": Codec(name="zstd"),
+        "lz4": Codec(name="lz4"),
+        "blosc-lz4": Codec(name="blosc-lz4", shuffle="byte"),
+        "blosc-lz4:bit": Codec(name="blosc-lz4", shuffle="bit"),
+    }
+    if text not in codecs:
+        raise UsageError(f"the codec {text!r} is not known: take one of {', '.join(codecs)}")
+    return codecs[text]
 
 
 def lz4_block_bytes(record_bytes: int) -> int:

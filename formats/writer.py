@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from .assembly import FinishedShard, GrowingDataset, fingerprint, rewrite_field, start_shard
 from .codec_trial import TRIED_RECORDS, CodecTrial
-from .codecs import Codec
+from .codecs import Codec, CodecChoice, parse_codec
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .schema import Schema
@@ -33,7 +33,6 @@ from .shards import (
 from .values import BadValueError, Stored, Value, as_array, infer_schema, quick_storing, row_bytes, to_rows
 from .zarr_view import padded_bytes
 
-CodecChoice: TypeAlias = Codec | Literal["auto"] | None
 Rows: TypeAlias = dict[str, NDArray[np.generic]]
 
 _SHARDS_IN_MEMORY = 2
@@ -52,8 +51,8 @@ class Writer:
     target       where the data set will be.
     schema       what a record holds; without it, the first records say: bytes are `encoded`, strings `text`, arrays `tensor`
                  or, where they differ in their first extent, `ragged`.
-    codec        how large tensors are compressed, for all fields or by field, where the schema does not say; "auto": as the
-                 first records suggest.
+    codec        how large tensors are compressed, for all fields or by field, where the schema does not say: a codec or its
+                 name, such as "blosc-lz4"; "auto": as the first records suggest.
     container    what the shards are: HDF5, Zarr, or both at once.
     shard_bytes  size of a shard; two are held in memory: one fills while the other is written.
 
@@ -65,7 +64,7 @@ class Writer:
         target: Path | str,
         schema: Schema | None = None,
         *,
-        codec: CodecChoice | Mapping[str, CodecChoice] = None,
+        codec: Codec | str | Mapping[str, Codec | str | None] | None = None,
         container: Container = "hdf5+zarr",
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
@@ -75,7 +74,9 @@ class Writer:
         if schema is not None:
             refuse_codecs(schema, container)
         self._schema = schema
-        self._codec = codec
+        self._codec = (
+            {name: _codec_of(each) for name, each in codec.items()} if isinstance(codec, Mapping) else _codec_of(codec)
+        )
         self._container: Container = container
         self._shard_bytes = shard_bytes
         self._chunk_bytes = chunk_bytes
@@ -325,6 +326,10 @@ def _kept(value: Value) -> Value:
         as_array(value)
         return value.detach().clone()  # type: ignore[no-any-return]
     return np.array(as_array(value)) if hasattr(value, "dtype") else copy.deepcopy(value)
+
+
+def _codec_of(codec: Codec | str | None) -> CodecChoice:
+    return parse_codec(codec) if isinstance(codec, str) else codec
 
 
 def _nbytes(value: Value) -> int:

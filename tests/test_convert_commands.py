@@ -245,7 +245,7 @@ def test_split(tmp_path: Path, jpeg_folder: Path, stagein: Callable[..., tuple[i
         (["{split}", "--split", "a"], "is not of the form NAME=SHARE"),
         (["{split}", "--split", "../a=1"], "is not of the form NAME=SHARE"),
         (["{split}", "--split", "a=0.999,b=0.001"], "too few for a split with b"),
-        (["x.st", "--codec", "gzip"], "--codec gzip is not known"),
+        (["x.st", "--codec", "gzip"], "the codec 'gzip' is not known"),
     ],
 )
 def test_options_that_cannot_be(

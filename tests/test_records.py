@@ -381,6 +381,17 @@ def test_volumes(tmp_path: Path, codec: Any) -> None:
     assert_round_trip(dataset, records)
 
 
+def test_codecs_by_name(tmp_path: Path) -> None:
+    records = [{"volume": np.full((40, 50), number, np.float32)} for number in range(3)]
+    stored = {
+        name: write(tmp_path / f"{number}.st", records, codec=name).fields["volume"].codec
+        for number, name in enumerate(["none", "zstd", "blosc-lz4:bit"])
+    }
+    assert stored == {"none": None, "zstd": Codec(name="zstd"), "blosc-lz4:bit": Codec(name="blosc-lz4", shuffle="bit")}
+    with pytest.raises(UsageError, match="the codec 'gzip' is not known: take one of auto, none, zstd"):
+        Writer(tmp_path / "x.st", codec={"volume": "gzip"})
+
+
 # The writer and the reader as a user meets them
 
 

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
-from stagein.formats.codecs import Codec
+from stagein.formats.codecs import parse_codec
 from stagein.formats.conversion import (
     ConversionPlan,
     Converted,
@@ -202,21 +202,6 @@ def _carry_out(plan: ConversionPlan, target: Path, options: ConvertOptions, exec
 def _is_done(plan: ConversionPlan, target: Path) -> bool:
     """Whether an earlier run of the same command got as far as to complete this part of the split."""
     return (target / MANIFEST_NAME).exists() and plan.is_done_by(Manifest.load(target))
-
-
-def parse_codec(text: str) -> Codec | Literal["auto"] | None:
-    """A codec on the command line: auto, none, zstd, lz4, blosc-lz4 (by bytes) or blosc-lz4:bit. Raises UsageError."""
-    codecs: dict[str, Codec | Literal["auto"] | None] = {
-        "auto": "auto",
-        "none": None,
-        "zstd": Codec(name="zstd"),
-        "lz4": Codec(name="lz4"),
-        "blosc-lz4": Codec(name="blosc-lz4", shuffle="byte"),
-        "blosc-lz4:bit": Codec(name="blosc-lz4", shuffle="bit"),
-    }
-    if text not in codecs:
-        raise UsageError(f"--codec {text} is not known: take one of {', '.join(codecs)}")
-    return codecs[text]
 
 
 def with_changed_images(source: Source, options: ConvertOptions) -> Source:
