@@ -26,7 +26,7 @@ from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_file, fsync_folder, publish_bytes
 from .schema import Field, column_chunk_path
-from .shards import FieldContent, ShardContent, ShardFile, ShardLayout
+from .shards import FieldContent, ShardContent, ShardFile, ShardLayout, packed_starts
 from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
@@ -78,22 +78,6 @@ class FinishedShard:
     """What its records were counted under, added up."""
 
 
-def finish_shard(
-    folder: Path,
-    number: int,
-    first: int,
-    content: ShardContent,
-    layout: ShardLayout,
-    skipped: tuple[RefusedRecord, ...] = (),
-    counts: Mapping[str, int] | None = None,
-) -> FinishedShard:
-    """Write and publish shard `number` of the data set growing in `folder`; one without records has no files.
-
-    Raises OSError as the file system does.
-    """
-    return start_shard(folder, number, first, content, layout, skipped, counts)()
-
-
 def start_shard(
     folder: Path,
     number: int,
@@ -103,7 +87,10 @@ def start_shard(
     skipped: tuple[RefusedRecord, ...] = (),
     counts: Mapping[str, int] | None = None,
 ) -> Callable[[], FinishedShard]:
-    """Lay out the files of a shard; returns what writes and publishes them, as `finish_shard` does, in any thread."""
+    """Lay out the files of shard `number` of the data set growing in `folder`; returns what writes and publishes them, in any thread.
+
+    One without records has no files. Both raise OSError as the file system does.
+    """
     names = content.large_fields if content.records else ()
     files = {name: ShardFile(folder, number, first, name, content, layout) for name in names}
 
@@ -135,7 +122,7 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
         os.close(descriptor)
     in_payload = old.offset - np.uint64(old.entry.data_offset)
     ragged = {
-        column: FieldContent(memoryview(part.content), _starts(part.nbytes), part.nbytes, part.crc32c)
+        column: FieldContent(memoryview(part.content), packed_starts(part.nbytes), part.nbytes, part.crc32c)
         for column, part in shard.ragged_columns.items()
     }
     mine = {name: FieldContent(payload, in_payload, old.nbytes, old.crc32c)}
@@ -143,11 +130,6 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     entry, offset = ShardFile(folder, number, old.entry.first, name, content, layout).finish()
     rewritten = FinishedField(entry, old.payload_bytes, offset, old.nbytes, old.crc32c)
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
-
-
-def _starts(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """Where records of these sizes start that lie one behind the other."""
-    return np.cumsum(nbytes, dtype=np.uint64) - nbytes
 
 
 class GrowingDataset:
@@ -384,7 +366,7 @@ def _offsets_of_column(sizes: Sequence[NDArray[np.uint32]]) -> list[NDArray[np.u
     """Where the records of a ragged column start in its file, part after part."""
     first, offsets = 0, []
     for nbytes in sizes:
-        offsets.append(_starts(nbytes) + np.uint64(first))
+        offsets.append(packed_starts(nbytes) + np.uint64(first))
         first += int(nbytes.sum(dtype=np.uint64))
     return offsets
 

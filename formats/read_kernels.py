@@ -95,14 +95,24 @@ def read_record(
     wrong."""
     if not check:
         return read_exactly(descriptor, target, nbytes, offset)
+    trouble, found = read_and_sum(descriptor, target, nbytes, offset, before, piece_bytes)
+    return DAMAGED if trouble == 0 and found != after else trouble
+
+
+@kernel
+def read_and_sum(
+    descriptor: int, target: int, nbytes: int, offset: int, before: np.uint32, piece_bytes: int
+) -> tuple[int, np.uint32]:
+    """Read as `read_exactly` does, piece by piece, each summed while it is in the caches; returns that and the crc32c that continues
+    `before`."""
     found = before
     for start in range(0, nbytes, piece_bytes):
         length = min(piece_bytes, nbytes - start)
         trouble = read_exactly(descriptor, target + start, length, offset + start)
         if trouble != 0:
-            return trouble
+            return trouble, found
         found = crc32c_extend(found, target + start, length)
-    return DAMAGED if found != after else 0
+    return 0, found
 
 
 @kernel

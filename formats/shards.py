@@ -159,6 +159,16 @@ class FieldContent:
     nbytes: NDArray[np.uint32]
     crc32c: NDArray[np.uint32]
 
+    @classmethod
+    def packed(cls, payload: memoryview, nbytes: NDArray[np.uint32], crc32c: NDArray[np.uint32]) -> "FieldContent":
+        """Of records that lie one behind the other."""
+        return cls(payload, packed_starts(nbytes), nbytes, crc32c)
+
+
+def packed_starts(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Where records of these sizes start that lie one behind the other."""
+    return np.cumsum(nbytes, dtype=np.uint64) - nbytes
+
 
 @dataclass(frozen=True)
 class ShardContent:
@@ -232,8 +242,7 @@ class _Places:
 
     def content(self, payload: memoryview) -> FieldContent:
         self.sum_up(payload)
-        sizes, sums = np.array(self._sizes, np.uint32), np.array(self._sums, np.uint32)
-        return FieldContent(payload, np.cumsum(sizes, dtype=np.uint64) - sizes, sizes, sums)
+        return FieldContent.packed(payload, np.array(self._sizes, np.uint32), np.array(self._sums, np.uint32))
 
 
 def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -329,7 +338,7 @@ class _RaggedColumnBuilder:
     def content(self) -> FieldContent:
         payload, sizes = b"".join(self._records), np.array(self._sizes, np.uint32)
         sums = record_sums(np.frombuffer(payload, np.uint8), sizes)
-        return FieldContent(memoryview(payload), np.cumsum(sizes, dtype=np.uint64) - sizes, sizes, sums)
+        return FieldContent.packed(memoryview(payload), sizes, sums)
 
 
 class _ColumnValues:

@@ -20,7 +20,7 @@ from .native_calls import (
     xxh3_reset,
     xxh3_update,
 )
-from .read_kernels import read_ahead_where_cold, read_exactly
+from .read_kernels import read_ahead_where_cold, read_and_sum
 
 CHANGED = -4
 """What is wrong with a file, where no error number (above 0) says it: its size is not what it was."""
@@ -146,14 +146,7 @@ def read_files(
     beyond = np.empty(1, np.uint8)
     position = target.ctypes.data
     while read < opened:
-        found = np.uint32(0)
-        wrong = 0
-        for start in range(0, nbytes[read], _PIECE_BYTES):
-            length = min(_PIECE_BYTES, nbytes[read] - start)
-            wrong = read_exactly(descriptors[read], position + start, length, start)
-            if wrong != 0:
-                break
-            found = crc32c_extend(found, position + start, length)
+        wrong, found = read_and_sum(descriptors[read], position, nbytes[read], 0, np.uint32(0), _PIECE_BYTES)
         if wrong < 0 or (wrong == 0 and pread(descriptors[read], beyond.ctypes.data, 1, nbytes[read]) > 0):
             wrong = CHANGED
         if wrong != 0:

@@ -30,3 +30,23 @@ class Deliveries(Protocol):
     def __next__(self) -> Delivery: ...
 
     def close(self) -> None: ...
+
+
+class Passed:
+    """Deliveries that are made of others, one of one: what a subclass does not change is theirs."""
+
+    def __init__(self, deliveries: Deliveries) -> None:
+        self._deliveries = deliveries
+
+    @property
+    def next_is_ready(self) -> bool:
+        return self._deliveries.next_is_ready
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        return next(self._deliveries)
+
+    def close(self) -> None:
+        self._deliveries.close()

@@ -5,11 +5,10 @@ tell the others, who are still to meet it in that step's allreduce: then all rai
 """
 
 import itertools
-from collections.abc import Iterator
 
 from stagein.failure_board import FailureBoard, Notice
 
-from .deliveries import Deliveries, Delivery, Failure
+from .deliveries import Deliveries, Delivery, Failure, Passed
 
 _loader_numbers = itertools.count()
 
@@ -19,11 +18,12 @@ def next_loader_number() -> int:
     return next(_loader_numbers)
 
 
-class InStep:
+class InStep(Passed):
     """The same deliveries, in step with the other ranks."""
 
     def __init__(self, deliveries: Deliveries, board: FailureBoard, loader_number: int, epoch: int) -> None:
-        self._deliveries, self._board = deliveries, board
+        super().__init__(deliveries)
+        self._board = board
         self._pass = [loader_number, epoch]
         self._next: Delivery | Exception | None = None
         """None: not taken yet. An exception, StopIteration too, is due after what was taken before it."""
@@ -32,10 +32,7 @@ class InStep:
 
     @property
     def next_is_ready(self) -> bool:
-        return self._next is not None or self._deliveries.next_is_ready
-
-    def __iter__(self) -> Iterator[Delivery]:
-        return self
+        return self._next is not None or super().next_is_ready
 
     def __next__(self) -> Delivery:
         if self._next is None:
@@ -50,9 +47,6 @@ class InStep:
         if isinstance(current, Exception):
             raise current
         return current
-
-    def close(self) -> None:
-        self._deliveries.close()
 
     def _take(self) -> Delivery | Exception:
         self._num_taken += 1

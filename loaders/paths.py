@@ -20,7 +20,7 @@ from stagein.formats.errors import UsageError
 from .bad_records import Replacement
 from .batches import BatchTask
 from .collate import rows_as_samples
-from .deliveries import Deliveries, Delivery
+from .deliveries import Deliveries, Delivery, Passed
 from .fastpath import FastPath
 from .fetching import CallerFetcher, FedSteps, FetchSamples, ThreadFetcher, TimedFetch, TorchFetcher, WorkerThreads
 from .order import RankBatch
@@ -104,31 +104,22 @@ class TorchPath:
         return _Counted(TorchFetcher(self.loader, steps), self.stats)
 
 
-class _Counted:
+class _Counted(Passed):
     """The same deliveries; batches, samples and the wait for them go into the statistics."""
 
     def __init__(self, deliveries: Deliveries, stats: LoaderStats) -> None:
-        self._deliveries, self._stats = deliveries, stats
-
-    @property
-    def next_is_ready(self) -> bool:
-        return self._deliveries.next_is_ready
-
-    def __iter__(self) -> Iterator[Delivery]:
-        return self
+        super().__init__(deliveries)
+        self._stats = stats
 
     def __next__(self) -> Delivery:
         started = time.perf_counter()
         if isinstance(self._deliveries, ThreadFetcher):
             self._stats.ready_batches += self._deliveries.num_ready
-        step, batch = next(self._deliveries)
+        step, batch = super().__next__()
         self._stats.read_wait_s += time.perf_counter() - started
         self._stats.batches += 1
         self._stats.samples += step.num_valid
         return step, batch
-
-    def close(self) -> None:
-        self._deliveries.close()
 
 
 @dataclass

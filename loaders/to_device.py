@@ -2,14 +2,14 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from .collate import map_tensors
-from .deliveries import Deliveries, Delivery, Failure
+from .deliveries import Deliveries, Delivery, Failure, Passed
 from .stats import LoaderStats
 
 
@@ -28,7 +28,7 @@ class Shipment(Protocol):
         """Until it has arrived; returns the seconds that the copy took."""
 
 
-class ToDevice:
+class ToDevice(Passed):
     """The same deliveries, on the device, in the same order.
 
     send       begins to copy a batch.
@@ -41,7 +41,8 @@ class ToDevice:
     def __init__(
         self, deliveries: Deliveries, send: Callable[[Any], Shipment], num_ahead: int, stats: LoaderStats
     ) -> None:
-        self._deliveries, self._send, self._num_ahead, self._stats = deliveries, send, num_ahead, stats
+        super().__init__(deliveries)
+        self._send, self._num_ahead, self._stats = send, num_ahead, stats
         self._sent: deque[tuple[Any, Shipment | Failure]] = deque()
         """Not delivered yet; a failure stands for a batch that could not be made."""
         self._under_way: deque[Shipment] = deque()
@@ -51,10 +52,7 @@ class ToDevice:
 
     @property
     def next_is_ready(self) -> bool:
-        return bool(self._sent) or self._deliveries.next_is_ready
-
-    def __iter__(self) -> Iterator[Delivery]:
-        return self
+        return bool(self._sent) or super().next_is_ready
 
     def __next__(self) -> Delivery:
         self._let_go(only_arrived=True)
@@ -74,7 +72,7 @@ class ToDevice:
         return step, batch
 
     def close(self) -> None:
-        self._deliveries.close()
+        super().close()
         if not sys.is_finalizing():  # CUDA may be gone then, and nobody fills memory anew
             self._under_way.extend(shipment for _, shipment in self._sent if not isinstance(shipment, Failure))
             self._let_go(only_arrived=False)
@@ -96,25 +94,12 @@ class ToDevice:
             self._stats.bytes_copied += shipment.num_bytes
 
 
-class ToCpu:
+class ToCpu(Passed):
     """The same deliveries, on the CPU, whatever device the data set's tensors are on."""
 
-    def __init__(self, deliveries: Deliveries) -> None:
-        self._deliveries = deliveries
-
-    @property
-    def next_is_ready(self) -> bool:
-        return self._deliveries.next_is_ready
-
-    def __iter__(self) -> Iterator[Delivery]:
-        return self
-
     def __next__(self) -> Delivery:
-        step, batch = next(self._deliveries)
+        step, batch = super().__next__()
         return step, map_tensors(torch.Tensor.cpu, batch)
-
-    def close(self) -> None:
-        self._deliveries.close()
 
 
 class CudaSender:
