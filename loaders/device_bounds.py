@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .batches import BatchTask
 from .dataloader import DataLoader
@@ -34,16 +35,24 @@ def our_loader(
     )
 
 
+def shuffled_rows(num_samples: int, batch_size: int, num_batches: int) -> NDArray[np.int64]:
+    """The samples of some batches, [num_batches, batch_size], in random order; all of them again where they do not suffice."""
+    order = np.random.default_rng(0).permutation(num_samples)
+    return np.resize(order, (num_batches, batch_size)).astype(np.int64)
+
+
+def some_rows(num_samples: int, batch_size: int) -> NDArray[np.int64]:
+    """As many whole batches as there are, up to what memory easily holds, as `shuffled_rows`."""
+    return shuffled_rows(num_samples, batch_size, min(num_samples // batch_size, _MAX_BATCHES_IN_MEMORY))
+
+
 def from_memory(
-    dataset: RecordDataset, graph: Graph | None, device: torch.device, batch_size: int, threads: int
+    dataset: RecordDataset, graph: Graph | None, device: torch.device, rows: NDArray[np.int64], threads: int
 ) -> Iterator[Batch]:
-    """Batches for ever, of what was read before the first: decompressed there only if that is not done on the device."""
+    """The batches of `rows`, over and over, read before the first: decompressed there only if that is not done on the device."""
     options = EngineOptions(threads, device, pin_memory=device.type == "cuda", keep_between_epochs=False)
     engine = choose_engine(dataset, graph, 0, options, raise_first)
-    order = np.random.default_rng(0).permutation(len(dataset))
-    whole = min(len(dataset) // batch_size, _MAX_BATCHES_IN_MEMORY)
-    rows = order[: whole * batch_size].reshape(-1, batch_size).astype(np.int64)
-    read = [engine.load(BatchTask(0, number, RankBatch(ids, batch_size))) for number, ids in enumerate(rows)]
+    read = [engine.load(BatchTask(0, number, RankBatch(ids, len(ids)))) for number, ids in enumerate(rows)]
     batches = (batch for _, batch in engine.transform(itertools.cycle(read)))
     return batches if engine.delivers_on == device else _sent(batches, device)
 

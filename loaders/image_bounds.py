@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.dlpack
+from numpy.typing import NDArray
 
-from .batches import BatchTask, HostBatch
 from .dali import import_dali
 from .dali_pipeline import QUEUE_DEPTH
 from .dataloader import DataLoader
 from .dataset import RecordDataset
-from .engine import Batch, EngineOptions, raise_first
+from .device_bounds import from_memory, shuffled_rows
+from .engine import CPU, Batch
 from .graphs import Nodes
-from .image_engine import ImageEngine
 from .image_peers import ImageWork, dali_image
-from .order import RankBatch
 
 
 def stagein_loader(work: ImageWork, dataset: Path) -> Iterator[Batch]:
@@ -56,10 +55,8 @@ def _loader(work: ImageWork, dataset: Path, transform: Any) -> Iterator[Batch]:
 
 def engine_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
     """Our engine, of batches read before it starts."""
-    options = EngineOptions(work.threads, torch.device("cpu"), pin_memory=False, keep_between_epochs=False)
-    engine = ImageEngine(RecordDataset(dataset, staged=None), work.graph, 0, options, raise_first)
-    batches = _read_all(work, dataset, engine.load)
-    return (batch for _, batch in engine.transform(itertools.cycle(batches)))
+    records = RecordDataset(dataset, staged=None)
+    return from_memory(records, work.graph, CPU, _rows(work, len(records)), work.threads)
 
 
 def dali_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
@@ -81,16 +78,9 @@ def dali_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
         yield {"image": image, "label": label}
 
 
-def _read_all(work: ImageWork, dataset: Path, load: Callable[[BatchTask], HostBatch]) -> list[HostBatch]:
-    samples = len(RecordDataset(dataset, staged=None))
-    return [load(BatchTask(0, number, RankBatch(ids, len(ids)))) for number, ids in enumerate(_rows(work, samples))]
-
-
-def _rows(work: ImageWork, samples: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+def _rows(work: ImageWork, num_samples: int) -> NDArray[np.int64]:
     """The samples of whole batches of one epoch, as often as it takes to have more batches than any engine works on."""
-    order = np.random.default_rng(0).permutation(samples)
-    ids = np.resize(order, max(samples // work.batch_size, 2 * QUEUE_DEPTH + 1) * work.batch_size)
-    return list(ids.astype(np.int64).reshape(-1, work.batch_size))
+    return shuffled_rows(num_samples, work.batch_size, max(num_samples // work.batch_size, 2 * QUEUE_DEPTH + 1))
 
 
 OURS: dict[str, Callable[[ImageWork, Path], Iterator[Batch]]] = {

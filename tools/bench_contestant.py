@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .rates import rate_of_batches
+
 if TYPE_CHECKING:
     from stagein.loaders.image_peers import ImageWork
-
-_WARM_UP_BATCHES = 6
-"""Not timed at the start of a round: what lay ready in the queue, and the start of the threads."""
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -43,8 +42,9 @@ def main(spec: dict[str, Any]) -> None:
     next(batches)
     first_batch_s = time.perf_counter() - began
     print(json.dumps({"first_batch_s": round(first_batch_s, 2)}), file=answers, flush=True)
+    amount = len if spec["kind"] == "images" else _megabytes
     for _ in sys.stdin:
-        print(json.dumps({"rate": _rate(batches, spec["round_s"], spec["kind"] == "images")}), file=answers, flush=True)
+        print(json.dumps({"rate": rate_of_batches(batches, spec["round_s"], amount)}), file=answers, flush=True)
     os._exit(0)  # peers leave threads and processes that would wait for each other
 
 
@@ -79,15 +79,8 @@ def _paths(work: dict[str, Any]) -> dict[str, Path]:
     return {name: Path(work[name]) for name in ("images", "folder", "dataset") if name in work}
 
 
-def _rate(batches: Iterator[Any], round_s: float, images: bool) -> float:
-    """Images a second, or MB a second."""
-    for _ in range(_WARM_UP_BATCHES):
-        next(batches)
-    started, done = time.perf_counter(), 0.0
-    while (taken := time.perf_counter() - started) < round_s:
-        (tensor, *_) = next(batches).values()
-        done += len(tensor) if images else tensor.nbytes / 1e6
-    return done / taken
+def _megabytes(tensor: Any) -> float:
+    return float(tensor.nbytes / 1e6)
 
 
 def _psnr(start: Callable[[Any], Iterator[Any]], work: "ImageWork") -> float | None:

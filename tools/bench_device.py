@@ -1,18 +1,16 @@
 """`stagein bench device`: what reaches a device, beside the same work on data in memory, in interleaved rounds."""
 
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .rates import print_rates
+from .rates import print_rates, rate_of_batches
 
 if TYPE_CHECKING:
     import torch
-
-_WARM_UP_BATCHES = 6
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def run_device(work: Work, rounds: int, round_s: float) -> None:
     import torch
 
     from stagein.loaders import RecordDataset, image_train
-    from stagein.loaders.device_bounds import from_memory, our_loader
+    from stagein.loaders.device_bounds import from_memory, our_loader, some_rows
 
     device = torch.device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
@@ -43,13 +41,14 @@ def run_device(work: Work, rounds: int, round_s: float) -> None:
         graph = None if work.tensors else image_train(work.size)
         loader = our_loader(dataset, graph, device, work.batch_size, work.threads)
         contestants = {
-            "from memory": from_memory(dataset, graph, device, work.batch_size, work.threads),
+            "from memory": from_memory(dataset, graph, device, some_rows(len(dataset), work.batch_size), work.threads),
             "stagein": _for_ever(loader),
         }
         rates: dict[str, list[float]] = {name: [] for name in contestants}
+        amount = len if graph is not None else _gigabytes
         for _ in range(rounds):
             for name, batches in contestants.items():
-                rates[name].append(_rate(batches, round_s, device, count_bytes=graph is None))
+                rates[name].append(rate_of_batches(batches, round_s, amount, partial(_wait_for, device)))
         for batches in contestants.values():
             batches.close()  # type: ignore[attr-defined]  # generators
     settings = {"batch_size": work.batch_size, "threads": work.threads, "codec": work.codec or "none"}
@@ -79,17 +78,8 @@ def _for_ever(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def _rate(batches: Iterator[Any], round_s: float, device: "torch.device", count_bytes: bool) -> float:
-    """Images a second, or GB a second, as they are on the device."""
-    for _ in range(_WARM_UP_BATCHES):
-        next(batches)
-    _wait_for(device)
-    started, done = time.perf_counter(), 0.0
-    while time.perf_counter() - started < round_s:
-        (tensor, *_) = next(batches).values()
-        done += tensor.nbytes / 1e9 if count_bytes else len(tensor)
-    _wait_for(device)
-    return done / (time.perf_counter() - started)
+def _gigabytes(tensor: "torch.Tensor") -> float:
+    return tensor.nbytes / 1e9
 
 
 def _wait_for(device: "torch.device") -> None:

@@ -261,7 +261,7 @@ BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [de
 def bench_convert(
     source: Annotated[Path, typer.Argument(help="Folder of class folders of images.")],
     rounds: Rounds = 5,
-    work: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a temporary one]")] = None,
+    work: BenchFolder = None,
 ) -> None:
     """Packing an image folder beside copying it with `cp -r`, and beside every installed peer."""
     from . import bench_convert
@@ -315,25 +315,29 @@ def bench_write(
     bench_read.run_write(record_bytes, total_bytes, rounds, work)
 
 
+BenchImages = Annotated[
+    Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
+]
+BenchTensors = Annotated[Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")]
+CropPixels = Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")]
+RoundSeconds = Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")]
+
+
 @bench_app.command("load")
 def bench_load(
-    images: Annotated[
-        Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
-    ] = None,
-    tensors: Annotated[
-        Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")
-    ] = None,
+    images: BenchImages = None,
+    tensors: BenchTensors = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the tensors, such as blosc-lz4.")] = None,
     rounds: Rounds = 7,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples in a batch.  [default: 64, tensors: 8]")
     ] = None,
-    size: Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")] = 224,
+    size: CropPixels = 224,
     antialias: Annotated[bool, typer.Option(help="Resize with an antialiasing filter.")] = True,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads, or worker processes.  [default: all cores]")
     ] = None,
-    round_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")] = 1.0,
+    round_seconds: RoundSeconds = 1.0,
     against: Annotated[
         list[str] | None, typer.Option(help="Only beside this contestant; may be given again.  [default: all]")
     ] = None,
@@ -351,23 +355,19 @@ def bench_load(
 
 @bench_app.command("device")
 def bench_device(
-    images: Annotated[
-        Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
-    ] = None,
-    tensors: Annotated[
-        Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")
-    ] = None,
+    images: BenchImages = None,
+    tensors: BenchTensors = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the tensors: lz4 is inflated on a GPU.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Where batches are wanted.  [default: cuda where there is one, else cpu]")
     ] = None,
     rounds: Rounds = 7,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 64,
-    size: Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")] = 224,
+    size: CropPixels = 224,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode, or read.  [default: all cores]")
     ] = None,
-    round_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")] = 1.0,
+    round_seconds: RoundSeconds = 1.0,
 ) -> None:
     """Our DataLoader as batches reach the device, beside the same work on data that lie in memory: images/s or GB/s, and the share."""
     from . import bench_device

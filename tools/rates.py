@@ -2,6 +2,33 @@
 
 import json
 import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_WARM_UP_BATCHES = 6
+"""Not timed at the start of a round: what lay ready in the queue, and the start of the threads."""
+
+
+def rate_of_batches(
+    batches: Iterator[dict[str, Any]],
+    round_s: float,
+    amount: Callable[[Any], float],
+    settle: Callable[[], None] = lambda: None,
+) -> float:
+    """How much of the batches' first tensors, by `amount`, comes in a second, over a round of `round_s`.
+
+    settle  waits for what was only begun, as work on a GPU is.
+    """
+    for _ in range(_WARM_UP_BATCHES):
+        next(batches)
+    settle()
+    started, done = time.perf_counter(), 0.0
+    while time.perf_counter() - started < round_s:
+        (tensor, *_) = next(batches).values()
+        done += amount(tensor)
+    settle()
+    return done / (time.perf_counter() - started)
 
 
 def print_rates(bench: str, rates: dict[str, list[float]], baseline: str, unit: str, **settings: object) -> None:
