@@ -29,6 +29,7 @@ from .shards import (
     ShardPlan,
     plan_shards,
     refuse_codecs,
+    refuse_container,
     refuse_large_record,
     refuse_sizes,
 )
@@ -93,6 +94,7 @@ def plan_conversion(
         if len(nbytes):
             refuse_large_record(int(nbytes.max()), f"field {name!r} of record {int(nbytes.argmax())} of {source.name}")
     schema = settled_schema(source, codec)
+    refuse_container(container)
     refuse_codecs(schema, container)
     shards, capacity = plan_shards(schema, len(source.nbytes), variable_nbytes(source), shard_bytes)
     return ConversionPlan(source, ShardLayout(schema, container, capacity, chunk_bytes), tuple(shards))

@@ -1,13 +1,19 @@
 """The HDF5 view of a shard: one contiguous data set for the payload, small data sets beside it, the Zarr index last.
 
-Two traps shape this file (both tried with HDF5 1.14): bytes past the end that HDF5 knows of are cut off by any later
-`r+` open, so the Zarr index is itself a data set; and only a data set created in a session of its own lands exactly at
-the end of the file. Shards are immutable after that: any edit would move the end and break the Zarr view.
+Three traps shape this file (all tried with HDF5 1.14):
+- Bytes past the end that HDF5 knows of are cut off by any later `r+` open, so the Zarr index is itself a data set. Shards
+  are immutable after that: any edit would move the end and break the Zarr view.
+- Only what is given room first and alone in a session lands exactly at the end of the file.
+- Told of a full disk, HDF5 raises now an OSError and now a RuntimeError, keeps the file open, and writes again whenever one
+  of its objects is freed, with a traceback that nobody can catch. So it hears of no failed write: `_Hdf5File` keeps it.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import h5py
 import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
@@ -16,42 +22,68 @@ from numpy.typing import NDArray
 
 from .errors import StageinError
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 _ZARR_INDEX = "zarr_index"
 _ALIGN_ABOVE_BYTES = 65536
 _ALIGNMENT_BYTES = 4096
 
 
-def _open(path: Path, mode: str) -> h5py.File:
-    # No locks: Lustre and some NFS mounts have none and HDF5 would fail; nobody else knows the temporary name.
-    return h5py.File(
-        path,
-        mode,
-        libver=("v110", "v110"),
-        locking=False,
-        alignment_threshold=_ALIGN_ABOVE_BYTES,
-        alignment_interval=_ALIGNMENT_BYTES,
-    )
+class _Hdf5File(io.FileIO):
+    """The file that HDF5 writes through; the first write that failed is kept in `failure`, and none is tried after it."""
+
+    failure: OSError | None = None
+
+    def write(self, content: "ReadableBuffer", /) -> int:
+        left = memoryview(content)
+        nbytes = len(left)
+        while left and self.failure is None:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self.failure = error
+        return nbytes
 
 
-def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> int:
-    """Create a data set whose room is allocated now and never filled by HDF5; returns where it lies in the file."""
+@contextmanager
+def _open(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """A session with a file to write to, closed when the block ends. Raises the OSError of the first write that failed."""
+    with _Hdf5File(path, "w+" if mode == "w" else mode) as raw:
+        try:
+            with h5py.File(
+                raw,
+                mode,
+                libver=("v110", "v110"),
+                alignment_threshold=_ALIGN_ABOVE_BYTES,
+                alignment_interval=_ALIGNMENT_BYTES,
+            ) as file:
+                yield file
+        finally:
+            if raw.failure is not None:
+                raise raw.failure
+
+
+def _create_contiguous(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, allocation_time: int
+) -> h5py.h5d.DatasetID:
+    """Create a data set that HDF5 never fills; it is given room now, or when it is written."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_layout(h5py.h5d.CONTIGUOUS)
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_alloc_time(allocation_time)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     layout.set_obj_track_times(False)  # the same records must give the same bytes, whenever they are written
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    # numpy's bool is an HDF5 enum in h5py; Zarr stores the same 0 and 1
-    dataset = h5py.h5d.create(
+    return h5py.h5d.create(
         file.id,
         name.encode(),
+        # numpy's bool is an HDF5 enum in h5py; Zarr stores the same 0 and 1
         h5py.h5t.py_create(np.dtype(dtype), logical=True),
         h5py.h5s.create_simple(shape),
         dcpl=layout,
         lcpl=links,
     )
-    return int(dataset.get_offset())
 
 
 @dataclass(frozen=True)
@@ -84,9 +116,15 @@ def create_skeleton(path: Path, structure: Hdf5Structure) -> int:
     """Write all of a shard but its payload, for which room is left; returns the offset of that room in bytes."""
     with _open(path, "w") as file:
         structure.write(file)
-        offset = _create_contiguous(file, structure.payload_name, structure.payload_shape, structure.payload_dtype)
+        payload = _create_contiguous(
+            file,
+            structure.payload_name,
+            structure.payload_shape,
+            structure.payload_dtype,
+            h5py.h5d.ALLOC_TIME_EARLY,
+        )
         structure.name_dtypes(file)
-    return offset
+        return int(payload.get_offset())
 
 
 def create_chunked(
@@ -132,7 +170,11 @@ def chunk_places(path: Path, name: str) -> NDArray[np.uint64]:
 def append_zarr_index_room(path: Path, nbytes: int) -> int:
     """Leave room for the Zarr shard index as the last bytes of the file; returns its offset in bytes."""
     with _open(path, "r+") as file:
-        offset = _create_contiguous(file, _ZARR_INDEX, (nbytes,), "uint8")
+        _create_contiguous(file, _ZARR_INDEX, (nbytes,), "uint8", h5py.h5d.ALLOC_TIME_LATE)
+    with _open(path, "r+") as file:
+        index = file[_ZARR_INDEX]
+        index[...] = 0
+        offset = int(index.id.get_offset())
     if offset + nbytes != path.stat().st_size:
         raise StageinError(
             f"HDF5 did not place the Zarr index at the end of {path}: report this with the version of h5py"

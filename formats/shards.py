@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -667,10 +667,16 @@ def refuse_sizes(shard_bytes: int, chunk_bytes: int) -> None:
         raise UsageError(f"chunks of {chunk_bytes} bytes are too small to sum: take at least {MIN_CHUNK_BYTES}")
 
 
-def refuse_codecs(schema: Schema, container: Container) -> None:
-    """Raise UsageError for a codec that the container cannot name, and for the container of what others wrote."""
+def refuse_container(container: str) -> None:
+    """Raise UsageError for a container that there is not, or that only others write."""
     if container == "foreign":
         raise UsageError("files of others are adopted, not written: take the container hdf5+zarr, hdf5 or zarr")
+    if container not in get_args(Container):
+        raise UsageError(f"there is no container {container!r}: take hdf5+zarr, hdf5 or zarr")
+
+
+def refuse_codecs(schema: Schema, container: Container) -> None:
+    """Raise UsageError for a codec that the container cannot name."""
     for name, field in schema.fields.items():
         if field.codec is not None and field.codec.name == "lz4" and container != "hdf5":
             raise UsageError(

@@ -26,6 +26,7 @@ from .shards import (
     ShardBuilder,
     ShardLayout,
     refuse_codecs,
+    refuse_container,
     refuse_large_record,
     refuse_sizes,
     shard_capacity,
@@ -71,6 +72,7 @@ class Writer:
         overwrite: bool = False,
     ) -> None:
         refuse_sizes(shard_bytes, chunk_bytes)
+        refuse_container(container)
         if schema is not None:
             refuse_codecs(schema, container)
         self._schema = schema

@@ -1,5 +1,6 @@
 """A shard is what it claims to be: other people's HDF5 and Zarr libraries read back what was written."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from disks import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from stagein.formats import Dataset, Field, Schema, Writer, shards, verify
 from stagein.formats.checksums import chunk_sums
 from stagein.formats.codecs import LZ4, Codec, lz4_block_bytes
-from stagein.formats.errors import ChecksumError, UsageError
+from stagein.formats.errors import ChecksumError, NoSpaceError, UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.read_kernels import WORK_BYTES, decode_record
 from stagein.formats.shards import plan_shards
@@ -192,6 +194,8 @@ def test_tensor_shards_are_full_but_the_last(count: int, record_bytes: int, shar
 def test_a_codec_that_the_container_has_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="are adopted, not written"):
         Writer(tmp_path / "x.st", Schema(fields={"x": VOLUME}), container="foreign")
+    with pytest.raises(UsageError, match="there is no container 'both': take hdf5"):
+        Writer(tmp_path / "x.st", container="both")  # type: ignore[arg-type]
     schema = Schema(fields={"x": PRIMARIES["tensor, lz4"]}, primary="x")
     with pytest.raises(UsageError, match="Zarr has no codec lz4"):
         Writer(tmp_path / "x.st", schema, container="hdf5+zarr")
@@ -291,3 +295,26 @@ def test_a_large_file_is_written_and_summed_as_a_small_one(
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", 0)
         shards._write_payload(full.fileno(), 4096, 0, memoryview(bytearray(4096)), chunk_bytes)
+
+
+@pytest.mark.parametrize("codec", [None, "blosc-lz4"])
+def test_a_disk_that_is_full_at_any_point_of_a_shard_is_said_once(
+    tmp_path: Path, codec: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """HDF5 itself would tell of some of these as a RuntimeError, and write tracebacks when its objects are freed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    outcomes = []
+    for room in range(4096, 128 << 10, 4096):
+        with small_disk(disk, room):
+            try:
+                with Writer(disk / "x.st", codec=codec, shard_bytes=20_000) as writer:
+                    for number in range(20):
+                        writer.write({"x": np.full((16, 24), number, np.int16), "label": number})
+                outcomes.append("written")
+            except NoSpaceError:
+                outcomes.append("no space")
+    gc.collect()
+    assert outcomes == sorted(outcomes)
+    assert {"no space", "written"} == set(outcomes)
+    assert capfd.readouterr().err == ""
