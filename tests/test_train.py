@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from train_rank import STEPS, Samples, cross_entropy, make_trainer
 
 from stagein.collectives import make_collective
-from stagein.formats.errors import ChecksumError, ExitCode, SourceError, UsageError
+from stagein.formats.errors import ChecksumError, ExitCode, SourceError, StageinError, UsageError
 from stagein.train import Trainer, build_model
 from stagein.train.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from stagein.train.flat import FlatGradients
@@ -153,6 +153,62 @@ def test_a_signal_saves_in_mid_epoch_and_another_number_of_ranks_goes_on(
     resumed = train_rank.train(Communicator(), "single", 4, checkpoint_folder=tmp_path)
     assert resumed["losses"] == pytest.approx(single_curve["losses"][STEPS + 3 :], rel=2e-5)
     assert resumed["validation_loss"] == pytest.approx(single_curve["validation_loss"], rel=2e-5)
+
+
+@pytest.mark.mpi
+def test_a_long_validation_ends_on_all_ranks_at_the_next_batch_when_one_is_signalled_or_fails(
+    tmp_path: Path, single_curve: Mapping[str, Any]
+) -> None:
+    told = run_scenario(2, "validations", tmp_path)
+    for sentence, exit_code, _, _ in told["get_signal"]:
+        assert f"stopped by SIGUSR1 after step {STEPS}, epoch 1: saved" in sentence
+        assert exit_code == ExitCode.INTERRUPTED
+    assert all("the disk is gone" in sentence for sentence, *_ in told["lose_the_disk"])
+    for on_ranks in told.values():
+        assert [fetched for *_, fetched in on_ranks] == [4, 10]
+    resumed = train_rank.train(Communicator(), "single", 4, checkpoint_folder=tmp_path / "get_signal")
+    assert resumed["losses"] == pytest.approx(single_curve["losses"][STEPS:], rel=2e-5)
+    assert resumed["validation_loss"] == pytest.approx(single_curve["validation_loss"], rel=2e-5)
+
+
+class UnreadableBatches(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        raise OSError("the disk is gone")
+
+
+class SelfCounting:
+    """Samples that count their epochs themselves, as many loaders do: nobody tells them which comes next."""
+
+    def __init__(self) -> None:
+        samples = Samples(Communicator().world)
+        self._samples = samples
+        self.state_dict, self.load_state_dict = samples.state_dict, samples.load_state_dict
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._samples)
+
+
+@pytest.mark.parametrize(
+    "make_batches",
+    [lambda: Samples(Communicator().world), SelfCounting, lambda: list(Samples(Communicator().world))],
+    ids=["told the epoch", "counting epochs itself", "a list"],
+)
+def test_an_epoch_that_was_saved_after_its_last_step_is_not_trained_again(
+    tmp_path: Path, make_batches: Callable[[], Any]
+) -> None:
+    straight, batches = make_trainer(Communicator(), "single"), make_batches()
+    for batch in (batch for _ in range(2) for batch in batches):
+        straight.step(batch)
+    stopped = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path, checkpoint_every_steps=STEPS)
+    with pytest.raises(StageinError, match="the disk is gone"):
+        stopped.fit(make_batches(), 2, validation=UnreadableBatches())
+    resumed = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path)
+    assert resumed.fit(make_batches(), 2).steps == 2 * STEPS
+    for ours, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_list_of_batches_resumes_where_it_stopped(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,45 @@ def stop(communicator: Communicator, folder: str) -> dict[str, Any]:
     """Ends with InterruptedRunError on every rank."""
     make_trainer(communicator, "mpi", checkpoint_folder=Path(folder)).fit(SignalledSamples(communicator.world), 4)
     raise AssertionError("the signal was lost")
+
+
+class ManyBatches(Samples):
+    """The same batches over and over, more of them on the last rank, which meets a fault when it fetches its tenth."""
+
+    def __init__(self, world: World, fault: Callable[[], None]) -> None:
+        super().__init__(world)
+        self._fault = fault
+        self._is_last = world.rank == world.size - 1
+        self.fetched = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(1000 if self._is_last else 4):
+            self.fetched += 1
+            if self._is_last and self.fetched == 10:
+                self._fault()
+            yield self.batch(torch.arange(3))
+
+
+def get_signal() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def lose_the_disk() -> None:
+    raise OSError("the disk is gone")
+
+
+def validations(communicator: Communicator, folder: str) -> dict[str, Any]:
+    """What every rank is told about a fault in the middle of a long validation, and how many batches each has fetched."""
+    told: dict[str, Any] = {}
+    for fault in (get_signal, lose_the_disk):
+        trainer = make_trainer(communicator, "mpi", checkpoint_folder=Path(folder) / fault.__name__)
+        validation = ManyBatches(communicator.world, fault)
+        try:
+            trainer.fit(Samples(communicator.world), 4, validation=validation)
+        except StageinError as error:
+            words = [str(error), error.exit_code, error.reported_by_peer]
+            told[fault.__name__] = communicator.gather_all([*words, validation.fetched])
+    return told
 
 
 class BrokenSamples(Samples):

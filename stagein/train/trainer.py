@@ -137,8 +137,8 @@ class Trainer:
         """Train until `epochs` epochs are done, or validation reaches `target_accuracy` (0 to 1).
 
         Goes on from the newest checkpoint, in the middle of an epoch if need be, with as many ranks as there are now.
-        After SIGTERM or SIGUSR1 on any rank: saves and raises InterruptedRunError on all. Raises StageinError, naming
-        step and rank, where the loss is no number or a rank failed.
+        After SIGTERM or SIGUSR1 on any rank, the next batch being trained on or validated: saves and raises
+        InterruptedRunError on all. Raises StageinError, naming step and rank, where the loss is no number or a rank failed.
         """
         started = time.perf_counter()
         self._epochs = epochs
@@ -148,7 +148,10 @@ class Trainer:
             while self.epoch < epochs and not self._has_reached(target_accuracy):
                 self._train_epoch(train)
                 if validation is not None:
-                    self.validation = self.validate(validation)
+                    try:
+                        self.validation = self.validate(validation)
+                    except InterruptedRunError:
+                        self._save_and_stop(train)
                 self._end_epoch()
         return self._summarise(time.perf_counter() - started, self._has_reached(target_accuracy))
 
@@ -188,25 +191,26 @@ class Trainer:
         """Loss and accuracy over the samples of all ranks, each counted once; ranks may have unequally many batches.
 
         Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so. The model is left
-        in the mode, training or evaluation, that it was in.
+        in the mode, training or evaluation, that it was in. Raises InterruptedRunError on all ranks when, within `fit`, a
+        signal came to one of them.
         """
         average_buffers(self.model, self.collective)
         was_training = self.model.training
         self.model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self._device)  # losses, samples, correct, failed
-        with self._failures.kept():
-            for batch in batches:
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # losses, samples, correct
+        for batch in self._in_step(batches):
+            with self._failures.kept():
                 inputs, labels, valid = self._unpack(batch)
                 if len(inputs):
                     outputs, losses = self._forward(inputs, labels)
                     correct = outputs.argmax(dim=1) == labels
-                    sums[:3] += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
+                    sums += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
         self.model.train(was_training)
-        sums[3] = bool(self._failures)
+        self._failures.raise_together()
+        if self._stopping:
+            raise self._agreed(InterruptedRunError("validation was stopped by a signal"))
         self.collective.allreduce_sum(sums)
-        loss_sum, samples, num_correct, num_failed = sums.tolist()
-        if num_failed:
-            self._failures.raise_together()
+        loss_sum, samples, num_correct = sums.tolist()
         if samples == 0:
             raise UsageError("there is nothing to validate: the loader has no samples")
         return Validation(loss_sum / samples, num_correct / samples, int(samples))
@@ -222,14 +226,15 @@ class Trainer:
             report = self.step(*self._fetch(batches, wanted))
             self._batches_done += wanted
             self._epoch_loss.add(report)
+            if self._batches_done == self._batches_in_epoch:
+                with self._failures.kept():
+                    next(batches, None)  # the loader, too, sees that its epoch is over, before its state is saved
             if self.steps % self._log_every_steps == 0:
                 self._log_steps(report)
             if self._stopping:
                 self._save_and_stop(train)
             if self._checkpoint_every_steps and self.steps % self._checkpoint_every_steps == 0:
                 self.save(train)
-        with self._failures.kept():
-            next(batches, None)  # the loader, too, sees that its epoch is over
 
     def _end_epoch(self) -> None:
         self.epoch += 1
@@ -263,6 +268,22 @@ class Trainer:
             fetched = list(islice(batches, count))
         self._data_seconds += time.perf_counter() - started
         return fetched
+
+    def _in_step(self, batches: Batches) -> Iterator[Batch]:
+        """This rank's batches, one each time that all ranks have agreed to go on: after a failure or a signal on any of them
+        nobody gets another. A rank that has no more waits here until nobody has."""
+        left: Iterator[Batch] = iter(())
+        with self._failures.kept():
+            left = iter(batches)
+        while True:
+            fetched: list[Batch] = []
+            with self._failures.kept():
+                fetched = list(islice(left, 1))
+            words = np.array([bool(fetched), bool(self._failures), self._signals.received is not None])
+            any_left, any_failed, self._stopping = self.collective.communicator.any_rank(words).tolist()
+            if any_failed or self._stopping or not any_left:
+                return
+            yield from fetched
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -384,7 +405,7 @@ class Trainer:
         self.steps, self.epoch, self._batches_done = state["steps"], state["epoch"], state["batches_done"]
         self.validation = None if state["validation"] is None else Validation(**state["validation"])
         if state["loader"] is None:
-            self._batches_to_skip = self._batches_done
+            self._batches_to_skip = self._batches_done if self._batches_done < self._batches_in_epoch else 0
         else:
             train.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         if self.world.rank < len(state["random_states"]):  # ranks there were not then keep their seed
