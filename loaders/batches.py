@@ -18,8 +18,8 @@ from .stats import DecodeClock, PhaseTimes
 
 RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
-Rows = NDArray[Any] | list[NDArray[np.uint8]]
-"""Records of the primary field: tensors `[batch, ...]`, or the bytes of files."""
+Rows = NDArray[Any] | list[NDArray[Any]]
+"""Records of the primary field: tensors `[batch, ...]`, arrays that differ in length, or the bytes of files."""
 _STAND_IN = np.zeros(1, dtype=np.int64)
 """Read in place of an empty batch; its row is not delivered."""
 
@@ -128,8 +128,11 @@ class BatchReader:
             stored = records.read_records(ids)  # type: ignore[arg-type]
             blocks = graph.block_table(stored, lambda row: self.dataset.place(int(ids[row])))
             return stored, replace(plan, fed={**plan.fed, **blocks})
-        if records.schema.primary_field.kind == "tensor":
+        kind = records.schema.primary_field.kind
+        if kind == "tensor":
             return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
+        if kind == "ragged":
+            return self.dataset.rows(records.schema.primary, ids), plan
         return records.read_records(ids), plan  # type: ignore[arg-type]
 
     def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, default_convert
 
 from stagein.formats.errors import UsageError
 
@@ -42,7 +43,23 @@ def _stacked(name: str, values: list[Any]) -> Any:
             f"the samples of {name!r} differ in shape, {first} and {second}: let a transform resize or pad them, give a "
             "collate_fn, or leave the field out"
         )
-    return default_collate(values)
+    return default_collate(list(map(_without_scalars, values)))
+
+
+@dataclass(frozen=True)
+class RecordConvert:
+    """A sample of a RecordDataset that is delivered by itself: tensors in place of arrays and numbers."""
+
+    shaped: Callable[[dict[str, Any]], Any]
+
+    def __call__(self, sample: Sample) -> Any:
+        fields = {name: _without_scalars(value) for name, value in sample.items()}
+        return default_convert(self.shaped(fields))  # type: ignore[no-untyped-call]
+
+
+def _without_scalars(value: Any) -> Any:
+    """torch takes no number of numpy's uint64 above 2**63, but an array of one."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 def rows_as_samples(batch: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:

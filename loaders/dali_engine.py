@@ -12,7 +12,7 @@ from .dali import import_dali
 from .dali_pipeline import QUEUE_DEPTH, GraphPipeline, RowsFailedError
 from .dataset import RecordDataset
 from .engine import Delivered, EngineOptions, OnFailure
-from .graphs import Graph, is_dali_tensor
+from .graphs import Graph, is_known_to_dali
 from .inflate import InflateOnGpu
 
 
@@ -72,14 +72,22 @@ class DaliEngine:
 
         depth = QUEUE_DEPTH if options.device.type == "cpu" else 1 + options.prefetch_to_device
         return GraphPipeline(
-            self._graph, example, len(example.ids), options.device, options.decode_threads, depth, row_place
+            self._graph,
+            example,
+            len(example.ids),
+            options.device,
+            options.decode_threads,
+            depth,
+            row_place,
+            dataset.listed_fields,
         )
 
 
 def _refuse_unknown_type(dataset: RecordDataset) -> None:
     schema = dataset.records.schema
-    if schema.primary_field.kind == "tensor" and not is_dali_tensor(schema.primary_field):
+    field = schema.primary_field
+    if not is_known_to_dali(field):
         raise UsageError(
-            f"DALI has no type for {schema.primary_field.dtype}, so that no graph takes {schema.primary!r}: leave transform= out, or "
+            f"DALI has no type for {'text' if field.kind == 'text' else field.dtype}, so that no graph takes {schema.primary!r}: leave transform= out, or "
             "give PerSample(function)"
         )

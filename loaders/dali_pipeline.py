@@ -6,7 +6,7 @@ The pipeline is fed by `external_source` and runs ahead of the caller in DALI's 
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,11 @@ class RowsFailedError(Exception):
 
 
 class GraphPipeline:
-    """A graph built for batches like `example`, of at most `max_rows` rows; `row_place` names a record for errors."""
+    """A graph built for batches like `example`, of at most `max_rows` rows.
+
+    row_place      names a record for errors.
+    listed_fields  delivered as lists, one entry a record, where the graph leaves them as they are.
+    """
 
     def __init__(
         self,
@@ -45,11 +49,15 @@ class GraphPipeline:
         num_threads: int,
         queue_depth: int,
         row_place: Callable[[HostBatch, int], str],
+        listed_fields: Collection[str],
     ) -> None:
         self.max_rows = max_rows
         self._graph, self._device, self._row_place = graph, device, row_place
         self._source = _Source(tuple(example.inputs), max_rows, queue_depth)
-        self._pipeline, self._output_names = _build(graph, self._source, device, num_threads)
+        self._pipeline, outputs = _build(graph, self._source, device, num_threads)
+        self._output_names = tuple(outputs)
+        self._listed = {name for name, fed in outputs.items() if fed in listed_fields}
+        """Outputs that come as lists, also where the rows of a batch happen to have one shape."""
 
     def run(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
         """Each batch with its tensors, until `batches` ends, fails, or has one of more than `max_rows` rows.
@@ -79,6 +87,7 @@ class GraphPipeline:
             named = zip(self._output_names, outputs, strict=True)
             tensors: dict[str, Any] = {name: _as_tensor(output) for name, output in named}
             tensors |= {name: _on_device(value, self._device) for name, value in batch.ready.items()}
+            tensors |= {name: list(tensors[name]) for name in self._listed}
             yield batch, {name: tensor[: batch.num_rows] for name, tensor in tensors.items()}
 
     def take_back(self) -> Iterator[HostBatch]:
@@ -156,9 +165,9 @@ class _Source:
         return tuple(batch.inputs[name] for name in self.names)
 
 
-def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, tuple[str, ...]]:
-    """A DALI pipeline fed by `source`, and the names of its outputs."""
-    pipeline, output_names = define_pipeline(
+def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, dict[str, str | None]]:
+    """A DALI pipeline fed by `source`, and its outputs, see `define_pipeline`."""
+    pipeline, outputs = define_pipeline(
         graph, source, source.names, source.max_rows, device, num_threads, source.queue_depth
     )
     with warnings.catch_warnings():
@@ -166,7 +175,7 @@ def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int
         warnings.filterwarnings("ignore", message="The external source node")
         pipeline.build()
     leave_to_parent(pipeline)
-    return pipeline, output_names
+    return pipeline, outputs
 
 
 def define_pipeline(
@@ -177,8 +186,9 @@ def define_pipeline(
     device: torch.device,
     num_threads: int,
     queue_depth: int = QUEUE_DEPTH,
-) -> tuple[Any, tuple[str, ...]]:
-    """The pipeline of `graph`, not built yet, which takes no GPU; and the names of its outputs, all on `device`.
+) -> tuple[Any, dict[str, str | None]]:
+    """The pipeline of `graph`, not built yet, which takes no GPU; and its outputs, all on `device`, by name: each with the name
+    of the input that it is, None for one that the graph makes.
 
     `source` gives batches of the inputs `names`, of at most `max_rows` rows.
     """
@@ -194,9 +204,13 @@ def define_pipeline(
         # On the CPU, DALI reads the records where they lie, and copies what passes through to an output. For a GPU it
         # copies them first: outputs are handed out before the GPU is done with the batch, which then ends here.
         nodes = dali.fn.external_source(source, num_outputs=len(names), no_copy=not on_gpu)
-        outputs = graph.build(dict(zip(names, nodes, strict=True)), "mixed" if on_gpu else "cpu")
+        inputs = dict(zip(names, nodes, strict=True))
+        outputs = graph.build(dict(inputs), "mixed" if on_gpu else "cpu")
         pipeline.set_outputs(*(node.gpu() if on_gpu else node for node in outputs.values()))
-    return pipeline, tuple(outputs)
+    return pipeline, {
+        name: next((fed for fed, input_node in inputs.items() if input_node is node), None)
+        for name, node in outputs.items()
+    }
 
 
 def _then_raise(batches: list[HostBatch], failure: Exception | None) -> Iterator[HostBatch]:

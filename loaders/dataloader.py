@@ -17,7 +17,7 @@ from stagein.formats.errors import UsageError
 from stagein.world import ranks_on_this_node
 
 from .bad_records import Replacement
-from .collate import RecordCollate, without_records, without_rows
+from .collate import RecordCollate, RecordConvert, without_records, without_rows
 from .dataset import RecordDataset, SamplesAsDicts
 from .deliveries import Deliveries
 from .engine import CPU, EngineOptions, raise_first
@@ -73,9 +73,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     Over a RecordDataset without `generator`, and over any map-style data set that is divided, the order is that of
     `order.py`: the same global batches whatever the number of ranks, each sample once an epoch, equally many steps on
-    every rank. Else it is torch's, index by index. `iter()` is a new epoch. With `collate_fn`, a RecordDataset's batches
-    are taken apart into samples again, after the transform. `persistent_workers` keeps threads, or the DALI pipeline,
-    between epochs. Raises UsageError for what cannot be honoured, and ValueError where torch does.
+    every rank. Else it is torch's, index by index. `iter()` is a new epoch. `collate_fn` gets samples as the data set has
+    them, or what the transform makes of them: after a graph, rows of its batch. `persistent_workers` keeps threads, or the
+    DALI pipeline, between epochs. Raises UsageError for what cannot be honoured, and ValueError where torch does.
     """
 
     def __init__(
@@ -260,8 +260,11 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if not isinstance(self.dataset, RecordDataset):
             return "because a data set that is no RecordDataset is asked for one sample after the other"
         if isinstance(self._path, SamplePath):
-            transform = "the transform takes samples" if self._translation.per_sample else "there is no graph"
-            return f"because {transform}, and not all fields are tensors: a graph would make whole batches"
+            if self._translation.per_sample:
+                return "because the transform takes samples: a graph would make whole batches"
+            if delivers_tensors(self.dataset):
+                return "because collate_fn takes samples: without it, batches are made whole"
+            return "because there is no graph, and not all fields are tensors: a graph would make whole batches"
         return "whole batches at once"
 
     def _others_order(self) -> Order:
@@ -275,14 +278,16 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> LoadingPath:
         """`collate_fn`: the user's own, None where it is torch's default."""
         graph, per_sample = self._translation.graph, self._translation.per_sample
-        if graph is not None or (per_sample is None and self._needs_only_reading()):
+        if graph is not None or (per_sample is None and collate_fn is None and self._needs_only_reading()):
             return self._record_path(graph, collate_fn)
         dataset, batched, collate = self.dataset, self._auto_collation, self.collate_fn
         if isinstance(dataset, RecordDataset):
-            if batched and collate_fn is None:
-                collate = RecordCollate(dataset.listed_fields, dataset.shaped)
-            else:
+            if collate_fn is not None:
                 collate = TransformedCollate(dataset.shaped, collate, batched)
+            else:
+                collate = (
+                    RecordCollate(dataset.listed_fields, dataset.shaped) if batched else RecordConvert(dataset.shaped)
+                )
             dataset = SamplesAsDicts(dataset)
         by_torch = collate if per_sample is None else TransformedCollate(per_sample, collate, batched)
         if isinstance(dataset, IterableDataset):

@@ -81,9 +81,10 @@ class FunctionGraph:
             ) from error
 
 
-def is_dali_tensor(field: Field) -> bool:
-    """Whether DALI has a type for the elements of a tensor field."""
-    return has_dali_type(np.empty(0, field.array_dtype)) and field.array_dtype_name != BFLOAT16
+def is_known_to_dali(field: Field) -> bool:
+    """Whether DALI has a type for records of a field: files as bytes, arrays of most numbers."""
+    has_type = has_dali_type(np.empty(0, field.array_dtype)) and field.array_dtype_name != BFLOAT16
+    return has_type and field.kind != "text"
 
 
 def has_dali_type(rows: Any) -> bool:

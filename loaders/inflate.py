@@ -19,7 +19,7 @@ from stagein.formats.schema import Field
 
 from .dali import import_dali
 from .dataset import RecordDataset
-from .graphs import Columns, DecodeDevice, Graph, HostPlan, Nodes, SampleBatch, is_dali_tensor
+from .graphs import Columns, DecodeDevice, Graph, HostPlan, Nodes, SampleBatch, is_known_to_dali
 
 MAX_BLOCK_BYTES = 16 << 20
 """The longest block that nvCOMP's LZ4, on which DALI builds, inflates."""
@@ -105,7 +105,7 @@ def why_unfit(field: Field, container: str) -> str | None:
     """Why lz4 records of `field` in such shards are nothing for a GPU; None: they are."""
     if container == "foreign":
         return "files of others have LZ4 blocks of any size"
-    if not is_dali_tensor(field):
+    if not is_known_to_dali(field):
         return f"DALI has no type for {field.dtype}"
     if not 0 < lz4_block_bytes(field.record_bytes) <= MAX_BLOCK_BYTES:
         return f"records of {field.record_bytes} bytes are no blocks of at most {MAX_BLOCK_BYTES} bytes"

@@ -85,6 +85,7 @@ def test_tensors_are_those_that_torch_collates(volumes, num_workers):
     ours = DataLoader(dataset, 4, shuffle=True, num_workers=num_workers)
     assert "read straight into the batch" in ours.explain()
     by_sample = DataLoader(dataset, 4, shuffle=True, collate_fn=lambda samples: samples)
+    assert "by the caller, because collate_fn takes samples" in by_sample.explain()
     seen = 0
     for batch, samples in zip(ours, by_sample, strict=True):
         assert list(batch) == ["volume", "brain", "label"]
