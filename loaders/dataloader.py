@@ -42,6 +42,30 @@ from .worker_info import MAX_SEED
 
 _DEFAULT_PREFETCH_FACTOR = 2
 _DEFAULT_PREFETCH_TO_DEVICE = 1
+_MAY_BE_SET_LATER = {
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "in_order",
+}
+"""Attributes that, as in torch, count from the next iterator on when they are exchanged, as frameworks do it."""
+_OURS = {
+    "transform",
+    "device",
+    "seed",
+    "distributed",
+    "tail",
+    "decode_threads",
+    "prefetch_to_device",
+    "on_error",
+    "error_budget",
+    "quarantine",
+}
 
 
 class DataLoader(torch.utils.data.DataLoader[Any]):
@@ -143,7 +167,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         )
         self._own = own
         self._may_be_undivided = distributed is None and (own is not None or _is_torchs_default(sampler, batch_sampler))
-        self._order = own or self._others_order()
+        self._order: Order = own or self._others_order()
         if own is not None and self.batch_sampler is not None:
             self.batch_sampler.set_epoch = own.set_epoch  # type: ignore[attr-defined]  # HF Trainer tells it, not the loader
         self._is_accelerate_prepared = own is not None
@@ -152,10 +176,27 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._replacement = _replacement(self, dataset)
         self._delivery = _delivery(dataset, device)
         """None: wherever the data set and its collate_fn leave batches, as torch does."""
-        on_cpu = self._delivery is None or self._delivery.type == "cpu"
-        self._pins = torch.accelerator.is_available() and (pin_memory or not on_cpu)
-        is_default = collate_fn in (None, default_collate, default_convert) or isinstance(collate_fn, GraphCollate)
-        self._path = self._choose_path(None if is_default else collate_fn)
+        self._chosen_path = self._choose_path()
+        self._is_outdated = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        is_made = "_is_outdated" in vars(self)
+        if is_made and name in _OURS and type(self) is DataLoader:  # a subclass may have its own of that name
+            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized")
+        super().__setattr__(name, value)
+        if is_made and name in _MAY_BE_SET_LATER:
+            self._is_outdated = True
+            if name in vars(self._order):
+                setattr(self._order, name, value)
+
+    @property
+    def _path(self) -> LoadingPath:
+        """The way to load, chosen anew where attributes were exchanged since; it counts on."""
+        if self._is_outdated:
+            so_far = self._chosen_path.stats
+            self._chosen_path, self._is_outdated = self._choose_path(), False
+            vars(self._chosen_path.stats).update(vars(so_far))
+        return self._chosen_path
 
     def __class_getitem__(cls, batch: Any) -> GenericAlias:
         """`DataLoader[Batch]`, as scripts annotate torch's."""
@@ -275,8 +316,15 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             self._index_sampler, self._auto_collation, samples, self.in_order, self.dataset, self.num_workers
         )
 
-    def _choose_path(self, collate_fn: Callable[[Any], Any] | None) -> LoadingPath:
-        """`collate_fn`: the user's own, None where it is torch's default."""
+    @property
+    def _pins(self) -> bool:
+        """Whether batches are put into page-locked memory."""
+        on_cpu = self._delivery is None or self._delivery.type == "cpu"
+        return torch.accelerator.is_available() and (self.pin_memory or not on_cpu)
+
+    def _choose_path(self) -> LoadingPath:
+        is_default = self.collate_fn in (None, default_collate, default_convert)
+        collate_fn = None if is_default or isinstance(self.collate_fn, GraphCollate) else self.collate_fn
         graph, per_sample = self._translation.graph, self._translation.per_sample
         if graph is not None or (per_sample is None and collate_fn is None and self._needs_only_reading()):
             return self._record_path(graph, collate_fn)
@@ -378,8 +426,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             worker_init_fn=self.worker_init_fn,
             multiprocessing_context=self.multiprocessing_context,
             generator=generator,
-            prefetch_factor=self.prefetch_factor,
-            persistent_workers=self.persistent_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
             in_order=self.in_order,
         )
 

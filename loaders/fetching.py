@@ -22,7 +22,7 @@ from .collate import tensor_bytes
 from .deliveries import Delivery, Failure
 from .sampler import Step
 from .stats import PhaseTimes, SharedTimes
-from .worker_info import ThreadInfo, introduce_thread
+from .worker_info import ThreadInfo, initialise_thread, introduce_thread
 
 _JOIN_SECONDS = 10.0
 """How long an iterator that ends waits for a thread that is in the user's code."""
@@ -90,22 +90,19 @@ class FetchSamples:
         times.transform_s += time.perf_counter() - started
         return batch
 
-    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> list[Any]:
-        """The samples as the data set has them."""
+    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> Any:
+        """The samples as the data set has them: a list, or what its `__getitems__` makes, which may be a whole batch."""
         started = time.perf_counter()
         fetch_many = getattr(self.dataset, "__getitems__", None) if self.batched else None
-        samples = [self.dataset[index] for index in indices] if fetch_many is None else list(fetch_many(indices))
+        samples = [self.dataset[index] for index in indices] if fetch_many is None else fetch_many(indices)
         times.read_s += time.perf_counter() - started
         return samples
 
-    def _finished(self, fetched: list[Any], num_valid: int) -> list[Any]:
-        samples = [self._transformed(sample) for sample in fetched]
+    def _finished(self, fetched: Any, num_valid: int) -> Any:
+        samples = fetched if self.transform is None else [self.transform(sample) for sample in fetched]
         if not self.with_valid:
             return samples
         return [{**sample, "valid": np.bool_(row < num_valid)} for row, sample in enumerate(samples)]
-
-    def _transformed(self, sample: Any) -> Any:
-        return sample if self.transform is None else self.transform(sample)
 
 
 def _of_the_only_one(collate: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
@@ -277,7 +274,7 @@ def _serve(
     failure: BaseException | None = None
     try:
         if worker_init_fn is not None:
-            worker_init_fn(info.id)
+            initialise_thread(worker_init_fn, info.id)
     except BaseException as error:
         failure = error
     while (item := queue.get()) is not None:

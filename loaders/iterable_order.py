@@ -13,10 +13,13 @@ class IterableOrder:
     """Counts batches; goes on in the middle of an epoch where the data set has `state_dict` and is read by the caller."""
 
     def __init__(self, dataset: Any, num_workers: int) -> None:
-        self._dataset = dataset
-        self.stateful = dataset if num_workers == 0 and isinstance(dataset, Stateful) else None
+        self._dataset, self.num_workers = dataset, num_workers
         self._epoch = IterableEpoch(self, 0)
         self._at_start = True
+
+    @property
+    def stateful(self) -> Stateful | None:
+        return self._dataset if self.num_workers == 0 and isinstance(self._dataset, Stateful) else None
 
     @property
     def description(self) -> str:

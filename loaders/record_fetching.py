@@ -22,15 +22,15 @@ class FetchRecords(FetchSamples):
 
     on_failure: OnFailure = raise_first
 
-    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> list[Any]:
+    def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> Any:
         try:
-            return self.dataset.read(indices, times)  # type: ignore[no-any-return]
+            return self.dataset.read(indices, times)
         except StageinError:
             ids = np.asarray(indices, dtype=np.int64)
             task = BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
             while failures := self._failures(ids):
                 ids = self.on_failure(task, ids, failures)
-            return self.dataset.read(ids.tolist(), times)  # type: ignore[no-any-return]
+            return self.dataset.read(ids.tolist(), times)
 
     def _failures(self, ids: NDArray[np.int64]) -> list[RowFailure]:
         failures = []

@@ -59,7 +59,7 @@ class SamplerOrder:
         num_workers: int,
     ) -> None:
         self.index_sampler, self.batched, self._samples = index_sampler, batched, samples
-        self._in_order, self._num_workers = in_order, num_workers
+        self.in_order, self.num_workers = in_order, num_workers
         self._dataset = dataset if isinstance(dataset, Stateful) else None
         self._inner = _innermost(index_sampler)
         self.stateful = next((each for each in (index_sampler, self._inner) if isinstance(each, Stateful)), None)
@@ -101,7 +101,7 @@ class SamplerOrder:
             "batches_delivered": epoch.delivered_batches,
             "refused": self._reason_to_refuse() if epoch.delivered_batches else None,
         }
-        if self._dataset is not None and not self._num_workers:
+        if self._dataset is not None and not self.num_workers:
             state["dataset"] = self._dataset.state_dict()
         if epoch.begun:
             generators = epoch.origin if self._draws else {}
@@ -167,9 +167,9 @@ class SamplerOrder:
         return generator if isinstance(generator, torch.Generator) else None
 
     def _reason_to_refuse(self) -> str | None:
-        if not self._in_order:
+        if not self.in_order:
             return "with in_order=False the batches delivered are not the first ones of the epoch"
-        if self._dataset is not None and self._num_workers:
+        if self._dataset is not None and self.num_workers:
             return (
                 f"the state of a {type(self._dataset).__name__} is that of samples loaded ahead; give num_workers=0, or save the "
                 "state between two epochs"

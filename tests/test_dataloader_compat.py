@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import random
 import threading
 import time
 import warnings
@@ -205,6 +206,18 @@ def test_getitems_is_asked_once_a_batch():
     assert batches[2].tolist() == [108, 109]
 
 
+class Batches(Numbers):
+    """A data set that loads a whole batch with one call."""
+
+    def __getitems__(self, indices: list[int]):
+        return {"x": torch.tensor(indices) * 10}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_getitems_may_make_a_batch(num_workers):
+    both(Batches, num_workers, batch_size=4, collate_fn=lambda batch: batch)
+
+
 def test_an_empty_data_set():
     both(lambda: Numbers(0), batch_size=4)
     for kind in (TorchLoader, DataLoader):
@@ -363,6 +376,69 @@ def test_attributes_cannot_be_exchanged_later():
                 setattr(loader, name, None)
 
 
+def double(samples):
+    return torch.tensor(samples) * 2
+
+
+EXCHANGED = [
+    {"collate_fn": double},
+    {"num_workers": 2, "prefetch_factor": 1},
+    {"num_workers": 0, "collate_fn": double},
+    {"in_order": False, "num_workers": 1},
+    {"generator": torch.Generator().manual_seed(4)},
+    {"timeout": 30},
+]
+
+
+@pytest.mark.parametrize("dataset", [Numbers, Stream])
+@pytest.mark.parametrize("attributes", EXCHANGED, ids=lambda attributes: ", ".join(attributes))
+def test_attributes_that_are_exchanged_count_from_the_next_iterator_on(attributes, dataset):
+    results = []
+    for kind in (TorchLoader, DataLoader):
+        torch.manual_seed(5)
+        loader = kind(dataset(), 2, num_workers=1, **({"shuffle": True} if dataset is Numbers else {}))
+        result = [plain(next(iter(loader)))]
+        for name, value in attributes.items():
+            setattr(loader, name, value)
+        # where several processes load an iterable data set, each has all of it
+        results.append([*result, *sorted(map(str, epochs(loader, 2)))])
+    assert results[1] == results[0]
+    if dataset is Numbers:
+        assert "by the caller" in loader.explain() if loader.num_workers == 0 else "threads" in loader.explain()
+        assert loader.stats().batches == 1 + 2 * len(loader)
+
+
+def test_worker_init_fn_is_called_if_it_comes_later():
+    initialised = []
+    loader = DataLoader(Numbers(), 2, num_workers=2)
+    loader.worker_init_fn = initialised.append
+    list(loader)
+    assert sorted(initialised) == [0, 1]
+
+
+def test_a_state_knows_how_the_loader_loads_now():
+    loader = DataLoader(Numbers(), 4)
+    loader.num_workers, loader.in_order = 2, False
+    batches = iter(loader)
+    next(batches)
+    assert "in_order=False" in loader.state_dict()["refused"]
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["transform", "device", "seed", "distributed", "tail", "decode_threads", "on_error", "quarantine"]
+)
+def test_arguments_of_ours_cannot_be_exchanged_but_a_subclass_may_have_its_own(name):
+    class Named(DataLoader):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            setattr(self, name, "mine")
+
+    with pytest.raises(ValueError, match=f"{name} attribute should not be set after"):
+        setattr(DataLoader(Numbers()), name, None)
+    assert getattr(Named(Numbers(), 4), name) == "mine"
+
+
 def test_public_attributes_are_torchs():
     arguments = {"batch_size": 3, "num_workers": 2, "drop_last": True, "timeout": 4, "prefetch_factor": 5}
     ours, theirs = DataLoader(Numbers(), **arguments), TorchLoader(Numbers(), **arguments)
@@ -511,6 +587,28 @@ def test_worker_seeds_differ_and_follow_from_the_generator():
     base_seed = torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(6)).item()
     assert [first, second] == [base_seed, base_seed + 1]
     assert seeds() == [first, second]
+
+
+def test_the_recipe_for_seeds_of_workers_gives_each_its_own_and_leaves_the_callers_generators_alone():
+    """As in torch's notes on reproducibility."""
+    seen: list[int] = []
+
+    def seed_worker(_: int) -> None:
+        seen.append(torch.initial_seed() % 2**32)
+        np.random.seed(seen[-1])
+        random.seed(seen[-1])
+        torch.manual_seed(seen[-1])
+
+    drawn = []
+    for worker_init_fn in (None, seed_worker):
+        torch.manual_seed(8)
+        np.random.seed(8)
+        random.seed(8)
+        epochs(DataLoader(Numbers(), 4, num_workers=2, worker_init_fn=worker_init_fn))
+        drawn.append((torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()))
+    assert drawn[1] == drawn[0]
+    assert len(set(seen)) == len(seen) == 4
+    assert torch.initial_seed() == 8
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -135,12 +135,11 @@ def refused_by_dali(way: str, samples: list[Sample]) -> bool:
     return "graph" in way and str(primary.dtype).removeprefix("torch.") in UNKNOWN_TO_DALI
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "num_workers"), [(way, number) for way in WAYS for number in (0, 2) if number or way != "processes"]
+)
 def test_what_torch_makes_of_the_same_samples(written, way, num_workers):
     path, samples = written
-    if way == "processes" and not num_workers:
-        pytest.skip("without workers there are no processes")
     if "graph" in way and importlib.util.find_spec("nvidia.dali") is None:
         pytest.skip("no DALI")
     arguments = {"batch_size": BATCH_SIZE, "num_workers": num_workers, **WAYS[way]}
