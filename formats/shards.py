@@ -93,10 +93,11 @@ def plan_shards(
         ShardPlan(number, run.start, len(run), {name: payload_bytes(name, field, run) for name, field in large.items()})
         for number, run in enumerate(runs)
     ]
-    capacity = shard_capacity(schema, shard_bytes)
-    for name in variable:
-        largest = max((plan.payload_bytes[name] for plan in plans), default=0)
-        capacity[name] = max(capacity[name], largest // large[name].row_bytes)
+    full = shard_capacity(schema, shard_bytes)
+    capacity = {
+        name: max((plan.payload_bytes[name] // field.row_bytes for plan in plans), default=full[name])
+        for name, field in large.items()
+    }
     return plans, capacity
 
 
@@ -178,6 +179,10 @@ class ShardContent:
     large_fields: Mapping[str, FieldContent]
     ragged_columns: Mapping[str, FieldContent]
     columns: Mapping[str, NDArray[np.generic]]
+
+    def rows(self, name: str, field: Field) -> int:
+        """Rows of a large field, those included with which it is padded."""
+        return len(self.large_fields[name].payload) // field.row_bytes if field.is_variable else self.records
 
 
 @dataclass(frozen=True)
@@ -592,10 +597,14 @@ def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hd
             )
             small |= _hdf5_places(column, declared, values)
     attributes = shard_attributes(schema, name, content.records)
-    rows = content.records if not field.is_variable else len(mine.payload) // field.row_bytes
     dtypes = {path: BFLOAT16 for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16}
     return hdf5_shard.Hdf5Structure(
-        f"{name}/data", (rows, *field.row_shape), field.stored_dtype.name, small, attributes, dtypes
+        f"{name}/data",
+        (content.rows(name, field), *field.row_shape),
+        field.stored_dtype.name,
+        small,
+        attributes,
+        dtypes,
     )
 
 

@@ -241,7 +241,7 @@ class _ShardWriter:
 
     def publish(self) -> Manifest:
         """Write what is left and give the data set its name."""
-        self._finish_shard()
+        self._finish_shard(last=True)
         self._await_shards()
         self.end()
         sums = [field.entry.xxh3_128 for shard in self._finished for field in shard.large_fields.values()]
@@ -280,11 +280,14 @@ class _ShardWriter:
         records = max((capacity[name] for name, field in large.items() if field.codec), default=0)
         return ShardBuilder(self.schema, self._buffers[0], records, payload_bytes)
 
-    def _finish_shard(self) -> None:
+    def _finish_shard(self, *, last: bool = False) -> None:
         """Have the shard written that is filled, if there is anything in it."""
         if not self._builder.records:
             return
         content = self._builder.content()
+        if last and not self._shards:  # the only one: a full shard would have a much larger Zarr index
+            rows = {name: content.rows(name, field) for name, field in self.schema.large_fields.items()}
+            self._layout = replace(self._layout, capacity=rows)
         while len(self._finishing) >= _SHARDS_IN_MEMORY - 1:
             self._await_shard()
         with self._os_errors_as_sentences():  # HDF5 needs the GIL: here it is at hand

@@ -1,5 +1,6 @@
 """`mpirun stagein convert …`: the same bytes as one process makes, and one sentence and exit code when a rank fails."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -137,13 +138,28 @@ def half_way(slow_convert: list[str], tmp_path: Path) -> Iterator[subprocess.Pop
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a rank: the children of the process that starts them."""
     found = descendants(pid)
-    servers = [child for child in found if "forkserver" in Path(f"/proc/{child}/cmdline").read_text()]
+    servers = [child for child in found if "forkserver" in read_of_process(child, "cmdline")]
     return [worker for server in servers for worker in descendants(server)]
 
 
 def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = read_of_process(pid, f"task/{pid}/children").split()
     return [found for child in map(int, children) for found in (child, *descendants(child))]
+
+
+def tell(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process and its descendants, those that have not ended."""
+    for each in (pid, *descendants(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, number)
+
+
+def read_of_process(pid: int, name: str) -> str:
+    """A file of /proc about a process; nothing when it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def pid_of_rank(launcher: subprocess.Popen[str], rank: int) -> int:
@@ -220,13 +236,10 @@ def test_a_rank_that_hangs_is_named_in_time(slow_convert: list[str], tmp_path: P
         while not list(tmp_path.glob(f"x.st{PART_SUFFIX}/journal/*.npz")) and launcher.poll() is None:
             time.sleep(0.01)
         pid = pid_of_rank(launcher, VICTIMS[victim])
-        os.kill(pid, signal.SIGSTOP)
-        for worker in descendants(pid):
-            os.kill(worker, signal.SIGSTOP)
+        tell(pid, signal.SIGSTOP)
         try:
             _, stderr = launcher.communicate(timeout=40)
         finally:
-            for stopped in (pid, *descendants(pid)):
-                os.kill(stopped, signal.SIGCONT)
+            tell(pid, signal.SIGCONT)
     assert launcher.returncode == 75
     assert f"rank {VICTIMS[victim]} was not heard of for 7 s" in stderr

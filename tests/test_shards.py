@@ -168,6 +168,20 @@ def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("container", ["hdf5+zarr", "zarr"])
+@pytest.mark.parametrize("field", [VOLUME, VOLUME.model_copy(update={"codec": CODECS["zstd"]}), JPEG], ids=str)
+def test_the_only_shard_has_a_zarr_index_of_its_size(tmp_path: Path, field: Field, container: Container) -> None:
+    records = _records(field, 5)
+    with Writer(
+        tmp_path / "x.st", Schema(fields={"x": field, "label": LABEL, "box": BOX}), container=container
+    ) as writer:
+        for record in records:
+            writer.write(record)
+    assert verify(tmp_path / "x.st").problems == []
+    array = zarr.open_array(tmp_path / "x.st/x", mode="r")
+    assert array.shards == array.shape
+
+
 @given(st.lists(st.integers(0, 300_000), max_size=60), st.integers(1, 400_000))
 @settings(deadline=None)
 def test_every_record_is_in_exactly_one_shard(sizes: list[int], shard_bytes: int) -> None:
@@ -180,6 +194,7 @@ def test_every_record_is_in_exactly_one_shard(sizes: list[int], shard_bytes: int
         used = sum(sizes[plan.first : plan.first + plan.records])
         assert used <= plan.payload_bytes["x"] <= capacity["x"]
         assert used <= shard_bytes or plan.records == 1
+    assert not plans or capacity["x"] == max(plan.payload_bytes["x"] for plan in plans)
 
 
 @given(st.integers(0, 1000), st.integers(1, 5000), st.integers(1, 20_000))
