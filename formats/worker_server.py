@@ -5,10 +5,14 @@ process imports and finds out what there is to do. It ends with this process.
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from typing import Any
 
+_END_SECONDS = 10
 _PRELOADED = [f"{__package__}.worker_preload"]
 
 
@@ -22,6 +26,17 @@ def start() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def stop() -> None:
+    """End it, if it is running and has no more workers: at once, though it be busy with imports that nobody needs any more."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined, unused-ignore]
+    if server._forkserver_pid is None:
+        return
+    with open(os.pidfd_open(server._forkserver_pid), "rb", buffering=0) as process:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        if multiprocessing.connection.wait([process.fileno()], _END_SECONDS):
+            server._stop()
 
 
 def worker_context() -> BaseContext:

@@ -332,14 +332,33 @@ def test_the_command_ends_with_all_that_it_started(source: Path, tmp_path: Path)
         deadline = time.monotonic() + 20
         while group_of(process.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert group_of(process.pid) == []
+        assert group_of(process.pid) == {}
 
 
-def group_of(leader: int) -> list[int]:
-    """The processes of a process group that live."""
-    found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], check=True, capture_output=True, text=True).stdout
-    rows = [line.split() for line in found.splitlines()]
-    return [int(pid) for pid, group, state in rows if int(group) == leader and not state.startswith("Z")]
+@pytest.mark.parametrize(("workers", "most_servers"), [("1", 0), ("2", 1)])
+def test_what_workers_are_forked_from_is_started_for_several_and_ends_before_the_command(
+    source: Path, tmp_path: Path, workers: str, most_servers: int
+) -> None:
+    command = [sys.executable, "-m", "stagein.tools", "convert", "imagefolder", str(source), str(tmp_path / "x.st")]
+    servers: set[int] = set()
+    with (
+        open(tmp_path / "output", "w") as output,
+        subprocess.Popen([*command, "--workers", workers], stdout=output, start_new_session=True) as process,
+    ):
+        while process.poll() is None:
+            servers |= {pid for pid, command in group_of(process.pid).items() if "forkserver" in command}
+    assert not any("forkserver" in command for command in group_of(process.pid).values())
+    assert process.returncode == 0
+    assert len(servers) == most_servers
+
+
+def group_of(leader: int) -> dict[int, str]:
+    """The processes of a process group that live, and their command lines."""
+    found = subprocess.run(
+        ["ps", "-eww", "-o", "pid=,pgid=,stat=,args="], check=True, capture_output=True, text=True
+    ).stdout
+    rows = [line.split(maxsplit=3) for line in found.splitlines()]
+    return {int(pid): args for pid, group, state, args in rows if int(group) == leader and not state.startswith("Z")}
 
 
 def test_what_workers_are_forked_from_starts_first_and_ignores_ctrl_c() -> None:
