@@ -51,17 +51,17 @@ def to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "nvme"
 
 
-def catches_signals(pid: int) -> bool:
-    """Whether a process handles SIGUSR1 itself."""
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process handles this signal itself."""
     with contextlib.suppress(OSError):
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return bool(int(status["SigCgt"], 16) >> (signal.SIGUSR1 - 1) & 1)
+        return bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
     return False
 
 
-def wait_for_handlers(pids: list[int]) -> None:
+def wait_for_handlers(pids: list[int], number: signal.Signals = signal.SIGUSR1) -> None:
     end = time.monotonic() + 20
-    while not all(map(catches_signals, pids)):
+    while not all(catches(pid, number) for pid in pids):
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -96,6 +96,22 @@ def test_staging_stops_in_good_order_whenever_the_signal_comes(source: Path, to:
                 _, stderr = process.communicate(timeout=20)
             assert (process.returncode, stderr.count("stopped by a signal")) == (ExitCode.INTERRUPTED, 1), delay_seconds
             assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", ["convert imagefolder", "info", "verify", "extract", "adopt"])
+def test_every_command_ends_in_one_sentence_however_early_the_signal_comes(
+    command: str, number: signal.Signals
+) -> None:
+    for delay_seconds in (0, 0.03, 0.1):
+        words = [*STAGEIN, *command.split(), "no-source", "no-target"]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            wait_for_handlers([process.pid], signal.SIGTERM)
+            time.sleep(delay_seconds)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=20)
+        sentence = f"stagein: stopped by {number.name}: run the same command again\n"
+        assert (process.returncode, stderr) == (ExitCode.INTERRUPTED, sentence), delay_seconds
 
 
 def test_before_python_itself_runs_the_signal_kills_as_job_scripts_expect(source: Path, to: Path) -> None:

@@ -1,25 +1,60 @@
 """Where the `stagein` command starts: what must be done before anything heavy is imported, which takes long.
 
-Signals that ask it to stop are noted, and what worker processes are forked from starts to import what they need, beside us.
+Signals that ask it to stop are noted, or end it in one sentence, and what worker processes are forked from starts to import what
+they need, beside us.
 """
 
 import gc
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from stagein.stop_signals import StopSignals
 
 _RESUMABLE = ("stage", "train")
-"""Commands that a signal stops in good order, however early it comes: job scripts send it before the time limit."""
+"""Commands that SIGTERM and SIGUSR1 stop in good order, however early they come: job scripts send them before the time limit."""
 _NO_WORK = {"--help", "-h", "--dry-run"}
 _ONE_WORKER = re.compile(r"--workers[ =]0*1( |$)")
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
+class _StoppedError(BaseException):
+    """A signal came that nobody below hears in a way of its own."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+
 def main() -> None:
     """Entry point of the `stagein` command."""
+    _on_signals(_stop)
+    try:
+        _run_with_little_garbage()
+    except _StoppedError as stopped:
+        _on_signals(signal.SIG_DFL)  # one more is one too many
+        from stagein.formats.errors import ExitCode
+        from stagein.world import started_by_mpi
+
+        if started_by_mpi():  # the launcher ends all ranks so, and speaks for them
+            signal.raise_signal(stopped.number)
+        print(f"stagein: stopped by {stopped.number.name}: run the same command again", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], NoReturn]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _StoppedError(signal.Signals(number))
+
+
+def _run_with_little_garbage() -> None:
     if sys.argv[1:2] == ["train"]:  # for hours: garbage of its user's code is collected as that expects it
         _run_command()
         return

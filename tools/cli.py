@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from stagein import __version__
-from stagein.formats.errors import ExitCode, StageinError
+from stagein.formats.errors import StageinError
 
 from . import convert_commands
 from .console import complain, say
@@ -412,9 +412,6 @@ def main() -> None:
         if not error.reported_by_peer:
             complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        complain("interrupted: the same command again resumes")
-        sys.exit(ExitCode.INTERRUPTED)
 
 
 if __name__ == "__main__":
