@@ -7,8 +7,10 @@ Sample BAD_SAMPLE of 40 cannot be loaded. With CAUGHT "yes" each rank prints the
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from stagein.formats.errors import ChecksumError
@@ -29,20 +31,21 @@ class OneIsBad(Dataset[int]):
 
 
 def main(collective: str, caught: str, workers: str, bad: str) -> None:
-    if collective == "gloo":
-        import torch.distributed as dist
-
-        rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
-        dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING_FILE']}", rank=rank, world_size=2)
-
-        def allreduce() -> None:
-            dist.all_reduce(torch.ones(1))
-    else:
+    if collective == "mpi":
         from mpi4py import MPI
 
-        def allreduce() -> None:
-            MPI.COMM_WORLD.allreduce(1)
+        train(lambda: MPI.COMM_WORLD.allreduce(1), caught, workers, bad)
+        return
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING_FILE']}", rank=rank, world_size=2)
+    try:
+        train(lambda: dist.all_reduce(torch.ones(1)), caught, workers, bad)
+        dist.barrier()  # the rank that leaves first closes connections that the other one may still read from
+    finally:
+        dist.destroy_process_group()  # threads of a group that is still there abort the process when it ends
 
+
+def train(allreduce: Callable[[], object], caught: str, workers: str, bad: str) -> None:
     loader = DataLoader(OneIsBad(int(bad)), 4, num_workers=int(workers), distributed=True)
     step = 0
     try:
@@ -53,8 +56,6 @@ def main(collective: str, caught: str, workers: str, bad: str) -> None:
         if caught == "no":
             raise
         print("raised", step, error.reported_by_peer, error, flush=True)
-        if collective == "gloo":
-            dist.destroy_process_group()  # its threads abort the process when the other rank is gone first
         return
     raise SystemExit("no error was raised")
 
