@@ -3,8 +3,9 @@ instruction.
 
 The method is that of Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009):
 128 bits of a message that stand D bits ahead of others may be added to those, multiplied by x^D mod P; the remainder stays
-what it is. Four vectors of such pieces are taken along at once. The function is generated as LLVM IR when it is first asked
-for, in some 10 ms: numba has no type for what a vector register holds.
+what it is. Four vectors of such pieces are taken along at once. Memory is slower than that, so a second function copies what it
+sums on the way: that takes no longer than copying alone. The functions are generated as LLVM IR when they are first asked for, in
+some 10 ms each: numba has no type for what a vector register holds.
 """
 
 import functools
@@ -18,6 +19,8 @@ _POLYNOMIAL = 0x82F63B78
 """P of CRC-32C (RFC 3720), with the highest power in the lowest bit, as in all remainders here."""
 _INSTRUCTIONS = ("vpclmulqdq", "avx512f", "crc32")
 _VECTORS, _VECTOR_BYTES = 4, 64
+_FETCH_SOURCE_BYTES, _FETCH_TARGET_BYTES = 4096, 1024
+"""So far ahead of where it copies memory is fetched into the caches: the processor itself fetches nothing of the next page."""
 
 _BYTE, _WORD, _QUAD = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_QUAD, _VECTOR_BYTES // 8)
@@ -29,16 +32,26 @@ def is_possible() -> bool:
     return all(features.get(name, False) for name in _INSTRUCTIONS)
 
 
-@functools.cache
 def function_address() -> int:
     """Where the function is, for processors that can:
     uint32 (crc32c of what comes before, address of the data, int64 nbytes) -> crc32c of both."""
+    return _compile(copies=False)
+
+
+def copying_function_address() -> int:
+    """The same of a function that copies the data, too:
+    uint32 (crc32c of what comes before, address of the data, int64 nbytes, address to copy them to) -> crc32c of both."""
+    return _compile(copies=True)
+
+
+@functools.cache
+def _compile(*, copies: bool) -> int:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(_Generator().module)), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(_Generator(copies).module)), machine)
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address(_NAME))
@@ -52,11 +65,12 @@ _engines: list[Any] = []
 class _Generator:
     """Makes `module`, with the function in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool) -> None:
         self.module = ir.Module()
-        function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, _QUAD, _QUAD)), _NAME)
+        function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, *[_QUAD] * (3 if copies else 2))), _NAME)
         self._build = ir.IRBuilder(function.append_basic_block())
-        before, data, nbytes = function.args
+        before, data, nbytes, *target = function.args
+        self._copies_ahead = [self._build.sub(address, data) for address in target]
         self._stop = self._build.add(data, nbytes)
         start = (data, self._build.not_(before))
         with self._build.if_else(self._is_left(data, _VECTORS * _VECTOR_BYTES)) as (is_long, is_short):
@@ -74,7 +88,7 @@ class _Generator:
     def _sum_vectors(self, place: Any, state: Any) -> tuple[Any, Any]:
         """Where the last whole vector ends, and the state there."""
         zeros = ir.Constant(_VECTOR, [0] * (_VECTOR_BYTES // 8))
-        vectors = [self._load(_VECTOR, place, number * _VECTOR_BYTES) for number in range(_VECTORS)]
+        vectors = [self._take(_VECTOR, place, number * _VECTOR_BYTES) for number in range(_VECTORS)]
         first = self._build.insert_element(zeros, self._build.zext(state, _QUAD), _WORD(0))
         vectors[0] = self._build.xor(vectors[0], first)
         place = self._build.add(place, _QUAD(_VECTORS * _VECTOR_BYTES))
@@ -93,15 +107,15 @@ class _Generator:
         """The next of as many vectors, each folded into its own: all of them lie so far ahead of the next."""
         ahead = len(vectors) * _VECTOR_BYTES
         return [
-            self._fold(vector, ahead, self._load(_VECTOR, place, number * _VECTOR_BYTES))
+            self._fold(vector, ahead, self._take(_VECTOR, place, number * _VECTOR_BYTES))
             for number, vector in enumerate(vectors)
         ]
 
     def _add_quad(self, place: Any, state: Any) -> list[Any]:
-        return [self._crc32(_QUAD, state, self._load(_QUAD, place))]
+        return [self._crc32(_QUAD, state, self._take(_QUAD, place))]
 
     def _add_byte(self, place: Any, state: Any) -> list[Any]:
-        return [self._crc32(_BYTE, state, self._load(_BYTE, place))]
+        return [self._crc32(_BYTE, state, self._take(_BYTE, place))]
 
     def _fold(self, vector: Any, ahead: int, onto: Any) -> Any:
         """Each 128 bits of `vector` moved `ahead` bytes on, to what lies there.
@@ -129,9 +143,24 @@ class _Generator:
         pair = ir.Constant(ir.VectorType(_WORD, 2), [first, first + 1])
         return self._build.shuffle_vector(vector, vector, pair)
 
-    def _load(self, kind: Any, place: Any, offset: int = 0) -> Any:
+    def _take(self, kind: Any, place: Any, offset: int = 0) -> Any:
+        """The data of this kind that lie there; they are copied, if this function copies."""
         address = self._build.add(place, _QUAD(offset))
-        return self._build.load(self._build.inttoptr(address, kind.as_pointer()), align=1)
+        value = self._build.load(self._build.inttoptr(address, kind.as_pointer()), align=1)
+        for ahead in self._copies_ahead:
+            target = self._build.add(address, ahead)
+            self._build.store(value, self._build.inttoptr(target, kind.as_pointer()), align=1)
+            if kind is _VECTOR:
+                self._fetch(self._build.add(address, _QUAD(_FETCH_SOURCE_BYTES)), to_write=False)
+                self._fetch(self._build.add(target, _QUAD(_FETCH_TARGET_BYTES)), to_write=True)
+        return value
+
+    def _fetch(self, address: Any, *, to_write: bool) -> None:
+        """Have this memory come into the second-level cache, to be read, or the first, to be written; there may be none."""
+        pointer = _BYTE.as_pointer()
+        prefetch = self._intrinsic("llvm.prefetch", ir.VoidType(), pointer, _WORD, _WORD, _WORD)
+        locality, of_data = _WORD(3 if to_write else 2), _WORD(1)
+        self._build.call(prefetch, (self._build.inttoptr(address, pointer), _WORD(int(to_write)), locality, of_data))
 
     def _while_left(self, step: int, add: Callable[..., list[Any]], place: Any, *values: Any) -> list[Any]:
         """As long as `step` bytes are left: `values = add(place, *values)`; the place behind them, and the values."""

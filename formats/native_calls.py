@@ -55,6 +55,12 @@ memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
 preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int32, types.int64, types.int32)
 """(descriptor, array of pairs of address and nbytes, pairs, offset, flags) -> bytes read, or -1."""
 
+mincore = _of_c_library("mincore", types.int32, _ADDRESS, _SIZE, _ADDRESS)
+"""(address of a page in a memory map, nbytes, array of a byte a page) -> 0, or -1. Bit 0 of a byte: the page is in memory."""
+
+lseek = _of_c_library("lseek", types.int64, types.int32, types.int64, types.int32)
+"""(descriptor, offset, what it counts from) -> the new place in the file, or -1."""
+
 posix_fadvise = _of_c_library("posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32)
 """(descriptor, offset, nbytes, advice) -> 0, or an error number."""
 
@@ -74,6 +80,13 @@ crc32c_extend = (
     else _of_wheel(_crc32c, "crc32c_extend", *_crc32c_signature)
 )
 """(sum of what comes before, data, nbytes) -> sum of both."""
+
+crc32c_copy = (
+    _at_address(folded_crc32c.copying_function_address(), "crc32c_copy", *_crc32c_signature, _ADDRESS)
+    if folded_crc32c.is_possible()
+    else None
+)
+"""(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go."""
 
 pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
 """(descriptor, buffer, nbytes, offset) -> bytes written, or -1."""

@@ -1,9 +1,8 @@
 """Reading one large field of a data set: (shard, offset, nbytes) from its index, many records by one call off the GIL.
 
-Bytes go from the page cache straight to where they are wanted, by `pread`. A memory map is faster for what is in memory
-(unchecked records of 1 kB: three times, of 2 MB: a third), but a damaged disk or a file cut short then ends the process without
-a word. O_DIRECT is not used either: asking the kernel for a whole batch at once is 1.4 times as fast, from a cold disk, as
-reading around the page cache one record at a time.
+Bytes go from the page cache straight to where they are wanted, by `pread` or out of a memory map (`read_kernels` says when).
+O_DIRECT is not used: asking the kernel for a whole batch at once is 1.4 times as fast, from a cold disk, as reading around the
+page cache one record at a time.
 """
 
 import functools
@@ -23,7 +22,7 @@ from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
 from .schema import Field
-from .shard_files import ShardFiles
+from .shard_files import OpenShards, ShardFiles
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
 _Read: TypeAlias = Callable[[], tuple[int, int]]
 """Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
-_Plan: TypeAlias = Callable[[slice, NDArray[np.int32], NDArray[np.int64], int], _Read]
+_Plan: TypeAlias = Callable[[slice, OpenShards, NDArray[np.int64], int], _Read]
 _NO_SUMS = np.empty(0, np.uint32)
 _SHARES_OF_A_THREAD = 8
 """A thread takes so many records at a time that its part is done in about so many steps: none is left alone with the rest."""
@@ -209,12 +208,10 @@ class RecordReader:
         targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
         share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
-        def read(
-            some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]", piece_bytes: int
-        ) -> "_Read":
+        def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
             before, after = sums.before[some], sums.after[some]
             return lambda: kernels.read_records(
-                counter, share, piece_bytes, descriptors, places[some], nbytes[some], targets[some], before, after
+                counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
             )
 
         kernels = _kernels()
@@ -237,13 +234,11 @@ class RecordReader:
         codec, places, nbytes = self.field.codec.kernel_number, offset.view(np.int64), sizes.astype(np.int64)
         room = kernels.WORK_BYTES + int(nbytes.max(initial=0))
 
-        def read(
-            some: slice, descriptors: "NDArray[np.int32]", counter: "NDArray[np.int64]", piece_bytes: int
-        ) -> "_Read":
+        def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
             return lambda: kernels.read_and_decode(
                 counter,
                 piece_bytes,
-                descriptors,
+                *shards,
                 places[some],
                 nbytes[some],
                 sums[some],
@@ -261,9 +256,10 @@ class RecordReader:
         shards, threads = self.index.shard[numbers], max(1, min(threads, len(numbers)))
         done, troubled, attempts = 0, -1, 0
         while done < len(numbers):
-            with self._files.use(shards[done:]) as descriptors:
-                some, piece_bytes = slice(done, done + len(descriptors)), int(self._files.piece_bytes[shards[done]])
-                read = plan(some, descriptors, np.zeros(1, np.int64), piece_bytes)
+            with self._files.use(shards[done:]) as opened:
+                some = slice(done, done + len(opened.descriptors))
+                piece_bytes = int(self._files.piece_bytes[shards[done]])
+                read = plan(some, opened, np.zeros(1, np.int64), piece_bytes)
                 count, trouble = read() if threads == 1 else min(self._helpers.run(read, threads))
             done += count
             if trouble == 0:
@@ -298,12 +294,14 @@ class RecordReader:
         self._files.forget(shard)
 
     def _sum_from_disk(self, record: int) -> int:
-        """The crc32c of a record, read from the disk itself: memory can be damaged too."""
+        """The crc32c of a record, read from the disk itself: memory can be damaged too. What is mapped stays in memory."""
+        self._files.forget(int(self.index.shard[record]))
         content = np.empty(self.index.nbytes[record], np.uint8)
         offset = int(self.index.offset[record])
-        with self._files.use(self.index.shard[record : record + 1]) as descriptors:
-            os.posix_fadvise(descriptors[0], offset, len(content), os.POSIX_FADV_DONTNEED)
-            pread_exactly(descriptors[0], memoryview(content), offset)
+        with self._files.use(self.index.shard[record : record + 1]) as opened:
+            (descriptor,) = opened.descriptors
+            os.posix_fadvise(descriptor, offset, len(content), os.POSIX_FADV_DONTNEED)
+            pread_exactly(descriptor, memoryview(content), offset)
         return crc32c(content)
 
     def _raise_undecodable(self, record: int) -> None:

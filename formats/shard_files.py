@@ -1,14 +1,22 @@
-"""Open shards, at most as many as the process may have; those unused for longest are closed first."""
+"""Open shards, at most as many as the process may have; those unused for longest are closed first.
+
+Some are mapped into memory as well, as long as they are open. A process that touches a map behind the new end of a file that
+was cut is ended by SIGBUS: so only those are mapped that are not to change, published ones that nobody may write to, and not those
+of a server, where others may replace them.
+"""
 
 import ctypes
 import errno
 import functools
+import mmap
 import os
 import resource
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +34,17 @@ _LARGE_PIECE_BYTES = 8 << 20
 _WORDS_OF_STATFS = 64
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
 _CLOSED = -1
+_MOST_MAPS = 8192
+"""Of 65,530 that the kernel allows a process, for all that it has."""
+_NO_MAP = (0, 0)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class OpenShards(NamedTuple):
+    """Of each: its file descriptor, [shards], and where it is mapped: address and nbytes, [shards, 2], 0 where it is not."""
+
+    descriptors: NDArray[np.int32]
+    maps: NDArray[np.int64]
 
 
 class ShardFiles:
@@ -37,6 +56,7 @@ class ShardFiles:
         self.piece_bytes = np.full(len(paths), _PIECE_BYTES, np.int64)
         """How much of each to read at a time, known once it was opened."""
         self._descriptors = np.full(len(paths), _CLOSED, np.int32)
+        self._maps = np.zeros((len(paths), 2), np.int64)
         self._used_at = np.zeros(len(paths), np.int64)
         self._clock = 0
         self._is_closed = False
@@ -49,8 +69,8 @@ class ShardFiles:
         self._in_use: dict[int, NDArray[np.uint32]] = {}
 
     @contextmanager
-    def use(self, shards: NDArray[np.uint32]) -> Iterator[NDArray[np.int32]]:
-        """File descriptors of these shards, not closed while in use: of the first of them only, when the limit is short.
+    def use(self, shards: NDArray[np.uint32]) -> Iterator[OpenShards]:
+        """These shards, not closed while in use: the first of them only, when the limit is short.
 
         Raises SourceError when a shard cannot be opened. Waits while other threads use all descriptors; whoever waits uses
         none, so that somebody is always at work.
@@ -65,7 +85,7 @@ class ShardFiles:
             self._used_at[shards] = use
             self._in_use[use] = shards
         try:
-            yield descriptors
+            yield OpenShards(descriptors, self._maps[shards])
         finally:
             with self._changed:
                 self._in_use.pop(use, None)
@@ -103,6 +123,8 @@ class ShardFiles:
         for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
             self._descriptors[shard] = self._open(shard)
             self.piece_bytes[shard] = _choose_piece_bytes(int(self._descriptors[shard]))
+            if np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
+                self._maps[shard] = _map(int(self._descriptors[shard]))
         return shards
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:
@@ -132,8 +154,9 @@ class ShardFiles:
 
     def _close(self, shard: int) -> None:
         if self._descriptors[shard] != _CLOSED:
+            _unmap(*self._maps[shard].tolist())
             os.close(self._descriptors[shard])
-            self._descriptors[shard] = _CLOSED
+            self._descriptors[shard], self._maps[shard] = _CLOSED, _NO_MAP
 
     def _open(self, shard: int) -> int:
         path = self.paths[shard]
@@ -158,18 +181,48 @@ def _allowed_descriptors() -> int:
 
 
 def _choose_piece_bytes(descriptor: int) -> int:
-    """How much to read at a time. Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in
-    memory, and are not memory themselves: their own reading ahead begins late, or knows only one client at a time."""
+    """How much to read at a time."""
+    return _LARGE_PIECE_BYTES if _is_shared(descriptor) else _PIECE_BYTES
+
+
+def _is_shared(descriptor: int) -> bool:
+    """Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in memory, and are not memory
+    themselves: their own reading ahead begins late, or knows only one client at a time."""
     try:
         os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             statistics = (ctypes.c_long * _WORDS_OF_STATFS)()  # a struct statfs begins with the type of the file system
-            if _c_library().fstatfs(descriptor, statistics) == 0 and statistics[0] not in (_TMPFS, _RAMFS):
-                return _LARGE_PIECE_BYTES
-    return _PIECE_BYTES
+            if _c_library().fstatfs(descriptor, statistics) == 0:
+                return statistics[0] not in (_TMPFS, _RAMFS)
+    return False
+
+
+def _map(descriptor: int) -> tuple[int, int]:
+    """Address and nbytes of a memory map of this file; _NO_MAP where it is better read.
+
+    Of a file of others, or one that this process may not write to, the kernel says that all of it is in memory, whatever is
+    (mincore(2)): so that nobody learns what others read. Where memory is rationed by addresses, maps would eat it up.
+    """
+    status = os.fstat(descriptor)
+    is_published = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o222
+    is_told = status.st_uid == os.geteuid()
+    is_rationed = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if not is_published or not is_told or is_rationed or status.st_size == 0 or _is_shared(descriptor):
+        return _NO_MAP
+    address = _c_library().mmap(None, status.st_size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    return _NO_MAP if address == _MAP_FAILED else (address, status.st_size)
+
+
+def _unmap(address: int, nbytes: int) -> None:
+    if nbytes:
+        _c_library().munmap(address, nbytes)
 
 
 @functools.cache
 def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return library

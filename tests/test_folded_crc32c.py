@@ -22,6 +22,25 @@ def test_sums_of_any_length_place_and_beginning() -> None:
         assert found == google_crc32c.extend(before, piece.tobytes()), (nbytes, start, before)
 
 
+@pytest.mark.skipif(not folded_crc32c.is_possible(), reason="this processor multiplies no vectors of 64 bytes")
+def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written() -> None:
+    signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    copy = signature(folded_crc32c.copying_function_address())
+    random = np.random.default_rng(0)
+    content = np.frombuffer(random.bytes(200_000), np.uint8)
+    for nbytes in [*range(1100), *random.integers(1100, 190_000, 200).tolist()]:
+        start, before = int(random.integers(200)), int(random.integers(1 << 32))
+        piece, target, place = (
+            content[start : start + nbytes],
+            np.zeros(nbytes + 300, np.uint8),
+            int(random.integers(200)),
+        )
+        found = copy(before, piece.ctypes.data, nbytes, target.ctypes.data + place)
+        assert found == google_crc32c.extend(before, piece.tobytes()), (nbytes, start, before)
+        assert np.array_equal(target[place : place + nbytes], piece), (nbytes, start, place)
+        assert not target[:place].any() and not target[place + nbytes :].any(), (nbytes, place)
+
+
 def test_the_sum_that_the_standard_gives() -> None:
     """RFC 3720, appendix B.4: 32 bytes of zeros, of ones, counting up and down."""
     if not folded_crc32c.is_possible():

@@ -235,7 +235,8 @@ def test_a_record_that_its_codec_did_not_make(tmp_path: Path, codec: CodecName, 
 
 
 def test_batches_over_more_shards_than_descriptors(tmp_path: Path) -> None:
-    """Eight threads, four descriptors, batches that need ten shards: none waits for ever, none reads from another's file."""
+    """Eight threads, four descriptors, batches that need ten shards: none waits for ever, none reads from another's file, no map
+    outlives its descriptor."""
     counts = _write_counts(tmp_path / "x.st", None, 40)
     np.save(tmp_path / "counts.npy", counts)
     script = (
@@ -252,6 +253,11 @@ def test_batches_over_more_shards_than_descriptors(tmp_path: Path) -> None:
         "    return np.count_nonzero(dataset.reader._files._descriptors >= 0)\n"
         "with ThreadPoolExecutor(8) as pool:\n"
         "    assert max(pool.map(read, range(200))) <= 4\n"
+        "def count_maps():\n"
+        "    return open('/proc/self/maps').read().count('/x.st/shards/')\n"
+        "assert 0 < count_maps() <= 4\n"
+        "dataset.close()\n"
+        "assert count_maps() == 0\n"
     )
     command = [sys.executable, "-c", script, tmp_path / "x.st", tmp_path / "counts.npy"]
     subprocess.run(command, check=True, timeout=60)

@@ -1,0 +1,362 @@
+"""Large records are copied from memory maps of published shards: the same bytes, and no map where it would be a danger."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_system_calls import why_no_strace
+
+from stagein.formats import Field, RecordIndex, shard_files
+from stagein.formats.checksums import crc32c
+from stagein.formats.errors import ChecksumError, SourceError
+from stagein.formats.record_reader import RecordReader
+
+BYTES = Field(kind="encoded", dtype="uint8", shape=(None,), encoding="bytes")
+SIZES = [3, 300_001, 70_000, 70_001, 1_000_000, 0, 64 << 10, 500]
+NOBODY = 65534
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A published file with records that lie back to back."""
+    path = tmp_path / "shard"
+    path.write_bytes(np.random.default_rng(0).bytes(sum(SIZES)))
+    path.chmod(0o444)
+    return path
+
+
+def contents_of(shard: Path) -> list[bytes]:
+    content, ends = shard.read_bytes(), np.cumsum(SIZES).tolist()
+    return [content[end - size : end] for size, end in zip(SIZES, ends, strict=True)]
+
+
+def open_reader(shard: Path, contents: list[bytes]) -> RecordReader:
+    sizes = np.array(SIZES, np.uint32)
+    offset = (np.cumsum(sizes) - sizes).astype(np.uint64)
+    sums = np.array([crc32c(content) for content in contents], np.uint32)
+    return RecordReader(BYTES, RecordIndex(np.zeros(len(sizes), np.uint32), offset, sizes, sums), [shard])
+
+
+def maps_of(shard: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(f"{shard}\n")
+
+
+def evict(shard: Path) -> None:
+    with open(shard, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("order", [[1], [0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 1, 6, 4, 4, 0]], ids=str)
+@pytest.mark.parametrize("check", [True, False])
+def test_records_come_from_a_map_as_they_are_and_wherever_they_go(shard: Path, order: list[int], check: bool) -> None:
+    contents = contents_of(shard)
+    reader = open_reader(shard, contents)
+    expected = b"".join(contents[number] for number in order)
+    for shift in (0, 1, 31, 64):
+        buffer = bytearray(b"\xaa" * (len(expected) + 200))
+        packed = reader.read_packed(order, memoryview(buffer)[shift:-100], check=check)
+        assert [view.tobytes() for view in packed] == [contents[number] for number in order]
+        assert buffer[:shift] + buffer[shift + len(expected) :] == b"\xaa" * 200
+    assert maps_of(shard) == 1
+
+
+def test_a_map_is_closed_with_its_shard(shard: Path) -> None:
+    reader = open_reader(shard, contents_of(shard))
+    for _ in range(3):
+        reader.read_packed([1, 4])
+        assert maps_of(shard) == 1
+        reader._files.forget(0)
+        assert maps_of(shard) == 0
+    reader.read_packed([1, 4])
+    reader.close()
+    assert maps_of(shard) == 0
+
+
+COLD = """
+import resource, sys
+from pathlib import Path
+from test_mapped_reads import contents_of, evict, maps_of, open_reader
+shard, other_name = Path(sys.argv[1]), Path(sys.argv[2])
+contents = contents_of(other_name)
+reader = open_reader(shard, contents)
+reader.read_packed([0])
+evict(other_name)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+packed = reader.read_packed([4, 1, 2, 3])
+assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt == faults
+assert maps_of(shard) == 1
+assert [view.tobytes() for view in packed] == [contents[number] for number in (4, 1, 2, 3)]
+"""
+
+
+def test_what_is_not_in_memory_is_read_and_not_waited_for_page_by_page(shard: Path) -> None:
+    """strace has the kernel fetch nothing ahead, which would be in time for some."""
+    if reason := why_no_strace():
+        pytest.skip(reason)
+    other_name = shard.with_name("other name")
+    other_name.hardlink_to(shard)
+    strace = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-P",
+        shard,
+        "-e",
+        "trace=fadvise64",
+        "-e",
+        "inject=fadvise64:retval=0",
+    ]
+    command = [*strace, sys.executable, "-c", COLD, shard, other_name]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
+
+
+@pytest.mark.parametrize("order", [[4], [2, 3, 4]], ids=str)
+def test_a_flipped_bit_is_found(shard: Path, order: list[int]) -> None:
+    reader = open_reader(shard, contents_of(shard))
+    reader.read_packed(order)
+    shard.chmod(0o644)
+    with open(shard, "r+b") as file:
+        file.seek(sum(SIZES[:4]) + 700_000)
+        file.write(bytes(100))
+    with pytest.raises(ChecksumError, match=r"record 4 in .*/shard is damaged"):
+        reader.read_packed(order)
+
+
+def test_before_a_record_is_called_damaged_it_is_read_from_the_disk(shard: Path) -> None:
+    contents = contents_of(shard)
+    evict(shard)
+    if bytes_from_disk(lambda: shard.read_bytes()) == 0:
+        pytest.skip("no disk is read here")
+    contents[4] = bytes(SIZES[4])  # not what the index says
+    reader = open_reader(shard, contents)
+    assert reader.read_packed([4], check=False)
+    with open(shard, "rb") as file:
+        os.fsync(file.fileno())
+
+    def read() -> None:
+        with pytest.raises(ChecksumError, match=r"record 4 in .*/shard is damaged"):
+            reader.read_packed([4])
+
+    assert bytes_from_disk(read) > SIZES[4] // 2  # pages at its ends may be shared with what stays
+
+
+def bytes_from_disk(read: Callable[[], object]) -> int:
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+
+    before = count()
+    read()
+    return count() - before
+
+
+CUT_WHILE_MAPPED = """
+import os, sys
+from pathlib import Path
+from test_mapped_reads import contents_of, maps_of, open_reader
+from stagein.formats.errors import SourceError
+shard, size, order, check = Path(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
+reader = open_reader(shard, contents_of(shard))
+reader.read_packed(order, check=check)
+shard.chmod(0o644)
+os.truncate(shard, size)
+assert maps_of(shard) == 1
+try:
+    reader.read_packed(order, check=check)
+except SourceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("order", [[3], [2, 3]], ids=str)
+@pytest.mark.parametrize("missing", [1, 40_000, 200_000])
+def test_a_shard_cut_while_it_is_mapped_is_an_error_and_no_signal(
+    shard: Path, order: list[int], missing: int, check: bool
+) -> None:
+    """In the page where a file ends, what is behind its end is zeros; in the pages behind that it is SIGBUS."""
+    size = sum(SIZES[:4]) - missing
+    command = [sys.executable, "-c", CUT_WHILE_MAPPED, shard, str(size), str(order), str(check)]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "shard is cut off: the shard has fewer bytes than its manifest says" in result.stdout
+
+
+CUT_WHILE_COPIED = """
+import os, sys, threading
+from pathlib import Path
+from test_mapped_reads import contents_of, open_reader
+from stagein.formats.errors import SourceError
+shard = Path(sys.argv[1])
+reader = open_reader(shard, contents_of(shard))
+later = threading.Timer(0.5, os.truncate, (shard, sum(map(len, contents_of(shard))) - 600))
+reader.read_packed([0], check=False)
+later.start()
+try:
+    reader.read_packed(eval(sys.argv[2]), check=False)
+except SourceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("order", [[6], [6, 7]], ids=str)
+def test_a_shard_cut_between_the_question_and_the_copy(shard: Path, order: list[int]) -> None:
+    """strace holds the process for a second where it has just learnt that the file is whole."""
+    if reason := why_no_strace():
+        pytest.skip(reason)
+    hold = ["-P", shard, "-e", "trace=lseek", "-e", "inject=lseek:delay_exit=1000000"]
+    command = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        *hold,
+        sys.executable,
+        "-c",
+        CUT_WHILE_COPIED,
+        shard,
+        str(order),
+    ]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
+    assert "shard is cut off: the shard has fewer bytes than its manifest says" in result.stdout, result.stderr
+
+
+def test_no_more_maps_than_a_process_may_have(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "_MOST_MAPS", 1)
+    other = shard.with_name("other")
+    shutil.copy(shard, other)
+    contents, size = contents_of(shard), sum(SIZES)
+    index = RecordIndex(
+        np.arange(2, dtype=np.uint32),
+        np.zeros(2, np.uint64),
+        np.full(2, size, np.uint32),
+        np.full(2, crc32c(b"".join(contents)), np.uint32),
+    )
+    reader = RecordReader(BYTES, index, [shard, other])
+    assert reader.read_packed([0, 1]).buffer.tobytes() == b"".join(contents) * 2
+    assert (maps_of(shard), maps_of(other)) == (1, 0)
+
+
+def test_a_record_behind_the_end_of_the_file(shard: Path) -> None:
+    contents = contents_of(shard)
+    shard.chmod(0o644)
+    os.truncate(shard, sum(SIZES[:4]) + 500_000)
+    shard.chmod(0o444)
+    reader = open_reader(shard, contents)
+    with pytest.raises(SourceError, match=r"record 4 in .* is cut off"):
+        reader.read_packed([4])
+    with pytest.raises(SourceError, match=r"record 6 in .* is cut off"):
+        reader.read_packed([6], check=False)
+
+
+def test_a_forked_process_reads_from_the_map_and_closes_its_own(shard: Path) -> None:
+    contents = contents_of(shard)
+    reader = open_reader(shard, contents)
+    reader.read_packed([4])
+    child = os.fork()
+    if child == 0:
+        is_right = maps_of(shard) == 1 and [view.tobytes() for view in reader.read_packed([4, 1])] == [
+            contents[4],
+            contents[1],
+        ]
+        reader.close()
+        os._exit(0 if is_right and maps_of(shard) == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert reader.read_packed([4])[0].tobytes() == contents[4]
+    assert maps_of(shard) == 1
+
+
+def test_a_file_that_somebody_may_write_to_is_not_mapped(shard: Path) -> None:
+    contents = contents_of(shard)
+    shard.chmod(0o464)
+    reader = open_reader(shard, contents)
+    assert reader.read_packed([4])[0].tobytes() == contents[4]
+    assert maps_of(shard) == 0
+
+
+NOT_MAPPED = """
+import resource, sys
+from pathlib import Path
+from test_mapped_reads import contents_of, maps_of, open_reader
+shard, most_memory_bytes = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (most_memory_bytes, most_memory_bytes))
+contents = contents_of(shard)
+reader = open_reader(shard, contents)
+assert reader.read_packed([4])[0].tobytes() == contents[4]
+assert maps_of(shard) == 0
+"""
+
+
+def test_nothing_is_mapped_where_addresses_are_rationed(shard: Path) -> None:
+    command = [sys.executable, "-c", NOT_MAPPED, shard, str(1 << 40)]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
+
+
+def test_a_file_system_that_maps_nothing(shard: Path) -> None:
+    if reason := why_no_strace():
+        pytest.skip(reason)
+    strace = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-P",
+        shard,
+        "-e",
+        "trace=mmap",
+        "-e",
+        "inject=mmap:error=ENODEV",
+    ]
+    command = [*strace, sys.executable, "-c", NOT_MAPPED, shard, str(resource.RLIM_INFINITY)]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can read: those of pytest are its user's."""
+    folder = Path(tempfile.mkdtemp(prefix="stagein-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+ANOTHER_USER = f"""
+import os, sys
+from pathlib import Path
+from test_mapped_reads import contents_of, evict, maps_of, open_reader
+shard, is_mapped = Path(sys.argv[1]), sys.argv[2] == "mapped"
+contents = contents_of(shard)
+reader = open_reader(shard, contents)
+open_reader(Path(sys.executable), contents).read_packed([0], check=False)  # another user cannot import what that imports
+reader.read_packed([0] if is_mapped else [])
+evict(shard)
+os.setuid({NOBODY})
+assert [view.tobytes() for view in reader.read_packed([4, 1])] == [contents[4], contents[1]]
+assert maps_of(shard) == is_mapped
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize("when", ["not mapped", "mapped"])
+def test_the_kernel_does_not_tell_what_is_in_memory_of_a_file_of_others(
+    shard: Path, open_folder: Path, when: str
+) -> None:
+    """It is not mapped; if it was while it was ours, its bytes are right nevertheless."""
+    shutil.copy(shard, open_folder / "shard")
+    subprocess.run(
+        [sys.executable, "-c", ANOTHER_USER, open_folder / "shard", when],
+        cwd=Path(__file__).parent,
+        check=True,
+        timeout=100,
+    )
