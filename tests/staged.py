@@ -1,7 +1,10 @@
 """What a staged copy must be, and where its parts lie: for the tests of stage-in."""
 
 import json
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from stagein.cache import READY_NAME
 from stagein.formats.manifest import Manifest
@@ -40,6 +43,18 @@ def flip_byte(path: Path, offset: int) -> None:
         value = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([value ^ 1]))
+
+
+def preadv_refusing(names: Sequence[str], error_number: int) -> Callable[..., int]:
+    """An os.preadv that fails on files of these names, as where a server or a permission is gone."""
+    preadv = os.preadv
+
+    def refusing(descriptor: int, *words: Any) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name in names:
+            raise OSError(error_number, os.strerror(error_number))
+        return preadv(descriptor, *words)
+
+    return refusing
 
 
 def journaled_chunks(source: Path, to: Path | str) -> int:

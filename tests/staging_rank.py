@@ -4,6 +4,7 @@ The last line of output of rank 0 is a JSON object: the receipt, and the bytes t
 """
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from staged import flip_byte
+from staged import flip_byte, preadv_refusing
 from synthetic import CHUNK_BYTES
 
 from stagein import chunk_io, neighbours, ring
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
         "--disk-gets-full", action="store_true", help="the room that the plan saw is gone when it is used"
     )
     parser.add_argument("--damage-source", action="store_true", help="as soon as all files were found to be there")
+    parser.add_argument("--unreadable", help="name of a file of the source that this rank may not read")
     parser.add_argument("--on-rank", type=int, default=0, help="the rank that has the fault")
     parser.add_argument("--slow-alone", action="store_true", help="--slow-seconds are for that rank only")
     parser.add_argument(
@@ -60,6 +62,8 @@ def plant_faults(arguments: argparse.Namespace) -> None:
     if arguments.damage_source:
         find_missing = NodeCopy.find_missing
         NodeCopy.find_missing = lambda *words: (damage_source(arguments.source / "shards"), find_missing(*words))[1]
+    if arguments.unreadable:
+        os.preadv = preadv_refusing([arguments.unreadable], errno.EACCES)
     if arguments.flip_arrivals:
         after_arrival, arrivals = ring.Engine._after_arrival, itertools.count()
 

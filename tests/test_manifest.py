@@ -1,6 +1,7 @@
 """A manifest is trusted only when it is whole, its own, and adds up."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def content(jpeg_dataset: Dataset) -> dict[str, Any]:
 
 def test_it_survives_a_round_trip(jpeg_dataset: Dataset) -> None:
     assert Manifest.parse(jpeg_dataset.manifest.to_bytes(), "copy") == jpeg_dataset.manifest
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(SourceError, match="not a regular file"):
+        Manifest.load(tmp_path)
 
 
 def _parse(content: dict[str, Any], *, keep_id: bool = False) -> Manifest:

