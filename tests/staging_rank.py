@@ -1,6 +1,7 @@
 """One rank of a stage-in under test: `staging_rank.py SOURCE TO [OPTIONS]`, with the faults that a test asks for.
 
-The last line of output of rank 0 is a JSON object: the receipt, and the bytes that all ranks read by read calls.
+The last line of output of rank 0 is a JSON object: the receipt, the bytes that all ranks read by read calls, and by how many
+bytes the memory of each rank has grown at most.
 """
 
 import argparse
@@ -97,6 +98,12 @@ def read_call_bytes() -> int:
     return int(fields["rchar"])
 
 
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had so far."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
 def main() -> None:
     arguments = parse()
     communicator: Communicator = connect()
@@ -105,7 +112,7 @@ def main() -> None:
         read_slowly(arguments.slow_seconds)
     if faulty:
         plant_faults(arguments)
-    before, views = read_call_bytes(), []
+    before, memory_before, views = read_call_bytes(), peak_memory_bytes(), []
     try:
         receipt = stage(
             arguments.source,
@@ -125,9 +132,10 @@ def main() -> None:
             print(f"stagein: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     read_bytes = sum(communicator.gather_all(read_call_bytes() - before))
+    grown_bytes = communicator.gather_all(peak_memory_bytes() - memory_before)
     if communicator.world.rank == 0:
-        report = {"receipt": receipt.model_dump(), "read_call_bytes": read_bytes, "views": [asdict(v) for v in views]}
-        print(json.dumps(report), flush=True)
+        report = {"receipt": receipt.model_dump(), "read_call_bytes": read_bytes, "grown_bytes": grown_bytes}
+        print(json.dumps(report | {"views": [asdict(view) for view in views]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -673,6 +673,26 @@ def test_a_dry_run_probes_all_nodes_and_leaves_nothing(source: Path, node_disks:
 
 
 @pytest.mark.mpi
+def test_the_memory_of_each_rank_stays_within_its_budget(tmp_path: Path, node_disks: str) -> None:
+    """However slowly one node reads: of 64 MiB, each rank holds the 8 it may, and little beside them."""
+    write_dataset(tmp_path / "large", [16 << 20] * 4, (), chunk_bytes=1 << 20)
+    words = [
+        "--policy",
+        "replicate",
+        "--memory-bytes",
+        8 << 20,
+        "--slow-seconds",
+        "0.02",
+        "--slow-alone",
+        "--on-rank",
+        1,
+    ]
+    result, report = stage_over_ranks(tmp_path / "large", node_disks, "abc", *words)
+    assert report is not None, result.stderr
+    assert max(report["grown_bytes"]) < 16 << 20
+
+
+@pytest.mark.mpi
 def test_partition_gives_each_shard_to_one_node(source: Path, node_disks: str) -> None:
     result, report = stage_over_ranks(source, node_disks, "aab", "--policy", "partition")
     assert report is not None, result.stderr
