@@ -49,9 +49,9 @@ class NodeReceipt(BaseModel):
         return self.prepare_seconds + self.transfer_seconds + self.publish_seconds
 
     @property
-    def gigabytes_per_second(self) -> float:
-        """Bytes written to this node over the time of all phases, in 1e9 bytes a second."""
-        return self.written_bytes / 1e9 / self.seconds if self.seconds else 0.0
+    def bytes_per_second(self) -> float:
+        """Bytes written to this node over the time of all phases."""
+        return self.written_bytes / self.seconds if self.seconds else 0.0
 
 
 class Bound(BaseModel):

@@ -39,10 +39,14 @@ def test_a_view_in_one_line_and_on_a_terminal() -> None:
     line = "70% of 20.0 GB, 233.3 MB/s, 40 s left; slowest slow: 60%, 100.0 MB/s"
     assert summary(VIEW) == line
     assert summary(LiveView("publishing", 2.0, VIEW.nodes)) == "publishing for 2.0 s"
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)
     console.print(render(VIEW))
-    rows = console.file.getvalue().splitlines()
-    assert line in rows[0] and [row.split()[0] for row in rows[-2:]] == ["slow", "quick"]
+    rows = [row.strip() for row in console.file.getvalue().splitlines()]
+    assert rows[0] == "staging: 70% of 20.0 GB, 233.3 MB/s, 40 s left"
+    assert [" ".join(row.split()) for row in rows[-2:]] == [
+        "slow 6.0 GB 10.0 GB 60% 100.0 MB/s",
+        "quick 8.0 GB 10.0 GB 80% 133.3 MB/s",
+    ]
 
 
 def test_a_job_log_gets_a_line_every_ten_seconds(
@@ -82,3 +86,16 @@ def test_the_first_rank_hears_of_all_nodes(source: Path, tmp_path: Path) -> None
     moving = [view for view in views if view["phase"] == "moving" and view["nodes"]]
     assert moving and any(all(node["done_bytes"] for node in view["nodes"]) for view in views)
     assert all(node["done_bytes"] <= node["total_bytes"] for view in views for node in view["nodes"])
+
+
+@pytest.mark.mpi
+def test_a_receipt_of_several_nodes_fits_a_terminal(source: Path, tmp_path: Path) -> None:
+    for node in "ab":
+        (tmp_path / f"nvme-{node}").mkdir()
+    command = [sys.executable, "-m", "stagein.tools", "stage", source, "--to", tmp_path / "nvme-{node}"]
+    result = run_ranks(2, *command, nodes="ab")
+    assert result.returncode == 0, result.stderr
+    sentence, *table = result.stdout.splitlines()
+    assert "slowest node " in sentence and " 0.00 " not in sentence
+    assert len(table) == 3 and all(len(row.rstrip()) <= 80 for row in table)
+    assert table[0].split() == ["node", "read", "received", "written", "reused", "prepare", "move", "publish", "rate"]

@@ -51,14 +51,17 @@ def summary(view: LiveView) -> str:
         return f"waiting for {seconds_text(view.seconds)}: {view.waits_for} is staging the same data set"
     if view.phase != "moving" or not view.total_bytes:
         return f"{view.phase} for {seconds_text(view.seconds)}"
+    slowest = view.slowest
+    if slowest is None or len(view.nodes) == 1:
+        return _overall(view)
+    return f"{_overall(view)}; slowest {slowest.name}: {slowest.share:.0%}, {bytes_text(slowest.bytes_per_second)}/s"
+
+
+def _overall(view: LiveView) -> str:
+    """All nodes of a stage-in that moves, together."""
     rate = sum(node.bytes_per_second for node in view.nodes)
     text = f"{view.done_bytes / view.total_bytes:.0%} of {bytes_text(view.total_bytes)}, {bytes_text(rate)}/s"
-    if view.seconds_left is not None:
-        text += f", {seconds_text(view.seconds_left)} left"
-    slowest = view.slowest
-    if slowest is not None and len(view.nodes) > 1:
-        text += f"; slowest {slowest.name}: {slowest.share:.0%}, {bytes_text(slowest.bytes_per_second)}/s"
-    return text
+    return text if view.seconds_left is None else f"{text}, {seconds_text(view.seconds_left)} left"
 
 
 def render(view: LiveView) -> Group:
@@ -68,11 +71,14 @@ def render(view: LiveView) -> Group:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    parts: list[str | Padding | Table] = [f"staging: {summary(view)}"]
-    if view.phase == "moving" and view.total_bytes:
+    moves = view.phase == "moving" and view.total_bytes
+    parts: list[str | Padding | Table] = [f"staging: {_overall(view) if moves else summary(view)}"]
+    if moves:
         parts.append(Padding(ProgressBar(total=view.total_bytes, completed=view.done_bytes, width=60), 0))
     if len(view.nodes) > 1:
-        table = Table("node", "done", "of", "", "GB/s", box=None)
+        table = Table("node", box=None)
+        for column in ("done", "of", "", "rate"):
+            table.add_column(column, justify="right")
         for node in sorted(view.nodes, key=lambda node: node.share)[:_LISTED_NODES]:
             table.add_row(*_row(node))
         parts.append(table)
@@ -83,4 +89,4 @@ def render(view: LiveView) -> Group:
 
 def _row(node: NodeProgress) -> tuple[str, ...]:
     done, total = bytes_text(node.done_bytes), bytes_text(node.total_bytes)
-    return node.name, done, total, f"{node.share:.0%}", f"{node.bytes_per_second / 1e9:.2f}"
+    return node.name, done, total, f"{node.share:.0%}", f"{bytes_text(node.bytes_per_second)}/s"

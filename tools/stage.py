@@ -7,7 +7,7 @@ from rich.table import Table
 
 from stagein.cache import expand_node
 from stagein.formats.errors import NoTimeError
-from stagein.receipt import Receipt
+from stagein.receipt import NodeReceipt, Receipt
 from stagein.stage_plan import PlanSummary, Policy, Prediction
 from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
 from stagein.world import connect
@@ -129,21 +129,24 @@ def _print_receipt(receipt: Receipt, as_json: bool) -> None:
 def _pace_text(receipt: Receipt) -> str:
     slowest, bound = receipt.slowest, receipt.bound
     node = f"slowest node {slowest.node}: " if len(receipt.nodes) > 1 else ""
-    pace = f"{node}{slowest.gigabytes_per_second:.2f} GB/s"
+    pace = f"{node}{_rate_text(slowest)}"
     if bound is None:
         return pace
     return f"{pace}; bound by the {bound.resource} of {bound.node}, busy for {bound.percent:.0f} % of the time"
 
 
+def _rate_text(node: NodeReceipt) -> str:
+    return f"{bytes_text(node.bytes_per_second)}/s"
+
+
 def _print_nodes(receipt: Receipt) -> None:
-    table = Table()
-    for column in ("node", "read", "from nodes", "written", "there already", "prepare", "move", "publish", "GB/s"):
-        table.add_column(column)
+    table = Table("node", box=None)
+    for column in ("read", "received", "written", "reused", "prepare", "move", "publish", "rate"):
+        table.add_column(column, justify="right")
     for node in sorted(receipt.nodes, key=lambda node: -node.seconds)[:_LISTED_NODES]:
         sizes = (node.read_bytes, node.received_bytes, node.written_bytes, node.reused_bytes)
         phases = (node.prepare_seconds, node.transfer_seconds, node.publish_seconds)
-        rate = f"{node.gigabytes_per_second:.2f}"
-        table.add_row(node.node, *map(bytes_text, sizes), *map(seconds_text, phases), rate)
+        table.add_row(node.node, *map(bytes_text, sizes), *map(seconds_text, phases), _rate_text(node))
     print_table(table)
     if len(receipt.nodes) > _LISTED_NODES:
         say(f"and {len(receipt.nodes) - _LISTED_NODES} more nodes, which were quicker; --json lists all")
