@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -78,26 +78,37 @@ class FinishedShard:
     """What its records were counted under, added up."""
 
 
-def start_shard(
-    folder: Path,
-    number: int,
-    first: int,
-    content: ShardContent,
-    layout: ShardLayout,
-    skipped: tuple[RefusedRecord, ...] = (),
-    counts: Mapping[str, int] | None = None,
-) -> Callable[[], FinishedShard]:
-    """Lay out the files of shard `number` of the data set growing in `folder`; returns what writes and publishes them, in any thread.
-
-    One without records has no files. Both raise OSError as the file system does.
+class GrowingShard:
+    """Shard `number` of the data set growing in `folder`: its files are laid out when this is made, then written, then published;
+    the latter two in any thread. One without records has no files. All raise OSError as the file system does.
     """
-    names = content.large_fields if content.records else ()
-    files = {name: ShardFile(folder, number, first, name, content, layout) for name in names}
 
-    def finish() -> FinishedShard:
-        large = {}
-        for name, file in files.items():
-            entry, offset = file.finish()
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        first: int,
+        content: ShardContent,
+        layout: ShardLayout,
+        skipped: tuple[RefusedRecord, ...] = (),
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        names = content.large_fields if content.records else ()
+        self._files = {name: ShardFile(folder, number, first, name, content, layout) for name in names}
+        self._content = content
+        self._skipped = skipped
+        self._counts = dict(counts or {})
+
+    def write(self) -> None:
+        """Write the large fields; the memory of their payloads is not needed any more then."""
+        for file in self._files.values():
+            file.write()
+
+    def publish(self) -> FinishedShard:
+        """Have all of it on the disk, under its names."""
+        content, large = self._content, {}
+        for name, file in self._files.items():
+            entry, offset = file.publish()
             field = content.large_fields[name]
             large[name] = FinishedField(entry, len(field.payload), offset, field.nbytes, field.crc32c)
         ragged = {
@@ -106,9 +117,7 @@ def start_shard(
             if content.records
         }
         columns = dict(content.columns) if content.records else {}
-        return FinishedShard(content.records, large, ragged, columns, skipped, dict(counts or {}))
-
-    return finish
+        return FinishedShard(content.records, large, ragged, columns, self._skipped, self._counts)
 
 
 def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, layout: ShardLayout) -> FinishedShard:
@@ -127,7 +136,9 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     }
     mine = {name: FieldContent(payload, in_payload, old.nbytes, old.crc32c)}
     content = ShardContent(shard.records, mine, ragged, shard.columns)
-    entry, offset = ShardFile(folder, number, old.entry.first, name, content, layout).finish()
+    file = ShardFile(folder, number, old.entry.first, name, content, layout)
+    file.write()
+    entry, offset = file.publish()
     rewritten = FinishedField(entry, old.payload_bytes, offset, old.nbytes, old.crc32c)
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .assembly import FinishedShard, fingerprint, journal_shard, resume_shard, start_shard
+from .assembly import FinishedShard, GrowingShard, fingerprint, journal_shard, resume_shard
 from .shards import ShardBuffers, ShardBuilder, ShardLayout, ShardPlan
 from .source import BatchedPart, RefusedRecord, SourcePart
 from .values import BadValueError
@@ -49,8 +49,9 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     bad, counts = _fill(builder, task)
     if bad and not task.skip_bad:
         return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
-    finish = start_shard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
-    shard = finish()
+    growing = GrowingShard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
+    growing.write()
+    shard = growing.publish()
     journal_shard(task.folder, number, mark, shard)
     return ShardResult(task.plan, shard, reused=False)
 

@@ -501,9 +501,10 @@ class _Placement:
 
 
 class ShardFile:
-    """The file of the large field `name` in shard `number` of the data set at `folder`: laid out when it is made, then finished.
+    """The file of the large field `name` in shard `number` of the data set at `folder`: laid out when it is made, then written,
+    then published; the latter two in any thread, mostly off the GIL.
 
-    Raises OSError as the file system does; nothing is left under the final name then.
+    All three raise OSError as the file system does; nothing is left under the final name then.
     """
 
     def __init__(
@@ -514,6 +515,8 @@ class ShardFile:
         self._name = name
         self._content = content
         self._layout = layout
+        self._sums = ""
+        self._nbytes = 0
         path = folder / self._relative
         path.parent.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -521,13 +524,11 @@ class ShardFile:
             self._placement = _lay_out(self._part, name, content, layout)
             self._publication = stack.pop_all()
 
-    def finish(self) -> tuple[ShardEntry, NDArray[np.uint64]]:
-        """Write the payload and publish the file, in any thread, mostly off the GIL.
-
-        Returns its manifest entry and the offset of every record in it.
-        """
+    def write(self) -> None:
+        """Write the payload, of which the memory is not needed any more then."""
         placement, layout, mine = self._placement, self._layout, self._content.large_fields[self._name]
-        with self._publication:
+        with contextlib.ExitStack() as failed:
+            failed.push(self._publication)
             descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 if placement.index_offset is not None:
@@ -535,20 +536,26 @@ class ShardFile:
                         self._name, placement.data_offset, len(mine.payload), placement.offset, mine.nbytes
                     )
                     pwrite_all(descriptor, index, placement.index_offset)
-                nbytes = os.fstat(descriptor).st_size
-                sums = _write_payload(descriptor, nbytes, placement.payload_offset, mine.payload, layout.chunk_bytes)
+                self._nbytes = os.fstat(descriptor).st_size
+                offset = placement.payload_offset
+                self._sums = _write_payload(descriptor, self._nbytes, offset, mine.payload, layout.chunk_bytes).hex()
             finally:
                 os.close(descriptor)
+            failed.pop_all()
+
+    def publish(self) -> tuple[ShardEntry, NDArray[np.uint64]]:
+        """Have the file on the disk, and give it its name. Returns its manifest entry and the offset of every record in it."""
+        self._publication.close()
         entry = ShardEntry(
             file=self._relative,
-            nbytes=nbytes,
-            xxh3_128=sums.hex(),
+            nbytes=self._nbytes,
+            xxh3_128=self._sums,
             field=self._name,
             records=self._content.records,
             first=self._first,
-            data_offset=placement.data_offset,
+            data_offset=self._placement.data_offset,
         )
-        return entry, placement.offset
+        return entry, self._placement.offset
 
 
 def _lay_out(part: Path, name: str, content: ShardContent, layout: ShardLayout) -> _Placement:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .assembly import FinishedShard, GrowingDataset, fingerprint, rewrite_field, start_shard
+from .assembly import FinishedShard, GrowingDataset, GrowingShard, fingerprint, rewrite_field
 from .codec_trial import TRIED_RECORDS, CodecTrial
 from .codecs import Codec, CodecChoice, parse_codec
 from .errors import UsageError, destination_error
@@ -38,6 +38,8 @@ Rows: TypeAlias = dict[str, NDArray[np.generic]]
 
 _SHARDS_IN_MEMORY = 2
 """One fills while the others are written."""
+_SHARDS_ON_THE_WAY = 4
+"""Those that are written, or waited for until the disk has them: it is not to fall behind by more."""
 _TRIED_BYTES = 64 << 20
 """When the first records have so many bytes, they are enough to settle what is not yet."""
 
@@ -208,7 +210,8 @@ class Writer:
 
 
 class _ShardWriter:
-    """Deals records to shards as they come; each that is full is written by a thread while the next one fills."""
+    """Deals records to shards as they come; each that is full is written by a thread while the next one fills, and another thread
+    waits until it is on the disk."""
 
     def __init__(self, growing: GrowingDataset, layout: ShardLayout, shard_bytes: int) -> None:
         self.schema = layout.schema
@@ -216,8 +219,10 @@ class _ShardWriter:
         self._layout = layout
         self._shard_bytes = shard_bytes
         self._buffers: deque[ShardBuffers] = deque({} for _ in range(_SHARDS_IN_MEMORY))
-        self._threads = ThreadPoolExecutor(_SHARDS_IN_MEMORY - 1, thread_name_prefix="stagein writer")
-        self._finishing: deque[Future[FinishedShard]] = deque()
+        self._writing = ThreadPoolExecutor(_SHARDS_IN_MEMORY - 1, thread_name_prefix="stagein writer")
+        self._publishing = ThreadPoolExecutor(1, thread_name_prefix="stagein publisher")
+        self._unwritten: deque[Future[None]] = deque()
+        self._unpublished: deque[Future[FinishedShard]] = deque()
         self._finished: list[FinishedShard] = []
         self._shards = self._records = 0
         """Shards that are full, and the records in them."""
@@ -251,7 +256,8 @@ class _ShardWriter:
 
     def end(self) -> None:
         """Write no more: what is being written is waited for."""
-        self._threads.shutdown(cancel_futures=True)
+        self._writing.shutdown(cancel_futures=True)
+        self._publishing.shutdown(cancel_futures=True)
 
     def _widen(self, place: int, nbytes: int) -> None:
         """Make room for one record larger than a shard, which then has a shard to itself.
@@ -288,23 +294,27 @@ class _ShardWriter:
         if last and not self._shards:  # the only one: a full shard would have a much larger Zarr index
             rows = {name: content.rows(name, field) for name, field in self.schema.large_fields.items()}
             self._layout = replace(self._layout, capacity=rows)
-        while len(self._finishing) >= _SHARDS_IN_MEMORY - 1:
+        with self._os_errors_as_sentences():
+            shard = GrowingShard(self._growing.folder, self._shards, self._records, content, self._layout)
+            while len(self._unwritten) >= _SHARDS_IN_MEMORY - 1:
+                self._unwritten.popleft().result()
+        while len(self._unpublished) >= _SHARDS_ON_THE_WAY:
             self._await_shard()
-        with self._os_errors_as_sentences():  # HDF5 needs the GIL: here it is at hand
-            finish = start_shard(self._growing.folder, self._shards, self._records, content, self._layout)
-        self._finishing.append(self._threads.submit(finish))
+        written = self._writing.submit(shard.write)
+        self._unwritten.append(written)
+        self._unpublished.append(self._publishing.submit(_publish, written, shard))
         self._shards += 1
         self._records += content.records
         self._buffers.rotate(-1)
         self._builder = self._new_builder()
 
     def _await_shards(self) -> None:
-        while self._finishing:
+        while self._unpublished:
             self._await_shard()
 
     def _await_shard(self) -> None:
         with self._os_errors_as_sentences():
-            self._finished.append(self._finishing.popleft().result())
+            self._finished.append(self._unpublished.popleft().result())
 
     @contextmanager
     def _os_errors_as_sentences(self) -> Iterator[None]:
@@ -312,6 +322,11 @@ class _ShardWriter:
             yield
         except OSError as error:
             raise destination_error(error, "writing", self._growing.target) from error
+
+
+def _publish(written: Future[None], shard: GrowingShard) -> FinishedShard:
+    written.result()
+    return shard.publish()
 
 
 def _row_bytes(record: Rows, schema: Schema) -> Sequence[Stored]:
