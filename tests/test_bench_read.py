@@ -33,5 +33,6 @@ def test_decoding_with_one_thread_and_with_several(tmp_path: Path, codec: str) -
         for line in [json.loads(line) for line in output.splitlines() if line[0] == "{"]
     }
     peers = {"h5py"} if codec == "lz4" else {"h5py", "tensorstore"}
-    assert rates.keys() == {"stagein, 1 thread", "stagein, 3 threads", *peers}
+    assert rates.keys() == {"stagein, 1 thread", "stagein, 3 threads", "3 processes", *peers}
+    assert output.splitlines()[-1].startswith("stagein, 3 threads beside 3 processes: ")
     assert all(rate > 0 for of_rounds in rates.values() for rate in of_rounds)

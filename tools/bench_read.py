@@ -51,8 +51,8 @@ def run_write(record_bytes: int, total_bytes: int, rounds: int, work: Path | Non
     writers |= {peer.name: peer.write for peer in PEERS if peer.name != "tensorstore"}
     rates: dict[str, list[float]] = {name: [] for name in writers}
     with tempfile.TemporaryDirectory(prefix="stagein-bench-", dir=work) as folder:
-        for _ in range(rounds):
-            for name in list(rates):
+        for number in range(rounds):
+            for name in list(rates)[:: 1 if number % 2 == 0 else -1]:  # none always comes after the same other
                 target = Path(folder) / "x"
                 os.sync()
                 started = time.perf_counter()

@@ -305,7 +305,7 @@ def bench_decode(
 @bench_app.command("write")
 def bench_write(
     record_bytes: RecordBytes = 110_000,
-    total_bytes: TotalBytes = 200_000_000,
+    total_bytes: TotalBytes = 800_000_000,
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
