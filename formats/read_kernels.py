@@ -46,7 +46,7 @@ _PROBES = 8
 _AHEAD_BYTES = 128 << 10
 """A hint of more bytes is cut to the readahead of the device, which may be as little as this."""
 
-MAPPED_BYTES = 32 << 10
+MAPPED_BYTES = 16 << 10
 """What is smaller is not worth asking whether it is in memory."""
 NOT_MAPPED = 0
 _PAGE_BYTES = mmap.PAGESIZE
@@ -130,7 +130,7 @@ def copy_and_sum(check: bool, before: np.uint32, source: int, nbytes: int, targe
 
 @kernel
 def is_cut(descriptor: int, end: int) -> bool:
-    """Whether a file has fewer bytes than that. Of one that was cut the last page of a memory map has zeros at its end."""
+    """Whether a file has fewer bytes than that."""
     return lseek(descriptor, 0, _SEEK_END) < end  # type: ignore[no-any-return]
 
 
@@ -158,7 +158,10 @@ def read_record(
         trouble, found = read_and_sum(descriptor, target, nbytes, offset, before, piece_bytes)
     else:
         trouble = read_exactly(descriptor, target, nbytes, offset)
-    return DAMAGED if trouble == 0 and check and found != after else trouble
+    is_wrong = check and found != after
+    if trouble == 0 and (is_wrong or not check) and source != NOT_MAPPED and is_cut(descriptor, offset + nbytes):
+        return CUT_OFF
+    return DAMAGED if trouble == 0 and is_wrong else trouble
 
 
 @kernel
@@ -172,7 +175,8 @@ def copy_or_read(
     before: np.uint32,
     piece_bytes: int,
 ) -> tuple[int, np.uint32]:
-    """As `read_and_sum`, but what is in memory is copied from there: `source` is the address of the bytes in a memory map."""
+    """As `read_and_sum`, but what is in memory is copied from there: `source` is the address of the bytes in a memory map. Zeros
+    come behind the end of a file that is cut meanwhile."""
     found = before
     for start in range(0, nbytes, piece_bytes):
         length = min(piece_bytes, nbytes - start)
@@ -182,7 +186,7 @@ def copy_or_read(
         trouble, found = read_and_sum(descriptor, target + start, length, offset + start, found, piece_bytes)
         if trouble != 0:
             return trouble, found
-    return CUT_OFF if is_cut(descriptor, offset + nbytes) else 0, found
+    return 0, found
 
 
 @kernel
@@ -227,7 +231,7 @@ def read_neighbours(
             found = crc32c_extend(seed, targets[number], nbytes[number])
         if check and found != after[number]:
             return number, CUT_OFF if is_mapped and is_cut(descriptor, offset + run_bytes) else DAMAGED
-    return 0, CUT_OFF if is_mapped and is_cut(descriptor, offset + run_bytes) else 0
+    return 0, CUT_OFF if is_mapped and not check and is_cut(descriptor, offset + run_bytes) else 0
 
 
 @kernel

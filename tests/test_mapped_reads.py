@@ -196,24 +196,25 @@ import os, sys, threading
 from pathlib import Path
 from test_mapped_reads import contents_of, open_reader
 from stagein.formats.errors import SourceError
-shard = Path(sys.argv[1])
+shard, order, check = Path(sys.argv[1]), eval(sys.argv[2]), eval(sys.argv[3])
 reader = open_reader(shard, contents_of(shard))
 later = threading.Timer(0.5, os.truncate, (shard, sum(map(len, contents_of(shard))) - 600))
 reader.read_packed([0], check=False)
 later.start()
 try:
-    reader.read_packed(eval(sys.argv[2]), check=False)
+    reader.read_packed(order, check=check)
 except SourceError as error:
     print(error)
 """
 
 
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("order", [[6], [6, 7]], ids=str)
-def test_a_shard_cut_between_the_question_and_the_copy(shard: Path, order: list[int]) -> None:
-    """strace holds the process for a second where it has just learnt that the file is whole."""
+def test_a_shard_cut_between_the_question_and_the_copy(shard: Path, order: list[int], check: bool) -> None:
+    """strace holds the process for two seconds where it has just learnt that the file is whole."""
     if reason := why_no_strace():
         pytest.skip(reason)
-    hold = ["-P", shard, "-e", "trace=lseek", "-e", "inject=lseek:delay_exit=1000000"]
+    hold = ["-P", shard, "-e", "trace=lseek", "-e", "inject=lseek:delay_exit=2000000"]
     command = [
         "strace",
         "-f",
@@ -226,6 +227,7 @@ def test_a_shard_cut_between_the_question_and_the_copy(shard: Path, order: list[
         CUT_WHILE_COPIED,
         shard,
         str(order),
+        str(check),
     ]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
     assert "shard is cut off: the shard has fewer bytes than its manifest says" in result.stdout, result.stderr
