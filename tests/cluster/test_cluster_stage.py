@@ -101,7 +101,11 @@ def test_a_disk_that_cannot_be_used_on_one_node_is_named_before_anything_moves(s
             result.stderr.count("stagein: ") == 1
             and "mounted at /mnt on node node2, but on the one at" in result.stderr
         )
-        assert not any(list(node.disk.iterdir()) for node in cluster.nodes)
+        cluster.nodes[1].do(f"rmdir {LOCAL}")
+        result = stage(cluster, source)
+        assert result.returncode == ExitCode.USAGE
+        assert result.stderr.count("stagein: ") == 1 and "on node node2 is not a folder" in result.stderr
+        assert not any(node.disk.exists() and list(node.disk.iterdir()) for node in cluster.nodes)
 
 
 def test_the_file_system_of_the_source_is_no_destination(source: Path, tmp_path: Path) -> None:
