@@ -51,10 +51,15 @@ def _compile(*, copies: bool) -> int:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(_Generator(copies).module)), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly(_NAME, copies=copies)), machine)
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address(_NAME))
+
+
+def assembly(name: str, *, copies: bool) -> str:
+    """The function, under this name, as LLVM IR."""
+    return str(_Generator(name, copies).module)
 
 
 _NAME = "folded_crc32c"
@@ -65,9 +70,9 @@ _engines: list[Any] = []
 class _Generator:
     """Makes `module`, with the function in it."""
 
-    def __init__(self, copies: bool) -> None:
+    def __init__(self, name: str, copies: bool) -> None:
         self.module = ir.Module()
-        function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, *[_QUAD] * (3 if copies else 2))), _NAME)
+        function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, *[_QUAD] * (3 if copies else 2))), name)
         self._build = ir.IRBuilder(function.append_basic_block())
         before, data, nbytes, *target = function.args
         self._copies_ahead = [self._build.sub(address, data) for address in target]

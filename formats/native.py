@@ -1,13 +1,11 @@
 """Native kernels: functions that numba compiles once, keeps on disk, and runs off the GIL.
 
 Kernels do not check bounds of arrays by themselves: whoever writes one does, and tries it with NUMBA_BOUNDSCHECK=1. Import a
-module with kernels where it is used: numba takes half a second to load.
+module with kernels where it is used: numba takes half a second to load. What every training process calls does without it:
+`native_code.NativeKernel`.
 """
 
-import functools
-import hashlib
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, SupportsInt, TypeVar
@@ -16,13 +14,17 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .native_code import sources_digest
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_IMPORT = re.compile(rb"^\s*from (\.|stagein\.formats\.)(\w+) import", re.MULTILINE)
+_only_for_kernels: dict[str, bool] = {}
+"""Options of numba for kernels that Python does not call."""
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc, unused-ignore]
@@ -32,32 +34,31 @@ class _KernelCache(FunctionCache):  # type: ignore[misc, unused-ignore]
 
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         key: tuple[Any, ...] = super()._index_key(signature, codegen)  # type: ignore[no-untyped-call, unused-ignore]
-        return (*key, _sources_digest(Path(inspect.getfile(self._py_func))))
-
-
-@functools.cache
-def _sources_digest(module: Path) -> str:
-    """The sha256 of a module and of all modules of ours that it imports, directly or not."""
-    pending, sources = [module], dict[Path, bytes]()
-    while pending:
-        path = pending.pop()
-        if path not in sources and path.exists():
-            sources[path] = path.read_bytes()
-            for folder, name in _IMPORT.findall(sources[path]):
-                pending.append((path.parent if folder == b"." else Path(__file__).parent) / f"{name.decode()}.py")
-    digest = hashlib.sha256()
-    for _, source in sorted(sources.items()):
-        digest.update(hashlib.sha256(source).digest())
-    return digest.hexdigest()
+        return (*key, sources_digest(Path(inspect.getfile(self._py_func))))
 
 
 def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """`function` compiled; integers stay 64 bits wide and wrap, other threads run meanwhile."""
-    compiled = numba.njit(nogil=True)(function)
-    if hasattr(compiled, "_cache"):  # it has none when NUMBA_DISABLE_JIT leaves the function as it is
+    return _compiled(function)
+
+
+def float_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The same for arithmetic with real numbers: multiply and add in one, and a division by zero is no error."""
+    return _compiled(function, error_model="numpy", fastmath={"contract"})
+
+
+def _compiled(function: Callable[_Arguments, _Result], **options: Any) -> Callable[_Arguments, _Result]:
+    compiled: Any = numba.njit(nogil=True, **options, **_only_for_kernels)(function)  # type: ignore[call-overload, unused-ignore]
+    is_kept = hasattr(compiled, "_cache")  # not where NUMBA_DISABLE_JIT leaves the function as it is
+    if is_kept and not _only_for_kernels:
         compiled._cache = _KernelCache(function)  # type: ignore[no-untyped-call, unused-ignore]
     result: Callable[_Arguments, _Result] = compiled
     return result
+
+
+def compile_for_kernels_only() -> None:
+    """From here on, kernels are called by kernels alone and make no arrays: they compile in two thirds of the time."""
+    _only_for_kernels.update(no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
 
 
 @kernel
@@ -77,3 +78,18 @@ def _fetch_add(_context: Any, counter: Any, amount: Any) -> Any:
 
 fetch_add: Callable[[NDArray[np.int64], int], int] = intrinsic(_fetch_add)  # type: ignore[assignment, unused-ignore]
 """(array of one int64, amount) -> what was in it, before `amount` was added: by one thread after the other."""
+
+
+@intrinsic
+def _bytes_on_stack(context: Any, count: Any) -> Any:
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # numba asks again with the constant
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return cgutils.alloca_once(builder, ir.IntType(8), size=count.literal_value)  # type: ignore[no-untyped-call, unused-ignore]
+
+    return types.CPointer(types.uint8)(count), generate  # type: ignore[no-untyped-call, unused-ignore]
+
+
+bytes_on_stack: Any = _bytes_on_stack
+"""(constant) -> so many bytes, until the kernel returns: machine code makes no arrays."""

@@ -4,21 +4,15 @@ Compiled code knows a function by its name, which is looked up when the code is 
 disk. Import this where kernels are used: numba takes half a second to load.
 """
 
-import ctypes
-from types import ModuleType
 from typing import Any
 
 import llvmlite.binding
-import numcodecs.blosc
-import xxhash._xxhash as _xxhash  # type: ignore[import-not-found, unused-ignore]
-from google_crc32c import _crc32c
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import folded_crc32c
-from .errors import StageinError
+from . import folded_crc32c, native_symbols
 
 _ADDRESS = _SIZE = types.intp
 
@@ -27,21 +21,15 @@ def _of_c_library(name: str, result: Any, *arguments: Any) -> Any:
     return types.ExternalFunction(name, result(*arguments))
 
 
-def _of_wheel(extension: ModuleType, name: str, result: Any, *arguments: Any) -> Any:
-    """A function of an extension module, or of a library that it is linked with."""
-    try:
-        function = getattr(ctypes.CDLL(str(extension.__file__)), name)
-    except (OSError, AttributeError):
-        raise StageinError(
-            f"{extension.__name__} as it is installed has no function {name}: install its wheel from the package index"
-        ) from None
-    return _at_address(ctypes.cast(function, ctypes.c_void_p).value, name, result, *arguments)
+def _of_wheel(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of a library inside a wheel."""
+    name = native_symbols.PREFIX + name
+    return _at_address(native_symbols.address_of(name), name, result, *arguments)
 
 
-def _at_address(address: int | None, name: str, result: Any, *arguments: Any) -> Any:
-    unique_name = f"stagein_{name}"  # another library of the process may have a function of the same name
-    llvmlite.binding.add_symbol(unique_name, address)
-    return types.ExternalFunction(unique_name, result(*arguments))
+def _at_address(address: int, name: str, result: Any, *arguments: Any) -> Any:
+    llvmlite.binding.add_symbol(name, address)
+    return types.ExternalFunction(name, result(*arguments))
 
 
 errno_location = _of_c_library("__errno_location", types.CPointer(types.int32))  # type: ignore[no-untyped-call]
@@ -55,7 +43,7 @@ memcpy = _of_c_library("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, _SIZE)
 preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int32, types.int64, types.int32)
 """(descriptor, array of pairs of address and nbytes, pairs, offset, flags) -> bytes read, or -1."""
 
-mincore = _of_c_library("mincore", types.int32, _ADDRESS, _SIZE, _ADDRESS)
+mincore = _of_c_library("mincore", types.int32, _ADDRESS, _SIZE, types.CPointer(types.uint8))  # type: ignore[no-untyped-call]
 """(address of a page in a memory map, nbytes, array of a byte a page) -> 0, or -1. Bit 0 of a byte: the page is in memory."""
 
 lseek = _of_c_library("lseek", types.int64, types.int32, types.int64, types.int32)
@@ -73,20 +61,22 @@ close = _of_c_library("close", types.int32, types.int32)
 clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRESS)
 """(clock, address of seconds and nanoseconds) -> 0, or -1."""
 
+_CRC32C, _CRC32C_COPY = (native_symbols.PREFIX + name for name in ("crc32c_extend", "crc32c_copy"))
 _crc32c_signature = (types.uint32, types.uint32, _ADDRESS, _SIZE)
-crc32c_extend = (
-    _at_address(folded_crc32c.function_address(), "crc32c_extend", *_crc32c_signature)
-    if folded_crc32c.is_possible()
-    else _of_wheel(_crc32c, "crc32c_extend", *_crc32c_signature)
-)
-"""(sum of what comes before, data, nbytes) -> sum of both."""
-
-crc32c_copy = (
-    _at_address(folded_crc32c.copying_function_address(), "crc32c_copy", *_crc32c_signature, _ADDRESS)
-    if folded_crc32c.is_possible()
-    else None
-)
+GENERATED: dict[str, str] = {}
+"""LLVM IR of the functions that are ours, by name."""
+crc32c_copy = None
 """(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go."""
+if folded_crc32c.is_possible():
+    GENERATED = {
+        _CRC32C: folded_crc32c.assembly(_CRC32C, copies=False),
+        _CRC32C_COPY: folded_crc32c.assembly(_CRC32C_COPY, copies=True),
+    }
+    crc32c_extend = _at_address(folded_crc32c.function_address(), _CRC32C, *_crc32c_signature)
+    crc32c_copy = _at_address(folded_crc32c.copying_function_address(), _CRC32C_COPY, *_crc32c_signature, _ADDRESS)
+else:
+    crc32c_extend = _of_wheel("crc32c_extend", *_crc32c_signature)
+"""(sum of what comes before, data, nbytes) -> sum of both."""
 
 pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
 """(descriptor, buffer, nbytes, offset) -> bytes written, or -1."""
@@ -94,18 +84,18 @@ pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types
 sync_file_range = _of_c_library("sync_file_range", types.int32, types.int32, types.int64, types.int64, types.uint32)
 """(descriptor, offset, nbytes, flags) -> 0, or -1."""
 
-xxh3_create = _of_wheel(_xxhash, "XXH3_createState", _ADDRESS)
+xxh3_create = _of_wheel("XXH3_createState", _ADDRESS)
 """() -> state of a sum, 0 without memory."""
 
-xxh3_free = _of_wheel(_xxhash, "XXH3_freeState", types.int32, _ADDRESS)
+xxh3_free = _of_wheel("XXH3_freeState", types.int32, _ADDRESS)
 
-xxh3_reset = _of_wheel(_xxhash, "XXH3_128bits_reset", types.int32, _ADDRESS)
+xxh3_reset = _of_wheel("XXH3_128bits_reset", types.int32, _ADDRESS)
 """(state) -> 0: the sum of nothing yet."""
 
-xxh3_update = _of_wheel(_xxhash, "XXH3_128bits_update", types.int32, _ADDRESS, _ADDRESS, _SIZE)
+xxh3_update = _of_wheel("XXH3_128bits_update", types.int32, _ADDRESS, _ADDRESS, _SIZE)
 """(state, data, nbytes) -> 0."""
 
-_of_wheel(_xxhash, "XXH3_128bits_digest", types.void, _ADDRESS)
+_of_wheel("XXH3_128bits_digest", types.void, _ADDRESS)
 
 
 @intrinsic
@@ -115,7 +105,7 @@ def _xxh3_digest(context: Any, state: Any) -> Any:
     def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.LiteralStructType((word, word)), (word,))
-        function = cgutils.get_or_insert_function(builder.module, kind, "stagein_XXH3_128bits_digest")  # type: ignore[no-untyped-call, unused-ignore]
+        function = cgutils.get_or_insert_function(builder.module, kind, f"{native_symbols.PREFIX}XXH3_128bits_digest")  # type: ignore[no-untyped-call, unused-ignore]
         halves = builder.call(function, arguments)
         return context.make_tuple(builder, signature.return_type, [builder.extract_value(halves, at) for at in (0, 1)])
 
@@ -125,15 +115,11 @@ def _xxh3_digest(context: Any, state: Any) -> Any:
 xxh3_digest: Any = _xxh3_digest
 """(state) -> lower and upper half of the sum."""
 
-blosc_decompress = _of_wheel(
-    numcodecs.blosc, "blosc_decompress_ctx", types.int32, _ADDRESS, _ADDRESS, _SIZE, types.int32
-)
+blosc_decompress = _of_wheel("blosc_decompress_ctx", types.int32, _ADDRESS, _ADDRESS, _SIZE, types.int32)
 """(frame, target, room, threads) -> bytes made, or a negative number. It trusts the size that the frame states."""
 
-zstd_decompress = _of_wheel(numcodecs.blosc, "ZSTD_decompress", _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE)
+zstd_decompress = _of_wheel("ZSTD_decompress", _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE)
 """(target, room, frame, nbytes of the frame) -> bytes made, or a negative number."""
 
-lz4_decompress = _of_wheel(
-    numcodecs.blosc, "LZ4_decompress_safe", types.int32, _ADDRESS, _ADDRESS, types.int32, types.int32
-)
+lz4_decompress = _of_wheel("LZ4_decompress_safe", types.int32, _ADDRESS, _ADDRESS, types.int32, types.int32)
 """(block, target, nbytes of the block, room) -> bytes made, or a negative number."""

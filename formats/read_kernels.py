@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
 from .codecs import LZ4, ZSTD
-from .native import fetch_add, kernel, signed
+from .native import bytes_on_stack, fetch_add, kernel, signed
 from .native_calls import (
     clock_gettime,
     crc32c_copy,
@@ -34,10 +34,7 @@ from .native_calls import (
     preadv2,
     zstd_decompress,
 )
-
-CUT_OFF, DAMAGED, UNDECODABLE = -1, -2, -3
-"""What is wrong with a record, where no error number (above 0) says it: the file ends before it, its crc32c differs, it
-is not what the codec makes of a record."""
+from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 
 WORK_BYTES = MOST_BLOCK_BYTES
 """Of memory that a thread needs to decode, of whatever codec."""
@@ -50,6 +47,7 @@ MAPPED_BYTES = 16 << 10
 """What is smaller is not worth asking whether it is in memory."""
 NOT_MAPPED = 0
 _PAGE_BYTES = mmap.PAGESIZE
+_PAGES_AT_ONCE = 4096
 
 _RWF_NOWAIT = 8
 _FADV_WILLNEED = 3
@@ -60,15 +58,17 @@ _EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
 
 @kernel
 def read_ahead_where_cold(
-    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64]
+    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64], vector: NDArray[np.int64]
 ) -> None:
     """Let the kernel fetch all these ranges at once, should they not be in memory: a disk serves many requests in the time of
-    one. A few ranges are probed, so that this costs nothing where everything is in memory, or cannot be asked."""
+    one. A few ranges are probed, so that this costs nothing where everything is in memory, or cannot be asked.
+
+    vector  memory to work in, three words.
+    """
     count = len(offsets)
     if count == 0:
         return
-    vector = np.ones(3, np.int64)  # the address of its last element, and one byte
-    vector[0] = vector.ctypes.data + 16
+    vector[0], vector[1] = vector.ctypes.data + 16, 1  # the address of its last word, and one byte
     step = max(1, count // _PROBES)
     for number in range(0, count, step):
         last_byte = offsets[number] + max(nbytes[number] - 1, 0)
@@ -114,9 +114,15 @@ def is_in_memory(descriptor: int, source: int, nbytes: int, offset: int) -> bool
     """
     first_page = source // _PAGE_BYTES * _PAGE_BYTES
     length = source + nbytes - first_page
-    pages = np.empty((length + _PAGE_BYTES - 1) // _PAGE_BYTES, np.uint8)
-    is_there = mincore(first_page, length, pages.ctypes.data) == 0 and bool(np.all(pages & 1))
-    return is_there and not is_cut(descriptor, offset + nbytes)
+    pages = bytes_on_stack(_PAGES_AT_ONCE)
+    for start in range(0, length, _PAGES_AT_ONCE * _PAGE_BYTES):
+        nbytes_at_once = min(length - start, _PAGES_AT_ONCE * _PAGE_BYTES)
+        if mincore(first_page + start, nbytes_at_once, pages) != 0:
+            return False
+        for page in range((nbytes_at_once + _PAGE_BYTES - 1) // _PAGE_BYTES):
+            if pages[page] & 1 == 0:
+                return False
+    return not is_cut(descriptor, offset + nbytes)
 
 
 @kernel
@@ -249,7 +255,7 @@ def read_records(
 ) -> tuple[int, int]:
     """Read records, or ranges of them, to the addresses `targets`; several threads with one `counter` share them out.
 
-    counter        [1], the first record that no thread has taken yet; `share` of them are taken at a time.
+    counter        [4], the first record that no thread has taken yet, of which `share` are taken at a time, and memory to work in.
     piece_bytes    to read at a time, before it is summed.
     maps           [records, 2], the memory map of each record's file: address and nbytes, 0 without one.
     before, after  the crc32c of each record up to where its range starts, and up to where it ends. Nothing for `before`: they
@@ -262,7 +268,7 @@ def read_records(
     while True:
         first = fetch_add(counter, share)
         if first == 0:
-            read_ahead_where_cold(descriptors, offsets, nbytes)
+            read_ahead_where_cold(descriptors, offsets, nbytes, counter[1:])
         stop = min(first + share, count)
         if first >= stop:
             return count, 0
@@ -323,7 +329,7 @@ def read_and_decode(
     decode_nanoseconds: NDArray[np.int64],
 ) -> tuple[int, int]:
     """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
-    `counter`, [1], share them out. Returns as `read_records` does.
+    `counter`, [4], share them out. Returns as `read_records` does.
 
     piece_bytes  to read at a time, before it is summed.
     maps         as for `read_records`.
@@ -336,7 +342,7 @@ def read_and_decode(
     while True:
         number = fetch_add(counter, 1)
         if number == 0:
-            read_ahead_where_cold(descriptors, offsets, nbytes)
+            read_ahead_where_cold(descriptors, offsets, nbytes, counter[1:])
         if number >= count:
             fetch_add(decode_nanoseconds, elapsed)
             return count, 0

@@ -21,6 +21,8 @@ from .checksums import PASSING_TROUBLE, RETRY_PAUSES_SECONDS, crc32c, pread_exac
 from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
+from .native_code import NativeKernel
+from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 from .schema import Field
 from .shard_files import OpenShards, ShardFiles
 
@@ -31,6 +33,8 @@ RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
 _Read: TypeAlias = Callable[[], tuple[int, int]]
 """Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
 _Plan: TypeAlias = Callable[[slice, OpenShards, NDArray[np.int64], int], _Read]
+_read_records = NativeKernel(f"{__package__}.read_kernels", "read_records")
+_COUNTER_WORDS = 4
 _NO_SUMS = np.empty(0, np.uint32)
 _SHARES_OF_A_THREAD = 8
 """A thread takes so many records at a time that its part is done in about so many steps: none is left alone with the rest."""
@@ -210,11 +214,10 @@ class RecordReader:
 
         def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
             before, after = sums.before[some], sums.after[some]
-            return lambda: kernels.read_records(
+            return lambda: _read_records(
                 counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
             )
 
-        kernels = _kernels()
         self._read_all(numbers, read, threads)
         return PackedRecords(packed, start, nbytes)
 
@@ -259,7 +262,7 @@ class RecordReader:
             with self._files.use(shards[done:]) as opened:
                 some = slice(done, done + len(opened.descriptors))
                 piece_bytes = int(self._files.piece_bytes[shards[done]])
-                read = plan(some, opened, np.zeros(1, np.int64), piece_bytes)
+                read = plan(some, opened, np.zeros(_COUNTER_WORDS, np.int64), piece_bytes)
                 count, trouble = read() if threads == 1 else min(self._helpers.run(read, threads))
             done += count
             if trouble == 0:
@@ -270,12 +273,12 @@ class RecordReader:
 
     def _heal_or_raise(self, record: int, trouble: int, attempts: int) -> None:
         """Do what may make the next attempt succeed, or raise what is wrong with this record."""
-        kernels, place, shard = _kernels(), self._place(record), int(self.index.shard[record])
-        if trouble == kernels.CUT_OFF:
+        place, shard = self._place(record), int(self.index.shard[record])
+        if trouble == CUT_OFF:
             raise SourceError(f"{place} is cut off: the shard has fewer bytes than its manifest says")
-        if trouble == kernels.UNDECODABLE:
+        if trouble == UNDECODABLE:
             self._raise_undecodable(record)
-        if trouble == kernels.DAMAGED:
+        if trouble == DAMAGED:
             found, expected = self._sum_from_disk(record), int(self.index.crc32c[record])
             if found != expected:
                 raise ChecksumError(
@@ -329,7 +332,7 @@ class _Scratch(threading.local):
 
 @functools.cache
 def _kernels() -> "ModuleType":
-    """The native code, loaded by the first who reads: numba takes half a second."""
+    """What decodes, loaded by the first who does: numba takes half a second."""
     from . import read_kernels
 
     return read_kernels

@@ -142,7 +142,7 @@ def read_files(
         else:
             opened += 1
     if trouble == 0:
-        read_ahead_where_cold(descriptors, np.zeros(count, np.int64), nbytes)
+        read_ahead_where_cold(descriptors, np.zeros(count, np.int64), nbytes, np.empty(3, np.int64))
     beyond = np.empty(1, np.uint8)
     position = target.ctypes.data
     while read < opened:

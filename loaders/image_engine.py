@@ -1,5 +1,6 @@
 """The engine for the ready image graphs without a GPU: threads of our own that turn records into rows of a batch."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 
 from stagein.formats.errors import SourceError
 
+from . import resize
 from .batches import BatchReader, BatchTask, HostBatch, RowFailure
 from .buffer_ring import BufferRing
 from .dataset import RecordDataset
 from .engine import CPU, Delivered, EngineOptions, OnFailure
 from .graphs import ImageGraph, ImageOutput, ImageViews
+from .image_decoder import ImageDecoder
 from .stats import PhaseTimes
 
 _BATCHES_AHEAD = 2
@@ -146,9 +149,8 @@ class _RowThreads:
 def _make_rows(
     output: ImageOutput, queue: "SimpleQueue[tuple[_BatchInWork, int] | None]", closed: threading.Event
 ) -> None:
-    from .image_decoder import ImageDecoder  # its kernels take numba, half a second to load
-    from .image_kernels import resize_into
-
+    with contextlib.suppress(Exception):  # the first row says what it is
+        resize.load()  # while the first batch is read
     decoder = ImageDecoder()
     scale, offset = output.scale_and_offset()
     while (item := queue.get()) is not None and not closed.is_set():
@@ -162,7 +164,7 @@ def _make_rows(
             if not _lies_in(window, pixels):
                 raise ValueError(f"it has {len(pixels)} rows of {pixels.shape[1] // 3} pixels, less than its size says")
             mirror = bool(work.views.mirrored[row])
-            resize_into(pixels, window, region, output.antialias, mirror, scale, offset, work.rows[row])
+            resize.resize_into(pixels, window, region, output.antialias, mirror, scale, offset, work.rows[row])
             result = PhaseTimes(
                 decode_s=decoded - began,
                 bytes_decoded=pixels.nbytes,

@@ -1,17 +1,14 @@
-"""From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes.
-
-A first batch waits until this is compiled, half a second; plain loops and comparisons compile in half the time of numpy's
+"""The kernels of `resize`. A first batch waits until they are compiled, half a second: plain loops and comparisons compile in half the time of numpy's
 functions, `min` and `max`.
 """
 
-import math
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from stagein.formats.native import float_kernel
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+
+@float_kernel
 def _weigh(
     start: float,
     stop: float,
@@ -50,7 +47,7 @@ def _weigh(
         first[i] = low
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+@float_kernel
 def _blend(
     upper: NDArray[np.uint8],
     lower: NDArray[np.uint8],
@@ -62,7 +59,7 @@ def _blend(
         row[i] = of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+@float_kernel
 def _blend_in(
     upper: NDArray[np.uint8],
     lower: NDArray[np.uint8],
@@ -74,41 +71,8 @@ def _blend_in(
         row[i] += of_upper * np.float32(upper[i]) + of_lower * np.float32(lower[i])
 
 
-def resize_into(
-    pixels: NDArray[np.uint8],
-    window: NDArray[np.int64],
-    region: NDArray[np.float64],
-    antialias: bool,
-    mirror: bool,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    out: NDArray[np.float32],
-) -> None:
-    """Resize a region of an image linearly to `out` [3, size, size], each channel times `scale` plus `offset`.
-
-    pixels   [height, 3 * width], RGB side by side.
-    window   (top, left, height, width): pixels outside it do not count. It must lie in the image.
-    region   (top, left, bottom, right) inside the window, in its pixels.
-    antialias  the filter is as wide as a pixel of the result, where that is larger: the rule, and the rounding of its
-             bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
-    """
-    size = out.shape[1]
-    top, left, bottom, right = region.tolist()
-    taps_y, taps_x = _taps(bottom - top, size, antialias), _taps(right - left, size, antialias)
-    first = np.empty((2, size), np.int64)
-    weight_y, weight_x = np.empty((size, taps_y), np.float32), np.empty((size, taps_x), np.float32)
-    row = np.zeros(3 * (int(window[3]) + taps_x), np.float32)  # beyond the width it is read with weight 0
-    _resize(pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
-
-
-def _taps(extent: float, size: int, antialias: bool) -> int:
-    """Pixels that a result may depend on along an axis, rounded up to an even number."""
-    support = extent / size if antialias and extent > size else 1.0
-    return 2 * (math.ceil(2 * support) // 2 + 1)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})  # multiply and add in one
-def _resize(
+@float_kernel
+def resize(
     pixels: NDArray[np.uint8],
     window: NDArray[np.int64],
     region: NDArray[np.float64],

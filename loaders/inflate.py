@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from stagein.formats.codecs import lz4_block_bytes
 from stagein.formats.errors import UsageError
-from stagein.formats.lz4_blocks import find_lz4_blocks
 from stagein.formats.schema import Field
 
 from .dali import import_dali
@@ -52,6 +51,8 @@ class InflateOnGpu:
     def block_table(self, stored: list[NDArray[np.uint8]], place: Callable[[int], str]) -> Columns:
         """What to feed beside the stored records: where the blocks of each begin, and how long they are. Raises ChecksumError
         for a record without such blocks, which `place` names by its row."""
+        from stagein.formats.lz4_blocks import find_lz4_blocks  # its kernel takes numba, half a second to load
+
         blocks = find_lz4_blocks(stored, self.field.record_bytes, place)
         return {self._offset: blocks.offset, self._nbytes: blocks.nbytes}
 

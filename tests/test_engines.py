@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -253,6 +255,17 @@ def test_seekable_shards_give_the_same_bits(photos, engine, name):
     plain, cut = (by_engine(engine, photos / f"{kind}.st", GRAPHS[name]) for kind in ("plain", "seekable"))
     for whole, part in zip(plain, cut, strict=True):
         assert torch.equal(whole["image"], part["image"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "seekable"])
+def test_training_on_images_takes_no_compiler_into_memory(photos, kind):
+    script = (
+        "import sys; from stagein.loaders import DataLoader, RecordDataset, image_train\n"
+        "loader = DataLoader(RecordDataset(sys.argv[1], staged=None), 4, transform=image_train(32), device='cpu')\n"
+        "print(len(next(iter(loader))['image']), sorted({'numba', 'llvmlite'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, str(photos / f"{kind}.st")]
+    assert subprocess.check_output(command, text=True, timeout=100).strip() == "4 []"
 
 
 def test_of_seekable_shards_less_is_read(photos):

@@ -9,7 +9,8 @@ from jpegs import opencv_pixels, picture, pillow_jpeg, pixels, variants
 from numpy.typing import NDArray
 
 from stagein.formats.errors import ChecksumError
-from stagein.formats.jpeg.cut import CutJpegs, cut_windows, needed_rows
+from stagein.formats.jpeg.cut import CutJpegs, cut_windows
+from stagein.formats.jpeg.cut_kernels import needed_rows
 from stagein.formats.jpeg.header import read_frame
 from stagein.formats.jpeg.pieces import SeekableJpeg
 from stagein.formats.jpeg.restart import make_seekable

@@ -1,0 +1,50 @@
+"""From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.native_code import NativeKernel
+
+_resize = NativeKernel(f"{__package__}.image_kernels", "resize")
+
+
+def load() -> None:
+    """Have the kernel in memory: it runs on one pixel."""
+    ones = np.ones(3, np.float32)
+    window, region = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 1.0])
+    resize_into(np.zeros((1, 3), np.uint8), window, region, True, False, ones, ones, np.empty((3, 1, 1), np.float32))
+
+
+def resize_into(
+    pixels: NDArray[np.uint8],
+    window: NDArray[np.int64],
+    region: NDArray[np.float64],
+    antialias: bool,
+    mirror: bool,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """Resize a region of an image linearly to `out` [3, size, size], each channel times `scale` plus `offset`.
+
+    pixels   [height, 3 * width], RGB side by side.
+    window   (top, left, height, width): pixels outside it do not count. It must lie in the image.
+    region   (top, left, bottom, right) inside the window, in its pixels.
+    antialias  the filter is as wide as a pixel of the result, where that is larger: the rule, and the rounding of its
+             bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
+    """
+    size = out.shape[1]
+    top, left, bottom, right = region.tolist()
+    taps_y, taps_x = _taps(bottom - top, size, antialias), _taps(right - left, size, antialias)
+    first = np.empty((2, size), np.int64)
+    weight_y, weight_x = np.empty((size, taps_y), np.float32), np.empty((size, taps_x), np.float32)
+    row = np.zeros(3 * (int(window[3]) + taps_x), np.float32)  # beyond the width it is read with weight 0
+    _resize(pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
+
+
+def _taps(extent: float, size: int, antialias: bool) -> int:
+    """Pixels that a result may depend on along an axis, rounded up to an even number."""
+    support = extent / size if antialias and extent > size else 1.0
+    return 2 * (math.ceil(2 * support) // 2 + 1)
