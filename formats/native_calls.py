@@ -46,6 +46,9 @@ preadv2 = _of_c_library("preadv2", types.intp, types.int32, _ADDRESS, types.int3
 mincore = _of_c_library("mincore", types.int32, _ADDRESS, _SIZE, types.CPointer(types.uint8))  # type: ignore[no-untyped-call]
 """(address of a page in a memory map, nbytes, array of a byte a page) -> 0, or -1. Bit 0 of a byte: the page is in memory."""
 
+madvise = _of_c_library("madvise", types.int32, _ADDRESS, _SIZE, types.int32)
+"""(address of a page in a memory map, nbytes, advice) -> 0, or -1."""
+
 lseek = _of_c_library("lseek", types.int64, types.int32, types.int64, types.int32)
 """(descriptor, offset, what it counts from) -> the new place in the file, or -1."""
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ _OF_NUMBA = ("NUMBA_BOUNDSCHECK", "NUMBA_DISABLE_JIT")
 
 
 class Argument(NamedTuple):
-    """What a kernel is compiled for: the dtype of an array, as numpy names it, and its dimensions; -1 of them for a number."""
+    """What a kernel is compiled for: the dtype of an array, as numpy writes it, and its dimensions; -1 of them for a number."""
 
     dtype: str
     dimensions: int
@@ -52,8 +53,15 @@ class Argument(NamedTuple):
         dtype, dimensions = text.split("/")
         return cls(dtype, int(dimensions))
 
+    @classmethod
+    def of(cls, argument: Any) -> "Argument":
+        if isinstance(argument, np.ndarray):
+            return cls(argument.dtype.str, argument.ndim)
+        return cls(np.dtype(bool if isinstance(argument, bool) else np.int64).str, -1)
 
-_INTEGER, _BOOL = Argument("int64", -1), Argument("bool", -1)
+
+_IN_ORDER = 0x0001 | 0x0100
+"""Of the flags of an array: in C order, and aligned (NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_ALIGNED)."""
 _Code = Callable[[list[int]], Any]
 
 
@@ -65,32 +73,37 @@ class NativeKernel:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self._code: dict[tuple[Argument, ...], _Code | None] = {}
+        self._code: dict[tuple[Any, ...], _Code | None] = {}
         self._loading = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        signature, frame = [], list[int]()
+        kinds: list[Any] = []  # called for every image: some 10 us with a dozen arguments
+        frame: list[int] = []
         for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                if not argument.flags.c_contiguous or not argument.flags.aligned:
+            kind = type(argument)
+            if kind is np.ndarray:
+                if argument.flags.num & _IN_ORDER != _IN_ORDER:
                     raise TypeError(f"kernel {self._name} takes arrays in C order")
-                signature.append(Argument(argument.dtype.name, argument.ndim))
-                frame += (argument.__array_interface__["data"][0], *argument.shape)
+                kinds.append(argument.dtype)
+                kinds.append(argument.ndim)
+                frame.append(argument.__array_interface__["data"][0])
+                frame += argument.shape
             else:
-                signature.append(_BOOL if isinstance(argument, bool) else _INTEGER)
+                kinds.append(kind)
                 frame.append(int(argument))
-        code = self._load(tuple(signature))
+        code = self._load(tuple(kinds), arguments)
         if code is None:
             return getattr(importlib.import_module(self._module), self._name)(*arguments)
         return code(frame)
 
-    def _load(self, signature: tuple[Argument, ...]) -> _Code | None:
-        """The code for such arguments; None where there is none."""
-        if signature not in self._code:
+    def _load(self, kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> _Code | None:
+        """The code for arguments of these kinds; None where there is none."""
+        if kinds not in self._code:
             with self._loading:
-                if signature not in self._code:
-                    self._code[signature] = self._find_or_compile(signature) if _is_possible() else None
-        return self._code[signature]
+                if kinds not in self._code:
+                    signature = tuple(map(Argument.of, arguments))
+                    self._code[kinds] = self._find_or_compile(signature) if _is_possible() else None
+        return self._code[kinds]
 
     def _find_or_compile(self, signature: tuple[Argument, ...]) -> _Code | None:
         about = " ".join([self._module, self._name, *map(str, signature)])
@@ -193,8 +206,9 @@ def _callable(object_file: bytes, name: str) -> _Code:
     function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(address)
 
     def call(words: list[int]) -> Any:
-        frame = (ctypes.c_int64 * max(len(words), MOST_RESULTS))(*words)
-        count = function(frame)
+        frame = array("q", words)
+        frame.extend([0] * (MOST_RESULTS - len(frame)))
+        count = function(frame.buffer_info()[0])
         if count < 0:
             raise RuntimeError(f"kernel {name} failed")
         return tuple(frame[:count]) if count > 1 else frame[0] if count else None

@@ -19,7 +19,7 @@ from stagein.formats.errors import ChecksumError, SourceError
 from stagein.formats.record_reader import RecordReader
 
 BYTES = Field(kind="encoded", dtype="uint8", shape=(None,), encoding="bytes")
-SIZES = [3, 300_001, 70_000, 70_001, 1_000_000, 0, 64 << 10, 500]
+SIZES = [3, 300_001, 70_000, 70_001, 1_000_000, 0, 320 << 10, 500]
 NOBODY = 65534
 
 
@@ -66,6 +66,17 @@ def test_records_come_from_a_map_as_they_are_and_wherever_they_go(shard: Path, o
         assert [view.tobytes() for view in packed] == [contents[number] for number in order]
         assert buffer[:shift] + buffer[shift + len(expected) :] == b"\xaa" * 200
     assert maps_of(shard) == 1
+
+
+@pytest.mark.parametrize("order", [[4], [4, 5, 6]], ids=str)
+def test_pages_that_were_copied_do_not_count_as_memory_of_the_process(shard: Path, order: list[int]) -> None:
+    def of_map() -> int:
+        maps = Path("/proc/self/smaps").read_text()
+        return int(maps[maps.index(f"{shard}\n") :].split("Rss:")[1].split()[0])
+
+    reader = open_reader(shard, contents_of(shard))
+    reader.read_packed(order)
+    assert of_map() == 0
 
 
 def test_a_map_is_closed_with_its_shard(shard: Path) -> None:
