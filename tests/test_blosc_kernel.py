@@ -1,6 +1,7 @@
 """Blosc frames are decoded as the library made them, wherever they go; what is no frame of the record is refused."""
 
 import struct
+from collections.abc import Iterator
 
 import numcodecs.blosc
 import numpy as np
@@ -11,6 +12,8 @@ from stagein.formats.blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
 
 WORK = np.zeros(MOST_BLOCK_BYTES, np.uint8)
 GUARD = 128
+ONE_STREAM = 0x10
+"""The flag of a frame whose blocks are not divided into planes that are compressed each by itself."""
 SHUFFLES = {"none": 0, "byte": 1, "bit": 2}
 
 
@@ -51,6 +54,38 @@ def test_frames_of_the_library(nbytes: int, shuffle: str, itemsize: int) -> None
 def test_other_codecs_and_blocks(name: bytes, block_bytes: int) -> None:
     record = smooth(4 << 20, 4)
     made = decoded(framed(record, 4, name=name, block_bytes=block_bytes), len(record))
+    assert made is not None and made.tobytes() == record
+
+
+@pytest.fixture(params=["ALWAYS", "NEVER"])
+def split_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Whether the library divides blocks into planes: it looks it up when it may use threads, and keeps to it until told otherwise."""
+    monkeypatch.setattr(numcodecs.blosc, "use_threads", True)
+    monkeypatch.setenv("BLOSC_SPLITMODE", request.param)
+    yield request.param
+    monkeypatch.setenv("BLOSC_SPLITMODE", "FORWARD_COMPAT")  # its default
+    framed(bytes(100), 1)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("nbytes", [4096, 100_001, 400_000])
+def test_blocks_of_one_stream_and_of_one_a_plane(split_mode: str, nbytes: int, itemsize: int) -> None:
+    record = smooth(nbytes, itemsize)
+    frame = framed(record, itemsize)
+    assert bool(frame[2] & ONE_STREAM) == (split_mode == "NEVER")
+    assert struct.unpack_from("<I", frame, 8)[0] <= MOST_BLOCK_BYTES
+    made = decoded(frame, nbytes)
+    assert made is not None and made.tobytes() == record
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_planes_of_few_bytes_are_one_stream_also_in_frames_that_do_not_say_so(itemsize: int) -> None:
+    record = smooth(500, itemsize)
+    frame = bytearray(framed(record, itemsize))
+    assert frame[2] & ONE_STREAM
+    frame[2] ^= ONE_STREAM  # as older versions of the library left it
+    assert numcodecs.blosc.decompress(bytes(frame)) == record
+    made = decoded(bytes(frame), 500)
     assert made is not None and made.tobytes() == record
 
 

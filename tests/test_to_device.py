@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stagein.formats import Field, Schema, Writer
 from stagein.formats.errors import UsageError
 from stagein.loaders import DataLoader, RecordDataset
 from stagein.loaders.deliveries import Failure
+from stagein.loaders.reading import ReadAhead
 from stagein.loaders.sampler import Step
 from stagein.loaders.stats import LoaderStats
 from stagein.loaders.to_device import ToDevice
@@ -155,6 +157,66 @@ def test_an_error_comes_after_the_batches_before_it_and_ends_nothing():
     assert next(ahead)[1] == 3
     with pytest.raises(StopIteration):
         next(ahead)
+
+
+# --- whether the next batch would come at once: what is sent ahead follows from it ---
+
+
+class FirstAtTheGate(Numbers):
+    """Sample 0 comes when the gate opens, all others at once."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def __getitem__(self, index: int) -> int:
+        return index if index or self.gate.wait(20) else -1
+
+
+def soon(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not (is_so := condition()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return is_so
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_in_threads_the_next_batch_is_ready_when_it_is_done(in_order):
+    dataset = FirstAtTheGate()
+    batches = iter(DataLoader(dataset, 1, num_workers=2, in_order=in_order))
+    deliveries = batches._deliveries
+    assert soon(lambda: deliveries._deliveries.num_ready == 3)  # all that are ahead but the first
+    assert deliveries.next_is_ready == (not in_order)
+    dataset.gate.set()
+    assert soon(lambda: deliveries.next_is_ready)
+    assert len(list(batches)) == RECORDS
+    assert not deliveries.next_is_ready
+
+
+def test_records_read_ahead_are_ready_when_the_next_one_is_read():
+    gate = threading.Event()
+    reads = ReadAhead(iter(range(6)), lambda task: task or gate.wait(20), num_threads=2, num_ahead=3)
+    assert not reads.next_is_ready  # nobody asked yet, and nothing is begun
+    opens = threading.Timer(0.05, gate.set)
+    opens.start()
+    assert next(reads) == 1
+    gate.clear()
+    assert soon(lambda: reads.next_is_ready)
+    reads.close()
+    behind = ReadAhead(iter([1, 0, 2, 3]), lambda task: task or gate.wait(20), num_threads=2, num_ahead=3)
+    assert next(behind) == 1
+    assert soon(lambda: behind.num_ready == 2)
+    assert not behind.next_is_ready
+    gate.set()
+    assert soon(lambda: behind.next_is_ready)
+    behind.close()
+
+
+@pytest.mark.parametrize("dataset", ["records", "others"])
+def test_what_the_caller_makes_is_never_ready(dataset, records):
+    batches = iter(DataLoader(records if dataset == "records" else Numbers(), 1))
+    for _ in range(3):
+        next(batches)
+        assert not batches._deliveries.next_is_ready
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
