@@ -228,3 +228,28 @@ def test_a_converted_data_set_has_its_name_only_when_it_survives_a_loss_of_power
             renamed = True
         disk.apply(call, paths)
     assert renamed and str(target) not in disk.unnamed
+
+
+PUBLISH = "import sys; from pathlib import Path; from stagein.formats.publish import publish_bytes; publish_bytes(Path(sys.argv[1]), b'new')"
+
+
+def test_a_published_file_has_its_name_only_when_its_bytes_survive_and_then_its_name_does(
+    to: Path, tmp_path: Path
+) -> None:
+    log, file = tmp_path / "log", to / "file"
+    subprocess.run([*map(str, tracing(log)), sys.executable, "-c", PUBLISH, str(file)], check=True, timeout=60)
+    disk, renamed = Disk(), False
+    for call, paths in calls_below(to, log):
+        disk.apply(call, paths)
+        if call == "rename":
+            assert paths[1] == str(file) and not disk.dirty
+            renamed = True
+    assert renamed and not disk.dirty | disk.unnamed and file.read_bytes() == b"new"
+
+
+def test_a_file_whose_bytes_do_not_reach_the_disk_is_not_published(to: Path) -> None:
+    (to / "file").write_bytes(b"old")
+    words = [*map(str, failing("fsync", "error=EIO")), sys.executable, "-c", PUBLISH, str(to / "file")]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "OSError: [Errno 5]" in result.stderr
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == {"file": b"old"}
