@@ -1,13 +1,21 @@
 """`stagein info` and `stagein extract`: what is in a data set, and a record of it as files again."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from pictures import png
 
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.codecs import Codec
@@ -52,8 +60,17 @@ def path(tmp_path: Path) -> Path:
 def test_info_shows_fields_sizes_and_records(path: Path) -> None:
     result = run("info", path, "--records", 6)
     assert result.returncode == 0, result.stderr
-    for text in ("7 records in 1 shard", "16 x 20 x 20", "cat, dog", "? x 4", "bfloat16", "zstd", "flac", "column"):
+    for text in (
+        "7 records in 1 shard",
+        "int16 [16, 20, 20]",
+        "float32 [?, 4]",
+        "bfloat16 [3]",
+        "flac",
+        "zstd",
+        "column",
+    ):
         assert text in result.stdout, text
+    assert "classes of label: cat, dog" in result.stdout
     first, second = result.stdout.splitlines()[-6:-4]
     assert first.startswith("0: sound flac of 1.0 kB, volume int16 [16, 20, 20], boxes [], caption ''")
     assert second.endswith("weights [0.5, 1.0, -1.0], phase 1j, label 1")
@@ -100,3 +117,40 @@ def test_extract_gives_the_image_back(jpeg_dataset_path: Path, jpeg_folder: Path
     assert (tmp_path / "image-00000017.jpg").read_bytes() == original.read_bytes()
     assert json.loads(result.stdout.splitlines()[-1]) == {"label": 1, "hw": [48, 72]}
     assert run("extract", jpeg_dataset_path, 85, "--to", tmp_path).returncode == 2
+
+
+def on_a_terminal(*arguments: str | Path, columns: int = 80) -> str:
+    """What a command shows on a terminal."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    command = [sys.executable, "-m", "stagein.tools", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, stdin=terminal, env=environment):
+        os.close(terminal)
+        shown = b""
+        with open(controller, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # the other end is closed
+            while part := screen.read(1 << 16):
+                shown += part
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+def test_the_table_of_fields_fits_a_terminal_of_80_columns(path: Path) -> None:
+    shown = on_a_terminal("info", path, "--records", "0")
+    assert "…" not in shown and all(len(line) <= 80 for line in shown.splitlines() if not line.startswith(str(path)))
+    rows = [line.split() for line in shown.splitlines() if line.startswith(" ")]
+    assert ["sound", "(primary)", "flac", "shards", "1.0", "kB", "7.0", "kB"] in rows
+    assert ["volume", "int16", "[16,", "20,", "20]", "zstd"] in [row[:6] for row in rows]
+
+
+@pytest.mark.parametrize("command", [[], ["convert"], ["bench"]])
+def test_the_help_lists_commands_on_a_line_each(command: list[str]) -> None:
+    shown = on_a_terminal(*command, "--help")
+    listed = shown.partition("Commands:\n")[2].splitlines()
+    assert len(listed) >= 8 and not any(line.endswith("...") for line in listed), shown
+
+
+def test_what_fails_at_once_shows_no_bar(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.png").write_bytes(png(4, 4))
+    shown = on_a_terminal("convert", "imagefolder", tmp_path / "images", path)
+    assert [line.partition(" ")[0] for line in shown.splitlines()] == [f"{tmp_path / 'images'}:", "stagein:"]

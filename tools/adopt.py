@@ -5,9 +5,9 @@ from pathlib import Path
 
 from stagein.formats.foreign.adoption import adopt, scan_foreign
 
-from .console import bytes_text, count_text, print_table, progress_bytes, say
+from .console import bytes_text, count_text, progress_bytes, say
 from .convert_commands import parse_fields
-from .info import schema_table
+from .info import print_fields
 
 
 def run(
@@ -32,4 +32,4 @@ def run(
         f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shard_files), 'file')} of {source}, "
         f"{bytes_text(manifest.nbytes)}, linked and not copied"
     )
-    print_table(schema_table(manifest.record_schema))
+    print_fields(manifest.record_schema)

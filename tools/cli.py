@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from stagein import __version__
 from stagein.formats.errors import StageinError
@@ -14,7 +15,17 @@ from . import convert_commands
 from .console import complain, say
 from .options import Json, Workers, parse_age, parse_size, parse_time
 
+_ORDER = ("convert", "adopt", "info", "verify", "extract", "stage", "status", "evict", "train", "bench", "demo")
+"""Of the commands in the help: as they follow one another in use."""
+
+
+class _Group(TyperGroup):
+    def list_commands(self, ctx: object) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,8 +57,10 @@ def _root(
 
 @app.command()
 def adopt(
-    source: Annotated[Path, typer.Argument(help="An HDF5 file, a folder of them, or a Zarr v3 array or group.")],
-    target: Annotated[Path, typer.Argument(help="The data set to make, on the same file system.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="An HDF5 file, a folder of them, or a Zarr v3 array or group.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The data set to make, on the same file system.")],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +78,9 @@ def adopt(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Make a data set over files of others whose records can be read where they lie: linked, summed, not rewritten.
+    """Make a data set over files of others, where they lie.
+
+    Their records are linked and summed, not rewritten.
 
     HDF5: contiguous, or one record a chunk, raw or by blosc, zstd or lz4. Zarr v3: one record a chunk, with shards or without,
     raw or by blosc or zstd. Fields of at most 4 KiB a record are copied, whatever their chunks. All else: stagein convert.
@@ -85,11 +100,11 @@ def adopt(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="A data set.")],
+    path: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
     records: Annotated[int, typer.Option(min=0, help="How many of the first records to show.")] = 3,
     json: Json = False,
 ) -> None:
-    """Show what a data set holds: its fields, their sizes, and its first records."""
+    """Show what a data set holds: fields, sizes, first records."""
     from . import info
 
     info.run(path, records=records, as_json=json)
@@ -97,7 +112,7 @@ def info(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A data set, or a staged copy of one.")],
+    path: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set, or a staged copy of one.")],
     workers: Workers = None,
     repair: Annotated[bool, typer.Option("--repair", help="First mend what is damaged or missing.")] = False,
     good: Annotated[
@@ -105,7 +120,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read all of a data set and check every sum, count, index and container view.
+    """Check every sum, count, index and container view of a data set.
 
     Of a staged copy, under mpirun the copies of all nodes; these are mended from each other and from where they came.
     """
@@ -118,11 +133,14 @@ def verify(
 
 @app.command()
 def extract(
-    dataset: Annotated[Path, typer.Argument(help="A data set.")],
-    record: Annotated[int, typer.Argument(help="Number of the record, counted from 0.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
+    record: Annotated[int, typer.Argument(metavar="RECORD", help="Number of the record, counted from 0.")],
     to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
 ) -> None:
-    """Give a record back as files: an image as it came, arrays as .npy, text as .txt, the small fields as JSON."""
+    """Give a record back as files.
+
+    An image as it came, arrays as .npy, text as .txt, the small fields as JSON.
+    """
     from . import extract
 
     extract.run(dataset, record, to)
@@ -138,7 +156,7 @@ class PolicyChoice(StrEnum):
 
 @app.command()
 def stage(
-    source: Annotated[Path, typer.Argument(help="A data set on the shared file system.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A data set on the shared file system.")],
     to: Annotated[str, typer.Option(help="Node-local folder; {node} in it becomes the node's name.")],
     policy: Annotated[
         PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
@@ -159,14 +177,17 @@ def stage(
         bool, typer.Option("--make-room", help="Where it does not fit, evict what was unused for longest.")
     ] = False,
     memory: Annotated[
-        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="128MiB", help="Buffers of each rank.")
+        int,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", show_default=False, help="Buffers of each rank.  [default: 128MiB]"
+        ),
     ] = 128 << 20,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without any progress after which all ranks end.")
     ] = 300.0,
     json: Json = False,
 ) -> None:
-    """Copy a data set to the local disk of every node, each byte read once, every byte verified.
+    """Copy a data set to the local disk of every node, verified.
 
     Started by mpirun or srun in the job script, on one rank a node or more; alone it stages to this node. What is there
     already is not copied again.
@@ -195,7 +216,10 @@ To = Annotated[
 
 @app.command()
 def status(to: To = None, json: Json = False) -> None:
-    """Show what is staged on this node, or under mpirun on all nodes, who uses it, and how much room is left."""
+    """Show what is staged, who uses it, and how much room is left.
+
+    On this node, or under mpirun on all nodes.
+    """
     from . import status
 
     status.run(to, as_json=json)
@@ -203,7 +227,9 @@ def status(to: To = None, json: Json = False) -> None:
 
 @app.command()
 def evict(
-    datasets: Annotated[list[str] | None, typer.Argument(help="Data sets to evict, by path or id.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="DATASETS", help="Data sets to evict, by path or id.")
+    ] = None,
     to: To = None,
     free: Annotated[
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Evict until this much room is free.")
@@ -214,9 +240,9 @@ def evict(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be evicted, and keep it.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove staged data sets from this node, or under mpirun from all nodes: those unused for longest first.
+    """Remove staged data sets, those unused for longest first.
 
-    What a job is staging or a loader reads stays.
+    From this node, or under mpirun from all nodes. What a job is staging or a loader reads stays.
     """
     from . import evict
 
@@ -225,7 +251,10 @@ def evict(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a packaged one: cifar10, demo, imagenet.")],
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a packaged one: cifar10, demo, imagenet."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a setting; may be repeated.")
     ] = None,
@@ -234,7 +263,7 @@ def train(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a model with the loader and the allreduce loop of this package, on as many ranks as mpirun started."""
+    """Train a model, on as many ranks as mpirun started."""
     from . import train
 
     train.run(config, overrides or [], dry_run=dry_run, as_json=json)
@@ -247,7 +276,10 @@ def demo(
     ),
     ranks: Annotated[int, typer.Option(min=1, help="MPI ranks, each playing a node of its own.")] = 2,
 ) -> None:
-    """Show the whole chain on made-up images: convert, stage to two nodes, load with DALI, train with allreduce."""
+    """Show the whole chain on made-up images.
+
+    Converts them, stages them to two nodes, loads them with DALI and trains with allreduce.
+    """
     from . import demo
 
     demo.run(folder, ranks)
@@ -259,11 +291,11 @@ BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [de
 
 @bench_app.command("convert")
 def bench_convert(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders of images.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of class folders of images.")],
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
-    """Packing an image folder beside copying it with `cp -r`, and beside every installed peer."""
+    """Packing an image folder, beside `cp -r` and installed peers."""
     from . import bench_convert
 
     bench_convert.run_convert(source, rounds, work)
@@ -281,7 +313,7 @@ def bench_read(
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
-    """Random records that are in memory, beside raw os.preadv and every installed peer."""
+    """Random reads from memory, beside os.preadv and installed peers."""
     from . import bench_read
 
     bench_read.run_read(record_bytes, total_bytes, threads, rounds, work)
@@ -296,7 +328,7 @@ def bench_decode(
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
-    """Compressed tensors that are in memory, with one thread and with several, beside h5py and tensorstore."""
+    """Decompressing tensors, beside h5py and tensorstore."""
     from . import bench_decode
 
     bench_decode.run_decode(codec, threads, rounds, work)
@@ -309,14 +341,14 @@ def bench_write(
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
-    """Ready bytes into shards, beside writing them raw with fsync and rename, and every installed peer."""
+    """Writing shards, beside raw files and installed peers."""
     from . import bench_read
 
     bench_read.run_write(record_bytes, total_bytes, rounds, work)
 
 
 BenchImages = Annotated[
-    Path | None, typer.Argument(help="Folder of class folders of JPEGs.  [default: a synthetic one]")
+    Path | None, typer.Argument(metavar="IMAGES", help="Folder of class folders of JPEGs.  [default: a synthetic one]")
 ]
 BenchTensors = Annotated[Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")]
 CropPixels = Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")]
@@ -342,7 +374,10 @@ def bench_load(
         list[str] | None, typer.Option(help="Only beside this contestant; may be given again.  [default: all]")
     ] = None,
 ) -> None:
-    """Our DataLoader beside those peers that are installed: random crop, resize, flip, normalise, on the CPU; or tensors."""
+    """Our DataLoader on the CPU, beside installed peers.
+
+    Random crop, resize, flip and normalise of images; or tensors as they are.
+    """
     from . import bench_load
     from .convert import usable_cores
 
@@ -369,7 +404,10 @@ def bench_device(
     ] = None,
     round_seconds: RoundSeconds = 1.0,
 ) -> None:
-    """Our DataLoader as batches reach the device, beside the same work on data that lie in memory: images/s or GB/s, and the share."""
+    """Our DataLoader to the GPU, beside the same from memory.
+
+    Images/s or GB/s, and their share of what the work allows on data that lie in memory.
+    """
     from . import bench_device
     from .convert import usable_cores
 
@@ -379,7 +417,7 @@ def bench_device(
 
 @bench_app.command("stage")
 def bench_stage(
-    dataset: Annotated[Path, typer.Argument(help="A data set.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
     work: Annotated[Path, typer.Option(help="Folder for the copies of all nodes; made, and removed at the end.")],
     rounds: Rounds = 5,
     source_rate: Annotated[
@@ -387,7 +425,10 @@ def bench_stage(
         typer.Option(parser=parse_size, metavar="SIZE", help="Bytes a second of the source.  [default: as it is]"),
     ] = None,
 ) -> None:
-    """Stage-in beside a broadcast of chunks and cp on every node, on the ranks that mpirun started; each plays a node."""
+    """Stage-in, beside a broadcast of chunks and cp on every node.
+
+    On the ranks that mpirun started; each plays a node.
+    """
     from . import bench_stage
 
     bench_stage.run_stage(dataset, work, rounds, source_rate)
@@ -398,7 +439,10 @@ def bench_allreduce(
     rounds: Rounds = 15,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a rank in a step.")] = 64,
 ) -> None:
-    """Whole training steps of our trainer beside torch's DDP, on the ranks that mpirun started."""
+    """Training steps of our trainer, beside torch's DDP.
+
+    On the ranks that mpirun started.
+    """
     from . import bench_allreduce
 
     bench_allreduce.run_allreduce(rounds, batch_size)

@@ -82,22 +82,27 @@ def progress_bytes(description: str, *, quiet: bool = False) -> Iterator[ShowPro
 def _bar(description: str) -> Iterator[ShowProgress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[note]}"),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
-        task = progress.add_task(description, total=None, note="")
+    progress = Progress(*columns, console=Console(stderr=True), expand=True)
+    task = progress.add_task(description, total=None, note="")
 
-        def show(done: int, total: int, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
+    def show(done: int, total: int, note: str = "") -> None:
+        progress.start()  # not before: what fails at once has no bar
+        progress.update(task, completed=done, total=total, note=note)
 
+    try:
         yield show
+    finally:
+        progress.stop()
 
 
 class _PlainProgress:

@@ -35,9 +35,9 @@ from stagein.formats.writer import Writer
 from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
-from .console import bytes_text, complain, count_text, print_table, progress_bytes, say, seconds_text
+from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
 from .convert_options import ConvertOptions, parse_split
-from .info import schema_table
+from .info import print_fields
 
 _LISTED_SKIPPED = 20
 _MANY_READS = 4
@@ -185,7 +185,7 @@ def _carry_out(plan: ConversionPlan, target: Path, options: ConvertOptions, exec
 
         def on_progress(progress: Progress) -> None:
             rate = progress.records / max(time.monotonic() - start, 1e-9)
-            note = f"{progress.records:,} of {count_text(progress.total_records, 'record')}, {rate:,.0f} records/s"
+            note = f"{count_text(progress.records, 'record')}, {rate:,.0f}/s"
             update(progress.nbytes, progress.total_bytes, note)
 
         converted = carry_out(
@@ -269,7 +269,7 @@ def _report_plans(plans: dict[Path, ConversionPlan], options: ConvertOptions) ->
     plan = next(iter(plans.values()))
     if plan.source.refused:
         say(f"  {count_text(len(plan.source.refused), 'thing')} in the source would be left out")
-    print_table(schema_table(plan.layout.schema))
+    print_fields(plan.layout.schema)
 
 
 def _report(

@@ -47,7 +47,7 @@ def _kind(name: str) -> Callable[[_Scan], _Scan]:
         target = inspect.Parameter(
             "target",
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=Annotated[Path, typer.Argument(help="The data set to make.")],
+            annotation=Annotated[Path, typer.Argument(metavar="TARGET", help="The data set to make.")],
         )
         shared = _parameters(ConvertOptions)
 
@@ -76,9 +76,12 @@ def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
 
 @_kind("imagefolder")
 def _imagefolder(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders of JPEG or PNG files.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of class folders of JPEG or PNG files.")],
 ) -> "Source":
-    """Pack ROOT/<class>/<image>; labels number the sorted class folders. Interrupted, the same command resumes."""
+    """Pack a folder of class folders of images.
+
+    Labels number the sorted class folders. Interrupted, the same command resumes.
+    """
     from stagein.formats.sources.imagefolder import scan_imagefolder
 
     return scan_imagefolder(source)
@@ -86,11 +89,14 @@ def _imagefolder(
 
 @_kind("webdataset")
 def _webdataset(
-    source: Annotated[Path, typer.Argument(help="A .tar archive, or a folder of them.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A .tar archive, or a folder of them.")],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":
-    """Pack the samples of tar archives: images, .cls, .txt, .json and .npy, any other extension by --field."""
+    """Pack the samples of tar archives.
+
+    Images, .cls, .txt, .json and .npy; any other extension by --field.
+    """
     from stagein.formats.sources.webdataset import scan_webdataset
 
     return scan_webdataset(source, parse_fields(fields), primary=primary)
@@ -98,7 +104,9 @@ def _webdataset(
 
 @_kind("tfrecord")
 def _tfrecord(
-    source: Annotated[Path, typer.Argument(help="A TFRecord file, plain or gzip, or a folder of them.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A TFRecord file, plain or gzip, or a folder of them.")
+    ],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,7 +116,10 @@ def _tfrecord(
     primary: Primary = None,
     first_label: Annotated[int, typer.Option(help="The number that the classes of images are counted from.")] = 1,
 ) -> "Source":
-    """Pack TFRecord files: as CosmoFlow and ResNet-50 have them, or any features by --field, such as x=x:int16:8x8x4."""
+    """Pack TFRecord files.
+
+    As CosmoFlow and ResNet-50 have them, or any features by --field, such as x=x:int16:8x8x4.
+    """
     from stagein.formats.sources.tfrecord import scan_tfrecord
 
     return scan_tfrecord(source, fields=parse_fields(fields), primary=primary, first_label=first_label)
@@ -116,11 +127,16 @@ def _tfrecord(
 
 @_kind("parquet")
 def _parquet(
-    source: Annotated[Path, typer.Argument(help="A Parquet file, or a folder with Parquet files in it or below it.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A Parquet file, or a folder with Parquet files in it or below it.")
+    ],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":
-    """Pack the rows of Parquet files: numbers, texts, lists, images as Hugging Face stores them."""
+    """Pack the rows of Parquet files.
+
+    Numbers, texts, lists, images as Hugging Face stores them.
+    """
     from stagein.formats.sources.parquet import scan_parquet
 
     return scan_parquet(source, fields=parse_fields(fields), primary=primary)
@@ -128,11 +144,17 @@ def _parquet(
 
 @_kind("lmdb")
 def _lmdb(
-    source: Annotated[Path, typer.Argument(help="An LMDB environment, a folder or a file, or a folder of such files.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="An LMDB environment, a folder or a file, or a folder of such files."),
+    ],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":
-    """Pack the values of LMDB databases: images, .npy arrays, texts; --field image=image-* where keys differ by field."""
+    """Pack the values of LMDB databases.
+
+    Images, .npy arrays, texts; --field image=image-* where keys differ by field.
+    """
     from stagein.formats.sources.lmdb import scan_lmdb
 
     return scan_lmdb(source, fields=parse_fields(fields), primary=primary)
@@ -140,12 +162,15 @@ def _lmdb(
 
 @_kind("hdf5")
 def _hdf5(
-    source: Annotated[Path, typer.Argument(help="A folder of HDF5 files, or one file.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of HDF5 files, or one file.")],
     fields: Fields = None,
     primary: Primary = None,
     pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
 ) -> "Source":
-    """Pack HDF5 files: of a folder one record a file (DeepCAM), of one file one record a row."""
+    """Pack HDF5 files.
+
+    Of a folder one record a file (DeepCAM), of one file one record a row.
+    """
     from stagein.formats.sources.hdf5 import scan_hdf5
 
     return scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern)
@@ -153,11 +178,14 @@ def _hdf5(
 
 @_kind("npy")
 def _npy(
-    source: Annotated[Path, typer.Argument(help="A folder of .npy or .npz files, or one .npy file.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of .npy or .npz files, or one .npy file.")],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":
-    """Pack .npy or .npz files: of a folder one record a file (CosmoFlow), of one file one record a row."""
+    """Pack .npy or .npz files.
+
+    Of a folder one record a file (CosmoFlow), of one file one record a row.
+    """
     from stagein.formats.sources.npy import scan_npy
 
     return scan_npy(source, fields=parse_fields(fields), primary=primary)
@@ -165,10 +193,13 @@ def _npy(
 
 @_kind("python")
 def _python(
-    source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, called without arguments.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="MODULE:FUNCTION, called without arguments.")],
     primary: Primary = None,
 ) -> "Source | RecordStream":
-    """Pack what a function of yours returns: a torch Dataset, any sequence of records, or a generator of them."""
+    """Pack what a function of yours returns.
+
+    A torch Dataset, any sequence of records, or a generator of them.
+    """
     from stagein.formats.sources.python import scan_python
 
     return scan_python(source, primary=primary)

@@ -29,7 +29,10 @@ class ConvertOptions:
         str, typer.Option(help="For tensors: auto, none, blosc-lz4, blosc-lz4:bit, zstd, lz4. Images stay as they are.")
     ] = "auto"
     shard_bytes: Annotated[
-        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="256MiB", help="Payload of a shard.")
+        int,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", show_default=False, help="Payload of a shard.  [default: 256MiB]"
+        ),
     ] = 256 << 20
     seekable_jpeg: Annotated[
         bool, typer.Option("--seekable-jpeg", help="Let loaders decode crops alone: restart markers, no pixel changed.")

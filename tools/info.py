@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stagein.formats.dataset import Dataset
@@ -18,6 +19,7 @@ from .console import bytes_text, complain, count_text, print_table, say
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_NUMBERS = 8
+_SHOWN_NAMES = 6
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def run(path: Path, *, records: int, as_json: bool) -> None:
     smaller = f", {stored / raw:.1%} of {bytes_text(raw / count)} uncompressed" if stored < raw else ""
     say(f"  record     {bytes_text(stored / count)} on average{smaller}")
     say(f"  sums       crc32c of every record, xxh3_128 of every {bytes_text(manifest.chunk_bytes)} of every file")
-    print_table(schema_table(manifest.record_schema, sizes, manifest.num_records))
+    print_fields(manifest.record_schema, sizes, manifest.num_records)
     for number in range(min(records, manifest.num_records)):
         try:
             say(f"{number}: {record_text(dataset[number])}")
@@ -81,15 +83,31 @@ def _value_text(value: Any) -> str:
     return f"{value.dtype.name} [{', '.join(map(str, value.shape))}]"
 
 
-def schema_table(schema: Schema, sizes: Mapping[str, FieldSize] | None = None, num_records: int = 0) -> Table:
-    """The fields of a record, one a row; with their sizes, where they are known."""
-    table = Table("field", "kind", "dtype", "shape", *(["kept in", "a record", "stored"] if sizes else []), "more")
+def print_fields(schema: Schema, sizes: Mapping[str, FieldSize] | None = None, num_records: int = 0) -> None:
+    """The fields of a record, one a row; with their sizes, where they are known. What else they say comes after, a line each."""
+    known = ["kept in", "a record", "stored"] if sizes else []
+    table = Table("field", "holds", "codec", *known, box=SIMPLE_HEAD, pad_edge=False)
     for name, field in schema.fields.items():
         mark = " (primary)" if name == schema.primary else ""
-        known = _size_texts(field, sizes[name], num_records) if sizes else []
-        what = ("UTF-8", "?") if field.kind == "text" else (field.dtype, _shape_text(field))
-        table.add_row(name + mark, field.kind, *what, *known, _meta_text(field))
-    return table
+        size = _size_texts(field, sizes[name], num_records) if sizes else []
+        table.add_row(name + mark, _holds_text(field), _codec_text(field), *size)
+    print_table(table)
+    for name, field in schema.fields.items():
+        for key, value in field.meta.items():
+            say(f"{key} of {name}: {_meta_text(value)}")
+
+
+def _holds_text(field: Field) -> str:
+    """As `jpeg [?, ?, 3]`, `float32 [?, 4]`, `int64`, `text`."""
+    shape = f" [{', '.join('?' if extent is None else str(extent) for extent in field.shape)}]" if field.shape else ""
+    return (field.encoding or "text") if field.kind == "text" else f"{field.encoding or field.dtype}{shape}"
+
+
+def _codec_text(field: Field) -> str:
+    """As --codec of `stagein convert` takes it."""
+    if field.codec is None:
+        return ""
+    return field.codec.name + (":bit" if field.codec.shuffle == "bit" else "")
 
 
 def _size_texts(field: Field, size: FieldSize, num_records: int) -> list[str]:
@@ -98,17 +116,8 @@ def _size_texts(field: Field, size: FieldSize, num_records: int) -> list[str]:
     return [str(field.storage), bytes_text(mean), bytes_text(size.stored_bytes) + ratio]
 
 
-def _shape_text(field: Field) -> str:
-    return " x ".join("?" if extent is None else str(extent) for extent in field.shape) or "scalar"
-
-
-def _meta_text(field: Field) -> str:
-    parts = [field.encoding] if field.encoding else []
-    if field.codec:
-        parts.append(field.codec.name + (f", shuffled by {field.codec.shuffle}s" if field.codec.shuffle else ""))
-    for key, value in field.meta.items():
-        if isinstance(value, list) and len(value) > 6:
-            parts.append(f"{key}: {', '.join(map(str, value[:5]))}, … {len(value)} in all")
-        else:
-            parts.append(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    return "; ".join(parts)
+def _meta_text(value: object) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    shown = ", ".join(map(str, value[:_SHOWN_NAMES]))
+    return shown if len(value) <= _SHOWN_NAMES else f"{shown}, … {len(value)} in all"
