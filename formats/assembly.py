@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all
-from .errors import UsageError
+from .errors import UsageError, destination_error
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .publish import PART_SUFFIX, fsync_file, fsync_folder, publish_bytes
@@ -143,6 +143,20 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
 
 
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise UsageError when `target` exists and may not be overwritten: better asked before a long scan, too."""
+    try:
+        is_there, is_dataset = target.exists(), (target / MANIFEST_NAME).exists()
+    except OSError as error:
+        raise destination_error(error, "writing", target) from error
+    if is_there and not overwrite:
+        raise UsageError(f"{target} exists already: choose another target, or pass --overwrite to replace it")
+    if is_there and not is_dataset:
+        raise UsageError(
+            f"{target} exists and is not a stagein data set, so it is not overwritten: choose another target"
+        )
+
+
 class GrowingDataset:
     """The data set that will be `target`, while it is being written in `target`.part. One process tree at a time."""
 
@@ -151,13 +165,7 @@ class GrowingDataset:
         self.target = target
         self.folder = target.with_name(target.name + PART_SUFFIX)
         self._overwrite = overwrite
-        if target.exists():
-            if not overwrite:
-                raise UsageError(f"{target} exists already: choose another target, or pass --overwrite to replace it")
-            if not (target / MANIFEST_NAME).exists():
-                raise UsageError(
-                    f"{target} exists and is not a stagein data set, so it is not overwritten: choose another target"
-                )
+        refuse_existing(target, overwrite=overwrite)
         for folder in (self.folder, self.folder / "shards", self.folder / JOURNAL_FOLDER):
             folder.mkdir(parents=folder is self.folder, exist_ok=True)
         self._lock = os.open(self.folder / JOURNAL_FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o644)

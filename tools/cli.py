@@ -58,9 +58,14 @@ def _root(
 @app.command()
 def adopt(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="An HDF5 file, a folder of them, or a Zarr v3 array or group.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE", readable=False, help="An HDF5 file, a folder of them, or a Zarr v3 array or group."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The data set to make, on the same file system.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", readable=False, help="The data set to make, on the same file system.")
+    ],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +105,7 @@ def adopt(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
+    path: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
     records: Annotated[int, typer.Option(min=0, help="How many of the first records to show.")] = 3,
     json: Json = False,
 ) -> None:
@@ -112,7 +117,9 @@ def info(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set, or a staged copy of one.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DATASET", readable=False, help="A data set, or a staged copy of one.")
+    ],
     workers: Workers = None,
     repair: Annotated[bool, typer.Option("--repair", help="First mend what is damaged or missing.")] = False,
     good: Annotated[
@@ -133,7 +140,7 @@ def verify(
 
 @app.command()
 def extract(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
     record: Annotated[int, typer.Argument(metavar="RECORD", help="Number of the record, counted from 0.")],
     to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
 ) -> None:
@@ -156,7 +163,9 @@ class PolicyChoice(StrEnum):
 
 @app.command()
 def stage(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A data set on the shared file system.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", readable=False, help="A data set on the shared file system.")
+    ],
     to: Annotated[str, typer.Option(help="Node-local folder; {node} in it becomes the node's name.")],
     policy: Annotated[
         PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
@@ -291,7 +300,9 @@ BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [de
 
 @bench_app.command("convert")
 def bench_convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of class folders of images.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", readable=False, help="Folder of class folders of images.")
+    ],
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
@@ -417,7 +428,7 @@ def bench_device(
 
 @bench_app.command("stage")
 def bench_stage(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
     work: Annotated[Path, typer.Option(help="Folder for the copies of all nodes; made, and removed at the end.")],
     rounds: Rounds = 5,
     source_rate: Annotated[

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from stagein.formats.assembly import refuse_existing
 from stagein.formats.codecs import parse_codec
 from stagein.formats.conversion import (
     ConversionPlan,
@@ -88,6 +89,9 @@ def _run_on_ranks(
 def _convert(
     scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions, executors: Executors
 ) -> None:
+    parse_codec(options.codec)
+    if options.split is None and not options.dry_run:
+        refuse_existing(target, overwrite=options.overwrite)
     scanned = scan()
     if isinstance(scanned, RecordStream):
         _write_stream(scanned, target, options)

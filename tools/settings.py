@@ -99,7 +99,10 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
     try:
         return Settings.model_validate(tables)
     except ValidationError as error:
-        raise UsageError(f"{config}: {_sentence(error.errors()[0])}") from None
+        wrong = sorted(
+            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
+        )  # a typo also leaves what it meant missing
+        raise UsageError(f"{config}: {_sentence(wrong[0])}") from None
 
 
 def _read_tables(config: str | Path) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """What pydantic found wrong first, in our words."""
+    """What pydantic found wrong, in our words."""
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":

@@ -20,6 +20,7 @@ from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, Shar
 from stagein.formats.record_reader import RecordReader
 from stagein.formats.schema import Field, Schema
 from stagein.formats.shards import ShardLayout
+from stagein.formats.sources.files import files_below
 
 from .layout import ForeignPart, ForeignRecords, ForeignShard
 
@@ -35,6 +36,7 @@ def scan_foreign(
 
     Raises UsageError, one sentence, for what cannot be adopted; SourceError for what cannot be read.
     """
+    _refuse_unreadable(source)
     if (source / "zarr.json").exists():
         from .zarr import scan_foreign_zarr
 
@@ -51,14 +53,20 @@ def scan_foreign(
     return scan_foreign_hdf5(_hdf5_files(source), fields, primary, file_per_record=file_per_record)
 
 
-def _hdf5_files(source: Path) -> list[Path]:
+def _refuse_unreadable(source: Path) -> None:
     try:
-        is_folder = source.is_dir()
         if not source.exists():
             raise SourceError(f"{source} is not there: is the path right?")
+        if source.is_dir():
+            os.scandir(source).close()
     except OSError as error:
         raise source_error(error, "reading", source) from None
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in _HDF5_SUFFIXES) if is_folder else [source]
+
+
+def _hdf5_files(source: Path) -> list[Path]:
+    if not source.is_dir():
+        return [source]
+    paths = [path for path in files_below(source) if path.suffix.lower() in _HDF5_SUFFIXES]
     if not paths:
         raise SourceError(f"{source} holds no HDF5 files (*.h5, *.hdf5, …), and is no array and no group of Zarr v3")
     return paths

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from stagein.formats.errors import SourceError, UsageError
+from stagein.formats.errors import SourceError, UsageError, source_error
 from stagein.formats.images import BadImageError
 from stagein.formats.schema import Field, Schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
@@ -183,14 +183,17 @@ def _require_lmdb() -> None:
 
 
 def _find(source: Path | Sequence[Path]) -> tuple[SourceFile, ...]:
-    if isinstance(source, Path) and (source / _DATA_NAME).exists():
+    if not isinstance(source, Path) or not source.is_dir():
+        return find_files(source, bool, "LMDB databases")
+    try:
+        names = sorted(path for path in source.iterdir() if path.name == _DATA_NAME or path.suffix == ".lmdb")
+    except OSError as error:
+        raise source_error(error, "listing", source) from None
+    if source / _DATA_NAME in names:
         return find_files(source / _DATA_NAME, bool, "LMDB databases")
-    if isinstance(source, Path) and source.is_dir():
-        found = sorted(path / _DATA_NAME if path.is_dir() else path for path in source.glob("*.lmdb"))
-        if not found:
-            raise SourceError(f"{source} holds no LMDB databases (data.mdb, *.lmdb): name the folder that holds them")
-        return find_files(found, bool, "LMDB databases")
-    return find_files(source, bool, "LMDB databases")
+    if not names:
+        raise SourceError(f"{source} holds no LMDB databases (data.mdb, *.lmdb): name the folder that holds them")
+    return find_files([path / _DATA_NAME if path.is_dir() else path for path in names], bool, "LMDB databases")
 
 
 def _visible_path(file: SourceFile) -> Path:

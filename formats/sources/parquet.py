@@ -25,7 +25,7 @@ from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import BadValueError, Value
 
 from .fields import SIZE_FIELD, file_field, image_size
-from .files import SourceFile, find_files, most_common, source_name, used_files
+from .files import SourceFile, files_below, find_files, most_common, source_name, used_files
 from .read_order import read_in_order
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _require_pyarrow() -> None:
 
 def _find(source: Path | Sequence[Path]) -> tuple[SourceFile, ...]:
     if isinstance(source, Path) and source.is_dir():
-        found = sorted(path for path in source.rglob("*.parquet") if not path.name.startswith("."))
+        found = [path for path in files_below(source) if path.suffix == ".parquet" and not path.name.startswith(".")]
         if not found:
             raise SourceError(
                 f"{source} holds no Parquet files (*.parquet): name the folder that holds them, or the files"
