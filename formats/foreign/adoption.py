@@ -16,11 +16,11 @@ from stagein.formats.assembly import FinishedField, FinishedShard, GrowingDatase
 from stagein.formats.checksums import crc32c
 from stagein.formats.errors import ChecksumError, SourceError, UsageError, destination_error, source_error
 from stagein.formats.index import RecordIndex
+from stagein.formats.listing import files_below
 from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
 from stagein.formats.record_reader import RecordReader
 from stagein.formats.schema import Field, Schema
 from stagein.formats.shards import ShardLayout
-from stagein.formats.sources.files import files_below
 
 from .layout import ForeignPart, ForeignRecords, ForeignShard
 

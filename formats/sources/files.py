@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,16 +71,6 @@ def find_files(source: Path | Sequence[Path], is_wanted: Callable[[str], bool], 
         raise SourceError(f"{source_name(source)} holds no {wanted}: name the folder that holds them, or the files")
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         return tuple(pool.map(_look_at, paths))
-
-
-def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and all folders below it, sorted. Raises SourceError for one that cannot be listed: what it holds
-    would be missing without a word."""
-
-    def refuse(error: OSError) -> NoReturn:
-        raise source_error(error, "listing", error.filename)
-
-    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
 
 
 def used_files(

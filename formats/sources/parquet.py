@@ -20,12 +20,13 @@ from pydantic import ValidationError
 
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import BadImageError
+from stagein.formats.listing import files_below
 from stagein.formats.schema import Field, Schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import BadValueError, Value
 
 from .fields import SIZE_FIELD, file_field, image_size
-from .files import SourceFile, files_below, find_files, most_common, source_name, used_files
+from .files import SourceFile, find_files, most_common, source_name, used_files
 from .read_order import read_in_order
 
 if TYPE_CHECKING:
