@@ -4,6 +4,11 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from stagein.loaders.synthetic import make_image_folder
 
 
 def _bench_load(*options: str) -> str:
@@ -32,6 +37,20 @@ def test_a_contestant_that_there_is_not_is_refused() -> None:
     refused = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert refused.returncode == 2
     assert "'nobody'" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["load", "device"])
+def test_less_than_a_batch_is_refused_and_not_waited_for(command: str, tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "images", images_per_class=2, height=32, width=32)
+    for of_what in ([str(tmp_path / "images")], ["--tensors", "int16"]):
+        refused = subprocess.run(
+            [sys.executable, "-m", "stagein.tools.cli", "bench", command, "--batch-size", "5000", *of_what],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert refused.returncode == 2
+        assert "records do not fill a batch of 5000" in refused.stderr
 
 
 def test_tensors_have_a_line_for_each_contestant() -> None:

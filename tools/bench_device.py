@@ -58,19 +58,25 @@ def run_device(work: Work, rounds: int, round_s: float) -> None:
 
 
 def _data_set(work: Work, folder: Path) -> Path:
+    from .bench_load import make_tensors, refuse_less_than_a_batch
+
+    dataset = folder / "records.st"
+    if work.tensors is not None:
+        make_tensors(dataset, work.tensors, work.codec)
+    else:
+        _convert_images(work, folder, dataset)
+    refuse_less_than_a_batch(dataset, work.batch_size)
+    return dataset
+
+
+def _convert_images(work: Work, folder: Path, dataset: Path) -> None:
     from stagein.formats import convert, scan_imagefolder
     from stagein.loaders.synthetic import make_image_folder
 
-    from .bench_load import make_tensors
-
-    if work.tensors is not None:
-        make_tensors(folder / "records.st", work.tensors, work.codec)
-        return folder / "records.st"
     images = work.images or folder / "images"
     if work.images is None:
         make_image_folder(images, images_per_class=max(32, 2 * work.batch_size), height=375, width=500)
-    convert(scan_imagefolder(images), folder / "images.st")
-    return folder / "images.st"
+    convert(scan_imagefolder(images), dataset)
 
 
 def _for_ever(loader: Any) -> Iterator[Any]:

@@ -136,6 +136,7 @@ def run_load(
             images = folder / "images"
             make_image_folder(images, images_per_class=max(32, batch_size), height=375, width=500)
         convert(scan_imagefolder(images), folder / "plain.st")
+        refuse_less_than_a_batch(folder / "plain.st", batch_size)
         convert(change_images(scan_imagefolder(images), SeekableJpegs()), folder / "seekable.st")
         work = {
             "images": str(images),
@@ -170,10 +171,22 @@ def run_tensors(
     with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:
         folder = Path(made)
         make_tensors(folder / "records.st", kind, codec)
+        refuse_less_than_a_batch(folder / "records.st", batch_size)
         work = {"dataset": str(folder / "records.st"), "batch_size": batch_size, "threads": threads}
         specs = [{"name": name, "kind": "tensors"} for name in ("stagein", *PEERS)]
         settings = {"records": kind, "codec": codec or "none", "batch_size": batch_size, "threads": threads}
         _compete(_chosen(specs, against), work, folder, rounds, round_s, "MB/s", settings)
+
+
+def refuse_less_than_a_batch(dataset: Path, batch_size: int) -> None:
+    """Raise UsageError when a data set fills no batch: what is left over makes none, so a loader would have nothing to give."""
+    from stagein.formats import Dataset
+
+    records = len(Dataset(dataset))
+    if records < batch_size:
+        raise UsageError(
+            f"{records} records do not fill a batch of {batch_size}: measure on more, or with --batch-size {records} or less"
+        )
 
 
 def _chosen(specs: list[dict[str, Any]], against: Collection[str]) -> list[dict[str, Any]]:
