@@ -4,6 +4,8 @@ Compiled code knows a function by its name, which is looked up when the code is 
 disk. Import this where kernels are used: numba takes half a second to load.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llvmlite.binding
@@ -66,14 +68,14 @@ clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRES
 
 _CRC32C, _CRC32C_COPY = (native_symbols.PREFIX + name for name in ("crc32c_extend", "crc32c_copy"))
 _crc32c_signature = (types.uint32, types.uint32, _ADDRESS, _SIZE)
-GENERATED: dict[str, str] = {}
-"""LLVM IR of the functions that are ours, by name."""
+GENERATED: dict[str, Callable[[], str]] = {}
+"""What makes the LLVM IR of each function that is ours, by name."""
 crc32c_copy = None
 """(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go."""
 if folded_crc32c.is_possible():
     GENERATED = {
-        _CRC32C: folded_crc32c.assembly(_CRC32C, copies=False),
-        _CRC32C_COPY: folded_crc32c.assembly(_CRC32C_COPY, copies=True),
+        _CRC32C: partial(folded_crc32c.assembly, _CRC32C, copies=False),
+        _CRC32C_COPY: partial(folded_crc32c.assembly, _CRC32C_COPY, copies=True),
     }
     crc32c_extend = _at_address(folded_crc32c.function_address(), _CRC32C, *_crc32c_signature)
     crc32c_copy = _at_address(folded_crc32c.copying_function_address(), _CRC32C_COPY, *_crc32c_signature, _ADDRESS)

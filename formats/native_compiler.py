@@ -59,7 +59,7 @@ def _link_generated(module: Any) -> None:
 
     for name, assembly in GENERATED.items():
         if any(function.name == name for function in module.functions):
-            module.link_in(llvm.parse_assembly(assembly))
+            module.link_in(llvm.parse_assembly(assembly()))
             module.get_function(name).linkage = "internal"
 
 

@@ -121,10 +121,11 @@ class ShardFiles:
                 f"{self._limit} file descriptors; raise the limit (`ulimit -n`), or see whether the file system hangs"
             )
         for shard in needed[self._descriptors[needed] == _CLOSED].tolist():
-            self._descriptors[shard] = self._open(shard)
-            self.piece_bytes[shard] = _choose_piece_bytes(int(self._descriptors[shard]))
-            if np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
-                self._maps[shard] = _map(int(self._descriptors[shard]))
+            self._descriptors[shard] = descriptor = self._open(shard)
+            is_shared = _is_shared(descriptor)
+            self.piece_bytes[shard] = _LARGE_PIECE_BYTES if is_shared else _PIECE_BYTES
+            if not is_shared and np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
+                self._maps[shard] = _map(descriptor)
         return shards
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:
@@ -180,11 +181,6 @@ def _allowed_descriptors() -> int:
     return max(1, limit - _RESERVED_DESCRIPTORS)
 
 
-def _choose_piece_bytes(descriptor: int) -> int:
-    """How much to read at a time."""
-    return _LARGE_PIECE_BYTES if _is_shared(descriptor) else _PIECE_BYTES
-
-
 def _is_shared(descriptor: int) -> bool:
     """Shared file systems (Lustre, GPFS, BeeGFS, FUSE) are those that cannot say whether bytes are in memory, and are not memory
     themselves: their own reading ahead begins late, or knows only one client at a time."""
@@ -199,7 +195,7 @@ def _is_shared(descriptor: int) -> bool:
 
 
 def _map(descriptor: int) -> tuple[int, int]:
-    """Address and nbytes of a memory map of this file; _NO_MAP where it is better read.
+    """Address and nbytes of a memory map of this file, on no shared file system; _NO_MAP where it is better read.
 
     Of a file of others, or one that this process may not write to, the kernel says that all of it is in memory, whatever is
     (mincore(2)): so that nobody learns what others read. Where memory is rationed by addresses, maps would eat it up.
@@ -208,7 +204,7 @@ def _map(descriptor: int) -> tuple[int, int]:
     is_published = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o222
     is_told = status.st_uid == os.geteuid()
     is_rationed = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-    if not is_published or not is_told or is_rationed or status.st_size == 0 or _is_shared(descriptor):
+    if not is_published or not is_told or is_rationed or status.st_size == 0:
         return _NO_MAP
     address = _c_library().mmap(None, status.st_size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     return _NO_MAP if address == _MAP_FAILED else (address, status.st_size)

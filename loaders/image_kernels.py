@@ -1,4 +1,6 @@
-"""The kernels of `resize`. A first batch waits until they are compiled, half a second: plain loops and comparisons compile in half the time of numpy's
+"""The kernels of `resize`.
+
+A first batch waits until they are compiled, half a second: plain loops and comparisons compile in half the time of numpy's
 functions, `min` and `max`.
 """
 

@@ -54,7 +54,7 @@ def start_ranks(
 
 def rank_pids(launcher: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks that a running launcher started, in no particular order."""
-    return _children(launcher.pid)
+    return children(launcher.pid)
 
 
 def _mpirun() -> str:
@@ -64,15 +64,21 @@ def _mpirun() -> str:
     return str(found)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Process ids of what a process started, none when it has ended."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
+def descendants(pid: int) -> list[int]:
+    """Process ids of what a process started, and of what those did."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
 def _kill_tree(pid: int) -> None:
     """The launcher starts each rank in a process group of its own, so killing the launcher's group is not enough."""
-    for child in _children(pid):
+    for child in children(pid):
         _kill_tree(child)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -27,6 +27,7 @@ from lookalikes import (
     write_deepcam_npy,
     write_deepcam_single,
 )
+from mpi import descendants
 from pictures import jpeg, png
 from test_source_tfrecord import bytes_list, example, float_list, write
 from test_source_webdataset import write_tar
@@ -336,8 +337,3 @@ def test_a_killed_worker_is_a_sentence_and_the_same_command_ends_in_the_same_byt
     )
     assert straight.returncode == 0, straight.stderr
     assert Dataset(tmp_path / "x.st").manifest == Dataset(tmp_path / "y.st").manifest
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [each for child in children for each in (child, *descendants(child))]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mpi import rank_pids, run_ranks, start_ranks
+from mpi import descendants, rank_pids, run_ranks, start_ranks
 
 from stagein.formats import verify
 from stagein.formats.publish import PART_SUFFIX
@@ -140,11 +140,6 @@ def workers_of(pid: int) -> list[int]:
     found = descendants(pid)
     servers = [child for child in found if "forkserver" in read_of_process(child, "cmdline")]
     return [worker for server in servers for worker in descendants(server)]
-
-
-def descendants(pid: int) -> list[int]:
-    children = read_of_process(pid, f"task/{pid}/children").split()
-    return [found for child in map(int, children) for found in (child, *descendants(child))]
 
 
 def tell(pid: int, number: signal.Signals) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_system_calls import why_no_strace
+from test_system_calls import failing, why_no_strace
 
 from stagein.formats import Field, RecordIndex, shard_files
 from stagein.formats.checksums import crc32c
@@ -114,20 +114,7 @@ def test_what_is_not_in_memory_is_read_and_not_waited_for_page_by_page(shard: Pa
         pytest.skip(reason)
     other_name = shard.with_name("other name")
     other_name.hardlink_to(shard)
-    strace = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-P",
-        shard,
-        "-e",
-        "trace=fadvise64",
-        "-e",
-        "inject=fadvise64:retval=0",
-    ]
-    command = [*strace, sys.executable, "-c", COLD, shard, other_name]
+    command = [*failing("fadvise64", "retval=0", shard), sys.executable, "-c", COLD, shard, other_name]
     subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
 
 
@@ -225,21 +212,8 @@ def test_a_shard_cut_between_the_question_and_the_copy(shard: Path, order: list[
     """strace holds the process for two seconds where it has just learnt that the file is whole."""
     if reason := why_no_strace():
         pytest.skip(reason)
-    hold = ["-P", shard, "-e", "trace=lseek", "-e", "inject=lseek:delay_exit=2000000"]
-    command = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        *hold,
-        sys.executable,
-        "-c",
-        CUT_WHILE_COPIED,
-        shard,
-        str(order),
-        str(check),
-    ]
+    hold = failing("lseek", "delay_exit=2000000", shard)
+    command = [*hold, sys.executable, "-c", CUT_WHILE_COPIED, shard, str(order), str(check)]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
     assert "shard is cut off: the shard has fewer bytes than its manifest says" in result.stdout, result.stderr
 
@@ -318,20 +292,14 @@ def test_nothing_is_mapped_where_addresses_are_rationed(shard: Path) -> None:
 def test_a_file_system_that_maps_nothing(shard: Path) -> None:
     if reason := why_no_strace():
         pytest.skip(reason)
-    strace = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-P",
+    command = [
+        *failing("mmap", "error=ENODEV", shard),
+        sys.executable,
+        "-c",
+        NOT_MAPPED,
         shard,
-        "-e",
-        "trace=mmap",
-        "-e",
-        "inject=mmap:error=ENODEV",
+        str(resource.RLIM_INFINITY),
     ]
-    command = [*strace, sys.executable, "-c", NOT_MAPPED, shard, str(resource.RLIM_INFINITY)]
     subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
 
 

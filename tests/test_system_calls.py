@@ -51,7 +51,7 @@ def to(tmp_path: Path) -> Path:
 
 
 def failing(calls: str, how: str, *paths: Path) -> list[str | Path]:
-    """What to write before a command for these system calls (on these paths) to fail as `how` says."""
+    """What to write before a command for these system calls (on these paths) to fail, or to be held, as `how` says."""
     only = [word for path in paths for word in ("-P", path)]
     return ["strace", "-f", "-qq", "-o", "/dev/null", *only, "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
 

@@ -13,7 +13,7 @@ from stagein.formats.errors import StageinError
 
 from . import convert_commands
 from .console import complain, say
-from .options import Json, Workers, parse_age, parse_size, parse_time
+from .options import Json, Workers, parse_age, parse_size, parse_time, path_argument
 
 _ORDER = ("convert", "adopt", "info", "verify", "extract", "stage", "status", "evict", "train", "bench", "demo")
 """Of the commands in the help: as they follow one another in use."""
@@ -57,15 +57,8 @@ def _root(
 
 @app.command()
 def adopt(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", readable=False, help="An HDF5 file, a folder of them, or a Zarr v3 array or group."
-        ),
-    ],
-    target: Annotated[
-        Path, typer.Argument(metavar="TARGET", readable=False, help="The data set to make, on the same file system.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "An HDF5 file, a folder of them, or a Zarr v3 array or group.")],
+    target: Annotated[Path, path_argument("TARGET", "The data set to make, on the same file system.")],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,7 +98,7 @@ def adopt(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
+    path: Annotated[Path, path_argument("DATASET", "A data set.")],
     records: Annotated[int, typer.Option(min=0, help="How many of the first records to show.")] = 3,
     json: Json = False,
 ) -> None:
@@ -117,9 +110,7 @@ def info(
 
 @app.command()
 def verify(
-    path: Annotated[
-        Path, typer.Argument(metavar="DATASET", readable=False, help="A data set, or a staged copy of one.")
-    ],
+    path: Annotated[Path, path_argument("DATASET", "A data set, or a staged copy of one.")],
     workers: Workers = None,
     repair: Annotated[bool, typer.Option("--repair", help="First mend what is damaged or missing.")] = False,
     good: Annotated[
@@ -140,7 +131,7 @@ def verify(
 
 @app.command()
 def extract(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
+    dataset: Annotated[Path, path_argument("DATASET", "A data set.")],
     record: Annotated[int, typer.Argument(metavar="RECORD", help="Number of the record, counted from 0.")],
     to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
 ) -> None:
@@ -163,9 +154,7 @@ class PolicyChoice(StrEnum):
 
 @app.command()
 def stage(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="A data set on the shared file system.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "A data set on the shared file system.")],
     to: Annotated[str, typer.Option(help="Node-local folder; {node} in it becomes the node's name.")],
     policy: Annotated[
         PolicyChoice, typer.Option(help="Every node gets all shards, or each a part; auto: all where they fit.")
@@ -300,9 +289,7 @@ BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [de
 
 @bench_app.command("convert")
 def bench_convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="Folder of class folders of images.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "Folder of class folders of images.")],
     rounds: Rounds = 5,
     work: BenchFolder = None,
 ) -> None:
@@ -428,7 +415,7 @@ def bench_device(
 
 @bench_app.command("stage")
 def bench_stage(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", readable=False, help="A data set.")],
+    dataset: Annotated[Path, path_argument("DATASET", "A data set.")],
     work: Annotated[Path, typer.Option(help="Folder for the copies of all nodes; made, and removed at the end.")],
     rounds: Rounds = 5,
     source_rate: Annotated[

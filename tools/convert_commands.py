@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from .convert_options import ConvertOptions
+from .options import path_argument
 
 if TYPE_CHECKING:
     from stagein.formats.source import Source
@@ -47,7 +48,7 @@ def _kind(name: str) -> Callable[[_Scan], _Scan]:
         target = inspect.Parameter(
             "target",
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=Annotated[Path, typer.Argument(metavar="TARGET", readable=False, help="The data set to make.")],
+            annotation=Annotated[Path, path_argument("TARGET", "The data set to make.")],
         )
         shared = _parameters(ConvertOptions)
 
@@ -76,9 +77,7 @@ def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
 
 @_kind("imagefolder")
 def _imagefolder(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="Folder of class folders of JPEG or PNG files.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "Folder of class folders of JPEG or PNG files.")],
 ) -> "Source":
     """Pack a folder of class folders of images.
 
@@ -91,9 +90,7 @@ def _imagefolder(
 
 @_kind("webdataset")
 def _webdataset(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="A .tar archive, or a folder of them.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "A .tar archive, or a folder of them.")],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":
@@ -108,10 +105,7 @@ def _webdataset(
 
 @_kind("tfrecord")
 def _tfrecord(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", readable=False, help="A TFRecord file, plain or gzip, or a folder of them."),
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "A TFRecord file, plain or gzip, or a folder of them.")],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,10 +127,7 @@ def _tfrecord(
 @_kind("parquet")
 def _parquet(
     source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", readable=False, help="A Parquet file, or a folder with Parquet files in it or below it."
-        ),
+        Path, path_argument("SOURCE", "A Parquet file, or a folder with Parquet files in it or below it.")
     ],
     fields: Fields = None,
     primary: Primary = None,
@@ -153,10 +144,7 @@ def _parquet(
 @_kind("lmdb")
 def _lmdb(
     source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", readable=False, help="An LMDB environment, a folder or a file, or a folder of such files."
-        ),
+        Path, path_argument("SOURCE", "An LMDB environment, a folder or a file, or a folder of such files.")
     ],
     fields: Fields = None,
     primary: Primary = None,
@@ -172,9 +160,7 @@ def _lmdb(
 
 @_kind("hdf5")
 def _hdf5(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="A folder of HDF5 files, or one file.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "A folder of HDF5 files, or one file.")],
     fields: Fields = None,
     primary: Primary = None,
     pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
@@ -190,9 +176,7 @@ def _hdf5(
 
 @_kind("npy")
 def _npy(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", readable=False, help="A folder of .npy or .npz files, or one .npy file.")
-    ],
+    source: Annotated[Path, path_argument("SOURCE", "A folder of .npy or .npz files, or one .npy file.")],
     fields: Fields = None,
     primary: Primary = None,
 ) -> "Source":

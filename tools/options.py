@@ -1,6 +1,6 @@
 """Options that several commands share, and how their values are written on the command line."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,3 +47,8 @@ def parse_time(text: str) -> float:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes or threads to use.  [default: all cores]")]
+
+
+def path_argument(name: str, help_text: str) -> Any:
+    """An argument that is a path, shown as `name`. What cannot be read is for the command to say, and with its exit code."""
+    return typer.Argument(metavar=name, readable=False, help=help_text)

@@ -99,10 +99,9 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
     try:
         return Settings.model_validate(tables)
     except ValidationError as error:
-        wrong = sorted(
-            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
-        )  # a typo also leaves what it meant missing
-        raise UsageError(f"{config}: {_sentence(wrong[0])}") from None
+        # a typo comes first: it also leaves missing what it meant
+        wrong = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        raise UsageError(f"{config}: {_sentence(wrong)}") from None
 
 
 def _read_tables(config: str | Path) -> dict[str, Any]:

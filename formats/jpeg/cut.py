@@ -54,8 +54,8 @@ def cut_windows(
 
     source                all pieces: for file i its header at `header_start[i]`, directly followed by its MCU rows.
     rows_start, rows_stop where these rows lie in it; rows_start is the end of the header.
-    first_row, num_rows   which rows they are, those of `cut_kernels.needed_rows` at least; 0 rows: the file is no seekable one, whole, and
-                          comes as it is, with origin (0, 0).
+    first_row, num_rows   which rows they are, those of `cut_kernels.needed_rows` at least; 0 rows: the file is no seekable one,
+                          whole, and comes as it is, with origin (0, 0).
     windows               [n, 4].
     buffer                where to put the files, as large as `source` at least; by default fresh memory.
 
