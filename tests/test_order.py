@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagein.loaders.order import RankBatch, epoch_order, num_steps, rank_batches, rank_slice
+from stagein.loaders.order import RankBatch, argsort_words, epoch_order, num_steps, rank_batches, rank_slice
 
 SAMPLES = st.integers(0, 1000)
 WORLDS = st.integers(1, 8)
@@ -44,6 +44,22 @@ def test_the_order_never_changes_from_version_to_version():
 
 
 GOLDEN_ORDER = [2, 5, 9, 7, 3, 0, 6, 8, 4, 1, 11, 10]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 3, 65_536, 65_537, 200_003, 5_000_000])
+def test_the_order_is_that_of_a_stable_argsort_of_the_words(samples):
+    key = np.array([7, 3], np.uint64)
+    words = np.random.Philox(key=key).random_raw(samples)
+    assert np.array_equal(epoch_order(samples, seed=7, epoch=3), np.argsort(words, kind="stable"))
+
+
+@given(
+    words=st.lists(st.builds(lambda high, low: high * 2**60 + low, st.integers(0, 15), st.integers(0, 70)), max_size=60)
+)
+def test_words_that_share_their_highest_bits_are_told_apart_by_the_others_and_equal_ones_by_their_ids(words):
+    words = np.array(words, np.uint64)
+    kept = words.copy()
+    assert argsort_words(words, kept.__getitem__).tolist() == np.argsort(kept, kind="stable").tolist()
 
 
 def test_each_place_of_the_order_is_equally_likely_for_a_sample():
