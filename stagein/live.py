@@ -106,6 +106,10 @@ class Live:
         self._waits_for = holder
         self.look()
 
+    def expect(self, total_bytes: int) -> None:
+        """Called by all ranks with what each has to do: one that is not heard of afterwards is seen to have done none of it."""
+        self._progress[:, 1] = self._all.gather_all(total_bytes)
+
     def note(self, done_bytes: int, total_bytes: int) -> None:
         """What this rank has done, and has to do. Raises what `watch` raised, if it did."""
         if self._problem is not None:

@@ -102,7 +102,8 @@ class Engine:
         self._timeout_seconds, self._stop_requested, self._progress = timeout_seconds, stop_requested, progress
         self._own, self._local = deque(work.traveling.tolist()), deque(work.local.tolist())
         passing = [*work.by_origin, work.local]
-        self._to_finish_bytes = sum(table.total_bytes(chunks) for chunks in passing)
+        self.to_finish_bytes = sum(table.total_bytes(chunks) for chunks in passing)
+        """Bytes that will pass or reach this rank."""
         self._finished_bytes = self._reported_bytes = 0
         longest_bytes = max((int(table.nbytes[chunks].max()) for chunks in passing if len(chunks)), default=1)
         buffer_bytes = -(-longest_bytes // BLOCK_BYTES) * BLOCK_BYTES
@@ -173,7 +174,7 @@ class Engine:
             return
         self._reported_bytes = self._finished_bytes
         try:
-            self._progress(self._finished_bytes, self._to_finish_bytes)
+            self._progress(self._finished_bytes, self.to_finish_bytes)
         except Exception as problem:  # the caller's mistake must not leave the other ranks waiting
             self._fail(StageinError(f"the progress callback failed: {type(problem).__name__}: {problem}"))
 

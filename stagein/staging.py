@@ -397,6 +397,7 @@ class StageJob:
                         neighbours=neighbours,
                         pulse=Pulse(words_apart.mpi) if words_apart.mpi is not None else None,
                     )
+                live.expect(engine.to_finish_bytes)
                 with self._all.together():
                     try:
                         transfer = engine.run()

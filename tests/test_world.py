@@ -140,7 +140,7 @@ def test_ranks_talk_and_fail_together() -> None:
         [1, 2, "b", 0, 1],
         [0, 2, "a", 1, 2],
     ]
-    assert second["failure"] == ["the file is gone", False]
+    assert second["failure"] == ["rank 1 on b: the file is gone", False]
     assert first["failure"] == third["failure"] == ["rank 1 on b: the file is gone", True]
     for words in (first, second, third):
         assert words["broadcast"] == 2 and words["gathered"] == [0, 1, 2] and words["any_rank"] == [True] * 3

@@ -451,7 +451,7 @@ def main() -> None:
     try:
         app()
     except StageinError as error:
-        if not error.reported_by_peer:
+        if not error.reported_by_peer or sys.stderr.isatty():  # `srun --pty` drops what the other ranks say
             complain(str(error))
         sys.exit(error.exit_code)
 

@@ -28,7 +28,13 @@ def show_stage() -> Iterator[Watch]:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+    class SteadyConsole(Console):
+        """Leaves the cursor as it is: a rank that is killed with the others could not bring it back."""
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
+    with Live(console=SteadyConsole(stderr=True), auto_refresh=False, transient=True) as live:
         yield lambda view: live.update(render(view), refresh=True)
 
 

@@ -140,7 +140,7 @@ def _rate_text(node: NodeReceipt) -> str:
 
 
 def _print_nodes(receipt: Receipt) -> None:
-    table = Table("node", box=None)
+    table = Table("node", box=None, padding=(0, 0, 0, 1), pad_edge=False)
     for column in ("read", "received", "written", "reused", "prepare", "move", "publish", "rate"):
         table.add_column(column, justify="right")
     for node in sorted(receipt.nodes, key=lambda node: -node.seconds)[:_LISTED_NODES]:
