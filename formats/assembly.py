@@ -24,9 +24,10 @@ from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all
 from .errors import UsageError, destination_error
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
+from .payload import FieldContent, packed_starts
 from .publish import PART_SUFFIX, fsync_file, fsync_folder, publish_bytes
 from .schema import Field, column_chunk_path
-from .shards import FieldContent, ShardContent, ShardFile, ShardLayout, packed_starts
+from .shards import ShardContent, ShardFile, ShardLayout
 from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
@@ -110,9 +111,9 @@ class GrowingShard:
         for name, file in self._files.items():
             entry, offset = file.publish()
             field = content.large_fields[name]
-            large[name] = FinishedField(entry, len(field.payload), offset, field.nbytes, field.crc32c)
+            large[name] = FinishedField(entry, field.payload_bytes, offset, field.nbytes, field.crc32c)
         ragged = {
-            name: ColumnPart(np.frombuffer(field.payload, np.uint8), field.nbytes, field.crc32c)
+            name: ColumnPart(np.frombuffer(field.pieces[0], np.uint8), field.nbytes, field.crc32c)
             for name, field in content.ragged_columns.items()
             if content.records
         }
@@ -131,10 +132,10 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
         os.close(descriptor)
     in_payload = old.offset - np.uint64(old.entry.data_offset)
     ragged = {
-        column: FieldContent(memoryview(part.content), packed_starts(part.nbytes), part.nbytes, part.crc32c)
+        column: FieldContent.packed([memoryview(part.content)], part.nbytes, part.crc32c)
         for column, part in shard.ragged_columns.items()
     }
-    mine = {name: FieldContent(payload, in_payload, old.nbytes, old.crc32c)}
+    mine = {name: FieldContent([payload], old.payload_bytes, in_payload, old.nbytes, old.crc32c)}
     content = ShardContent(shard.records, mine, ragged, shard.columns)
     file = ShardFile(folder, number, old.entry.first, name, content, layout)
     file.write()

@@ -9,7 +9,7 @@ Three traps shape this file (all tried with HDF5 1.14):
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def create_skeleton(path: Path, structure: Hdf5Structure) -> int:
 
 
 def create_chunked(
-    path: Path, structure: Hdf5Structure, hdf5_filter: tuple[int, tuple[int, ...]], records: Sequence[memoryview]
+    path: Path, structure: Hdf5Structure, hdf5_filter: tuple[int, tuple[int, ...]], records: Iterable[memoryview]
 ) -> NDArray[np.uint64]:
     """Write all of a shard, its payload as one filtered chunk a record; `records` are the chunks as they are stored.
 

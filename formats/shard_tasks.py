@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .assembly import FinishedShard, GrowingShard, fingerprint, journal_shard, resume_shard
-from .shards import ShardBuffers, ShardBuilder, ShardLayout, ShardPlan
+from .payload import ShardBuffers
+from .shards import ShardBuilder, ShardLayout, ShardPlan
 from .source import BatchedPart, RefusedRecord, SourcePart
 from .values import BadValueError
 

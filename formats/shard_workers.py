@@ -14,8 +14,8 @@ from typing import Protocol, Self
 
 from . import worker_server
 from .errors import StageinError
+from .payload import ShardBuffers
 from .shard_tasks import ShardResult, ShardTask, make_shard
-from .shards import ShardBuffers
 
 
 class ShardExecutor(Protocol):

@@ -6,25 +6,23 @@ layout, so that its bytes are touched once: summed, hashed, written.
 
 import contextlib
 import json
-import mmap
 import os
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5_shard, zarr_view
-from .checksums import chunk_sums, crc32c, pread_exactly, pwrite_all
+from .checksums import chunk_sums, pread_exactly, pwrite_all
 from .errors import SourceError, UsageError
 from .manifest import FORMAT_VERSION, MIN_CHUNK_BYTES, Container, ShardEntry
+from .payload import FieldContent, PayloadBuffer, PayloadBuilder, RaggedColumnBuilder, ShardBuffers
 from .publish import publish_file
 from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema
-from .source import ReadField, RecordBatch
+from .source import RecordBatch
 from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
 
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -32,10 +30,6 @@ SHARD_MODE = 0o444
 _WRITE_BYTES = 16 << 20
 _WORTHWHILE_BYTES = 32 << 20
 """A smaller file is not worth a call off the GIL."""
-_SUMMED_BYTES = 512 << 10
-"""Summed at a time, at least: many records by one call, which are still in the second-level cache."""
-_WORTHWHILE_RECORDS = 64
-"""Fewer records are summed one by one."""
 
 
 @dataclass(frozen=True)
@@ -126,51 +120,6 @@ def shard_path(number: int, name: str, schema: Schema, container: Container) -> 
     return f"{folder}/{number:05d}.{'zarr-shard' if container == 'zarr' else 'h5'}"
 
 
-ShardBuffers: TypeAlias = "dict[str, PayloadBuffer]"
-"""The memory of the large fields of a shard, by name, kept for the next shard; empty to begin with."""
-
-
-class PayloadBuffer:
-    """Page-aligned memory for the payload of one shard, reused for the next: fresh pages cost more than copying."""
-
-    def __init__(self) -> None:
-        self._memory = _huge_pages(mmap.PAGESIZE)
-
-    def view(self, nbytes: int) -> memoryview:
-        """Room for `nbytes` bytes; what was there before is still in it. Earlier views of this buffer are void."""
-        if len(self._memory) < nbytes:
-            self._memory = _huge_pages(nbytes)
-        return memoryview(self._memory)[:nbytes]
-
-
-def _huge_pages(nbytes: int) -> mmap.mmap:
-    """Fresh memory, in huge pages where the system has them for private memory: it is filled a fifth faster."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-@dataclass(frozen=True)
-class FieldContent:
-    """A field in a shard: its payload as it is stored, and for each record where in it its bytes are, and their crc32c."""
-
-    payload: memoryview
-    offset: NDArray[np.uint64]
-    nbytes: NDArray[np.uint32]
-    crc32c: NDArray[np.uint32]
-
-    @classmethod
-    def packed(cls, payload: memoryview, nbytes: NDArray[np.uint32], crc32c: NDArray[np.uint32]) -> "FieldContent":
-        """Of records that lie one behind the other."""
-        return cls(payload, packed_starts(nbytes), nbytes, crc32c)
-
-
-def packed_starts(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """Where records of these sizes start that lie one behind the other."""
-    return np.cumsum(nbytes, dtype=np.uint64) - nbytes
-
-
 @dataclass(frozen=True)
 class ShardContent:
     """What goes into a shard: its fields by the way they are stored."""
@@ -182,7 +131,7 @@ class ShardContent:
 
     def rows(self, name: str, field: Field) -> int:
         """Rows of a large field, those included with which it is padded."""
-        return len(self.large_fields[name].payload) // field.row_bytes if field.is_variable else self.records
+        return self.large_fields[name].payload_bytes // field.row_bytes if field.is_variable else self.records
 
 
 @dataclass(frozen=True)
@@ -208,142 +157,6 @@ class ShardLayout:
             offset = np.arange(data_offset, data_offset + payload_bytes, inner_bytes, dtype=np.uint64)
             return zarr_view.encode_index(offset, np.full(len(offset), inner_bytes, np.uint64), self.inner_chunks(name))
         return zarr_view.encode_index(offset, nbytes.astype(np.uint64), self.inner_chunks(name))
-
-
-class _Places:
-    """Where the records of a field are in its payload, one behind the other, and their sums."""
-
-    def __init__(self) -> None:
-        self.used_bytes = 0
-        self._sizes = array("I")
-        self._sums = array("I")
-        self._summed_bytes = 0
-
-    def add(self, nbytes: int) -> None:
-        """A record of so many bytes is there; `sum_up` sums it."""
-        self._sizes.append(nbytes)
-        self.used_bytes += nbytes
-
-    def extend(self, added: ReadField, payload: memoryview) -> None:
-        """Several records are there, with their sums."""
-        self.sum_up(payload)
-        self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
-        self._sums.frombytes(added.crc32c.tobytes())
-        self.used_bytes += int(added.nbytes.sum())
-        self._summed_bytes = self.used_bytes
-
-    def sum_some(self, payload: memoryview) -> None:
-        """Sum the last records if they are many enough: they are still in the processor's cache."""
-        if self.used_bytes - self._summed_bytes >= _SUMMED_BYTES:
-            self.sum_up(payload)
-
-    def sum_up(self, payload: memoryview) -> None:
-        """Sum the records that are not yet."""
-        sizes = np.array(self._sizes[len(self._sums) :], np.uint32)
-        if len(sizes):
-            content = np.asarray(payload[self._summed_bytes : self.used_bytes])
-            self._sums.frombytes(record_sums(content, sizes).tobytes())
-            self._summed_bytes = self.used_bytes
-
-    def content(self, payload: memoryview) -> FieldContent:
-        self.sum_up(payload)
-        return FieldContent.packed(payload, np.array(self._sizes, np.uint32), np.array(self._sums, np.uint32))
-
-
-def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The crc32c of records of these sizes that lie one behind the other."""
-    if len(nbytes) >= _WORTHWHILE_RECORDS:
-        from .write_kernels import sum_records  # numba takes a third of a second to load
-
-        sums = np.empty(len(nbytes), np.uint32)
-        sum_records(content, nbytes, sums)
-        return sums
-    edges = [0, *np.cumsum(nbytes, dtype=np.int64).tolist()]
-    return np.array([crc32c(content[start:end]) for start, end in pairwise(edges)], np.uint32)
-
-
-class _PayloadBuilder:
-    """Collects the records of a large field at their places in the payload of a shard."""
-
-    def __init__(self, name: str, field: Field, buffer: PayloadBuffer, records: int, payload_bytes: int) -> None:
-        self._name = name
-        self._field = field
-        self._codec = field.codec
-        if self._codec:
-            payload_bytes = records * self._codec.most_stored_bytes(field.record_bytes)
-        self._payload = buffer.view(payload_bytes)
-        self._record = memoryview(bytearray(field.record_bytes if self._codec else 0))
-        self._places = _Places()
-
-    def room(self, nbytes: int) -> memoryview:
-        return self._record if self._codec else self.batch_room(nbytes)
-
-    def batch_room(self, nbytes: int) -> memoryview:
-        """Room for several records, which is there when they are not compressed."""
-        start = self._places.used_bytes
-        if start + nbytes > len(self._payload):
-            raise SourceError(
-                f"field {self._name!r} has more bytes than were planned: did the source change meanwhile?"
-            )
-        return self._payload[start : start + nbytes]
-
-    def extend(self, added: ReadField) -> None:
-        self._places.extend(added, self._payload)
-
-    def add(self, nbytes: int) -> None:
-        if self._codec:
-            self.put(self._record)
-        else:
-            self._places.add(nbytes)
-            self._places.sum_some(self._payload)
-
-    def put(self, record: bytes | memoryview) -> None:
-        """Add a record of which the bytes are elsewhere."""
-        if self._codec:
-            record = self._codec.encode(record, self._field.stored_dtype.itemsize)
-        start, nbytes = self._places.used_bytes, len(record)
-        self._payload[start : start + nbytes] = record
-        self._places.add(nbytes)
-        self._places.sum_some(self._payload)
-
-    def content(self) -> FieldContent:
-        used = self._places.used_bytes
-        payload_bytes = used if self._codec else zarr_view.padded_bytes(self._field, used)
-        self._payload[used:payload_bytes] = bytes(payload_bytes - used)
-        return self._places.content(self._payload[:payload_bytes])
-
-
-class _RaggedColumnBuilder:
-    """Collects the records of a ragged column."""
-
-    def __init__(self) -> None:
-        self._room = memoryview(b"")
-        self._records: list[bytes | memoryview] = []
-        self._sizes = array("I")
-
-    def room(self, nbytes: int) -> memoryview:
-        self._room = memoryview(bytearray(nbytes))
-        return self._room
-
-    def batch_room(self, nbytes: int) -> memoryview:
-        return self.room(nbytes)
-
-    def extend(self, added: ReadField) -> None:
-        self._records.append(self._room[: int(added.nbytes.sum())])
-        self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
-
-    def add(self, nbytes: int) -> None:
-        self.put(self._room)
-
-    def put(self, record: bytes | memoryview) -> None:
-        """Add a record; its memory stays as it is."""
-        self._records.append(record)
-        self._sizes.append(len(record))
-
-    def content(self) -> FieldContent:
-        payload, sizes = b"".join(self._records), np.array(self._sizes, np.uint32)
-        sums = record_sums(np.frombuffer(payload, np.uint8), sizes)
-        return FieldContent.packed(memoryview(payload), sizes, sums)
 
 
 class _ColumnValues:
@@ -390,11 +203,11 @@ class ShardBuilder:
         `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
         """
         self._schema = schema
-        self._builders: dict[str, _PayloadBuilder | _RaggedColumnBuilder] = {
-            name: _PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), records, payload_bytes[name])
+        self._builders: dict[str, PayloadBuilder | RaggedColumnBuilder] = {
+            name: PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), records, payload_bytes[name])
             for name, field in schema.large_fields.items()
         }
-        self._builders |= {name: _RaggedColumnBuilder() for name in schema.ragged_columns}
+        self._builders |= {name: RaggedColumnBuilder() for name in schema.ragged_columns}
         self._columns = {name: _ColumnValues(name, field) for name, field in schema.columns.items()}
         self._asked: dict[str, memoryview] = {}
         self._puts: list[Callable[[Any], None]] = [
@@ -533,12 +346,13 @@ class ShardFile:
             try:
                 if placement.index_offset is not None:
                     index = layout.zarr_index(
-                        self._name, placement.data_offset, len(mine.payload), placement.offset, mine.nbytes
+                        self._name, placement.data_offset, mine.payload_bytes, placement.offset, mine.nbytes
                     )
                     pwrite_all(descriptor, index, placement.index_offset)
                 self._nbytes = os.fstat(descriptor).st_size
                 offset = placement.payload_offset
-                self._sums = _write_payload(descriptor, self._nbytes, offset, mine.payload, layout.chunk_bytes).hex()
+                self._sums = _write_payload(descriptor, self._nbytes, offset, mine.pieces, layout.chunk_bytes).hex()
+                mine.pieces.clear()
             finally:
                 os.close(descriptor)
             failed.pop_all()
@@ -562,7 +376,7 @@ def _lay_out(part: Path, name: str, content: ShardContent, layout: ShardLayout) 
     """Write the HDF5 structure, if any, with a compressed payload; leave room for an uncompressed one and the Zarr index."""
     mine = content.large_fields[name]
     if layout.container == "zarr":
-        return _Placement(mine.offset, 0, len(mine.payload))
+        return _Placement(mine.offset, 0, mine.payload_bytes)
     structure = _hdf5_structure(name, content, layout)
     payload_offset = None
     if layout.schema.fields[name].codec is None:
@@ -580,12 +394,8 @@ def _write_chunked(
     part: Path, field: Field, content: FieldContent, structure: hdf5_shard.Hdf5Structure
 ) -> NDArray[np.uint64]:
     assert field.codec is not None
-    records = [
-        content.payload[start : start + nbytes]
-        for start, nbytes in zip(content.offset.tolist(), content.nbytes.tolist(), strict=True)
-    ]
     hdf5_filter = field.codec.hdf5_filter(field.stored_dtype.itemsize, field.record_bytes)
-    return hdf5_shard.create_chunked(part, structure, hdf5_filter, records)
+    return hdf5_shard.create_chunked(part, structure, hdf5_filter, content.records())
 
 
 def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hdf5_shard.Hdf5Structure:
@@ -599,7 +409,7 @@ def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hd
         for column, values in content.ragged_columns.items():
             declared = schema.fields[column]
             data_names[column] = f"{column}/data"
-            small[data_names[column]] = np.frombuffer(values.payload, declared.stored_dtype).reshape(
+            small[data_names[column]] = np.frombuffer(values.pieces[0], declared.stored_dtype).reshape(
                 -1, *declared.row_shape
             )
             small |= _hdf5_places(column, declared, values)
@@ -644,7 +454,11 @@ def hdf5_count_name(name: str, field: Field) -> str:
 
 
 def _write_payload(
-    descriptor: int, nbytes: int, payload_offset: int | None, payload: memoryview, chunk_bytes: int
+    descriptor: int,
+    nbytes: int,
+    payload_offset: int | None,
+    payload: Sequence[bytes | memoryview],
+    chunk_bytes: int,
 ) -> bytes:
     """Write the payload of a shard file, where HDF5 has not, and return the sums of all chunks of the file.
 
@@ -654,16 +468,19 @@ def _write_payload(
         starts = range(0, nbytes, _WRITE_BYTES)
         pieces = (_read_piece(descriptor, start, min(_WRITE_BYTES, nbytes - start)) for start in starts)
         return b"".join(chunk_sums(pieces, chunk_bytes))
-    end = payload_offset + len(payload)
-    head = memoryview(_read_piece(descriptor, 0, payload_offset))
-    tail = memoryview(_read_piece(descriptor, end, nbytes - end))
+    end = payload_offset + sum(map(len, payload))
+    head, tail = _read_piece(descriptor, 0, payload_offset), _read_piece(descriptor, end, nbytes - end)
     if nbytes < _WORTHWHILE_BYTES:
-        pwrite_all(descriptor, payload, payload_offset)
-        return b"".join(chunk_sums((head, payload, tail), chunk_bytes))
+        for piece in payload:
+            pwrite_all(descriptor, piece, payload_offset)
+            payload_offset += len(piece)
+        return b"".join(chunk_sums((head, *payload, tail), chunk_bytes))
     from .write_kernels import write_and_sum  # numba takes a third of a second to load
 
+    arrays = [np.frombuffer(piece, np.uint8) for piece in (head, *payload, tail)]
+    addresses, sizes = np.array([array.ctypes.data for array in arrays]), np.array([len(array) for array in arrays])
     sums = np.empty((-(-nbytes // chunk_bytes), 2), np.uint64)
-    trouble = write_and_sum(descriptor, np.asarray(head), np.asarray(payload), np.asarray(tail), chunk_bytes, sums)
+    trouble = write_and_sum(descriptor, addresses, sizes, chunk_bytes, sums)
     if trouble:
         raise OSError(trouble, os.strerror(trouble))
     return sums.astype(">u8").tobytes()

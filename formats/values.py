@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .schema import BFLOAT16, Field, Schema, bfloat16_dtype
+from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, bfloat16_dtype
 
 Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
 """A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
@@ -68,12 +68,12 @@ Stored: TypeAlias = bytes | memoryview
 
 
 def quick_storing(field: Field) -> Callable[[Any], bytes | None]:
-    """A function that makes the stored bytes of values of the very type that the field has, a copy of their memory.
+    """A function that makes the stored bytes of values of the very type that the field has: a copy, where they may change.
 
     It returns None for all others, and large ones: `to_rows` says what becomes of them.
     """
     if field.kind == "encoded":
-        return lambda value: value if type(value) is bytes and len(value) <= _QUICK_BYTES else None
+        return lambda value: value if type(value) is bytes and len(value) <= MAX_RECORD_BYTES else None
     if field.kind == "text":
         return lambda value: value.encode() if type(value) is str and value.isascii() else None
     dtype, shape, row_shape = field.stored_dtype, field.fixed_shape, field.row_shape

@@ -41,7 +41,7 @@ def load() -> None:
     sum_records(content, np.empty(0, np.uint32), np.empty(0, np.uint32))
     read_files(-1, frozen, sizes, sizes, content, np.empty(0, np.uint32))
     jpeg_sizes(content, sizes, np.empty((0, 2), np.int32))
-    write_and_sum(-1, content, content, content, 1, np.empty((0, 2), np.uint64))
+    write_and_sum(-1, sizes, sizes, 1, np.empty((0, 2), np.uint64))
 
 
 @kernel
@@ -56,45 +56,43 @@ def sum_records(content: NDArray[np.uint8], nbytes: NDArray[np.uint32], sums: ND
 @kernel
 def write_and_sum(
     descriptor: int,
-    head: NDArray[np.uint8],
-    payload: NDArray[np.uint8],
-    tail: NDArray[np.uint8],
+    addresses: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
     chunk_bytes: int,
     sums: NDArray[np.uint64],
 ) -> int:
-    """Write the payload of a file behind its head, and sum the chunks of the whole; head and tail are in the file already.
+    """Write a file from pieces that lie at `addresses`, and sum its chunks; the first and the last piece are in it already.
 
     sums  becomes the xxh3_128 of every `chunk_bytes` of the file, [chunks, 2]: upper half, lower half.
 
-    Returns 0 or an error number. A piece is summed when it was just written, so that it comes from memory once.
+    Returns 0 or an error number. What was just written is summed, so that it comes from memory once.
     """
     state = xxh3_create()
     if state == 0:
         return _ENOMEM
     xxh3_reset(state)
-    trouble, chunk, filled, sent = 0, 0, 0, 0
-    for place in range(3):
-        part = head if place == 0 else payload if place == 1 else tail
-        start = 0
-        while start < len(part):
-            nbytes = min(_PIECE_BYTES, chunk_bytes - filled, len(part) - start)
-            address = part.ctypes.data + start
-            if place == 1:
-                trouble = _write_exactly(descriptor, address, nbytes, len(head) + start)
-                if trouble != 0:
-                    break
-            xxh3_update(state, address, nbytes)
-            start += nbytes
-            if place == 1 and start - sent >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
-                sync_file_range(descriptor, len(head) + sent, start - sent, _SYNC_FILE_RANGE_WRITE)
-                sent = start
-            filled += nbytes
+    trouble, chunk, filled, offset, sent = 0, 0, 0, 0, 0
+    for number in range(len(nbytes)):
+        address, left = addresses[number], nbytes[number]
+        is_written = 0 < number < len(nbytes) - 1
+        while left > 0 and trouble == 0:
+            part_bytes = min(_PIECE_BYTES, chunk_bytes - filled, left)
+            if is_written:
+                trouble = _write_exactly(descriptor, address, part_bytes, offset)
+            xxh3_update(state, address, part_bytes)
+            address, left, offset, filled = (
+                address + part_bytes,
+                left - part_bytes,
+                offset + part_bytes,
+                filled + part_bytes,
+            )
+            if is_written and offset - sent >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
+                sync_file_range(descriptor, sent, offset - sent, _SYNC_FILE_RANGE_WRITE)
+                sent = offset
             if filled == chunk_bytes:
                 sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
                 xxh3_reset(state)
                 chunk, filled = chunk + 1, 0
-        if trouble != 0:
-            break
     if filled > 0 and trouble == 0:
         sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
     xxh3_free(state)

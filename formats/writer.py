@@ -19,10 +19,10 @@ from .codec_trial import TRIED_RECORDS, CodecTrial
 from .codecs import Codec, CodecChoice, parse_codec
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
+from .payload import ShardBuffers
 from .schema import Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
-    ShardBuffers,
     ShardBuilder,
     ShardLayout,
     refuse_codecs,

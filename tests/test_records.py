@@ -1,6 +1,8 @@
 """Records of every kind of field, written and read back alike by us and by other people's libraries."""
 
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
@@ -422,6 +424,40 @@ def test_what_the_writer_is_given_may_change_afterwards(tmp_path: Path) -> None:
         assert (record["x"] == number).all()
         assert record["y"].tobytes() == bytes([number]) + b"bc"
         assert record["z"].tolist() == [0, number]
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_large_bytes_are_stored_from_where_they_are_as_copies_are(tmp_path: Path, codec: str | None) -> None:
+    random = np.random.default_rng(0)
+    sizes = (20_000, 5, 0, 16 << 10, (16 << 10) - 1, 100_000, 30_000, 1)
+    records = [{"image": random.bytes(size), "x": random.normal(size=(64, 64))} for size in sizes * 10]
+    for name, kind in (("kept", bytes), ("copied", bytearray)):
+        with Writer(tmp_path / name, codec=codec, shard_bytes=200_000) as writer:
+            for record in records:
+                writer.write({"image": kind(record["image"]), "x": record["x"]})
+    assert not verify(tmp_path / "kept").problems
+    dataset = Dataset(tmp_path / "kept")
+    assert dataset.manifest.id == Dataset(tmp_path / "copied").manifest.id
+    assert len(dataset.manifest.shards) > 4
+    for number, record in enumerate(records):
+        assert bytes(dataset[number]["image"]) == record["image"]
+        np.testing.assert_array_equal(dataset[number]["x"], record["x"])
+
+
+def test_a_writer_lets_go_of_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_durable = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: is_durable.wait())
+    records = [bytes([number]) * 20_000 for number in range(90)]
+    alone = sys.getrefcount(records[0])
+    with Writer(
+        tmp_path / "x.st", Schema(fields={"x": Field(kind="encoded", encoding="bytes")}), shard_bytes=400_000
+    ) as writer:
+        for record in records:
+            writer.write({"x": record})
+        held = [number for number in range(90) if sys.getrefcount(records[number]) > alone]
+        is_durable.set()
+    assert held == list(range(held[0], 90)), held
+    assert held[0] >= 60, "three shards of 20 records are written, if not yet on the disk"
 
 
 def test_python_floats_take_the_precision_of_their_field(tmp_path: Path) -> None:

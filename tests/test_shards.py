@@ -296,7 +296,8 @@ def test_a_large_file_is_written_and_summed_as_a_small_one(
     tail_bytes: int,
     chunk_bytes: int,
 ) -> None:
-    payload = bytearray(np.random.default_rng(0).bytes(payload_bytes))
+    payload = np.random.default_rng(0).bytes(payload_bytes)
+    pieces = [payload[:70_000], memoryview(payload)[70_000:70_001], b"", payload[70_001:]]
     expected = b"h" * offset + payload + b"t" * tail_bytes
     for worthwhile_bytes in (0, 1 << 40):
         monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", worthwhile_bytes)
@@ -304,12 +305,12 @@ def test_a_large_file_is_written_and_summed_as_a_small_one(
         with open(path, "w+b", buffering=0) as file:
             os.pwrite(file.fileno(), b"h" * offset, 0)
             os.pwrite(file.fileno(), b"t" * tail_bytes, offset + payload_bytes)
-            sums = shards._write_payload(file.fileno(), len(expected), offset, memoryview(payload), chunk_bytes)
+            sums = shards._write_payload(file.fileno(), len(expected), offset, pieces, chunk_bytes)
         assert path.read_bytes() == expected
         assert sums == b"".join(chunk_sums([expected], chunk_bytes))
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", 0)
-        shards._write_payload(full.fileno(), 4096, 0, memoryview(bytearray(4096)), chunk_bytes)
+        shards._write_payload(full.fileno(), 4096, 0, [bytes(4096)], chunk_bytes)
 
 
 @pytest.mark.parametrize("codec", [None, "blosc-lz4"])
