@@ -1,10 +1,10 @@
-"""CRC-32C by carry-less multiplication of whole vector registers, where the processor can: twice as fast as by its crc32
-instruction.
+"""CRC-32C by carry-less multiplication of whole vector registers, where the processor can: by 64 bytes twice as fast as by its
+crc32 instruction, by 32 as fast.
 
 The method is that of Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009):
 128 bits of a message that stand D bits ahead of others may be added to those, multiplied by x^D mod P; the remainder stays
 what it is. Four vectors of such pieces are taken along at once. Memory is slower than that, so a second function copies what it
-sums on the way: that takes no longer than copying alone. The functions are generated as LLVM IR when they are first asked for, in
+sums on the way: that takes no longer than copying alone, with either vectors. The functions are generated as LLVM IR when they are first asked for, in
 some 10 ms each: numba has no type for what a vector register holds.
 """
 
@@ -17,49 +17,53 @@ from llvmlite import ir
 
 _POLYNOMIAL = 0x82F63B78
 """P of CRC-32C (RFC 3720), with the highest power in the lowest bit, as in all remainders here."""
-_INSTRUCTIONS = ("vpclmulqdq", "avx512f", "crc32")
-_VECTORS, _VECTOR_BYTES = 4, 64
+_INSTRUCTIONS = {64: ("vpclmulqdq", "avx512f", "crc32"), 32: ("vpclmulqdq", "avx2", "crc32")}
+"""What vectors of so many bytes take."""
+_VECTORS = 4
 _FETCH_SOURCE_BYTES, _FETCH_TARGET_BYTES = 4096, 1024
 """So far ahead of where it copies memory is fetched into the caches: the processor itself fetches nothing of the next page."""
 
 _BYTE, _WORD, _QUAD = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_QUAD, _VECTOR_BYTES // 8)
 
 
-def is_possible() -> bool:
-    """Whether this processor can. One with vectors of 32 bytes only gains nothing: measured."""
+def vector_widths() -> list[int]:
+    """How many bytes the vectors have that this processor can multiply, the most first; none where it cannot."""
     features = llvm.get_host_cpu_features()
-    return all(features.get(name, False) for name in _INSTRUCTIONS)
+    return [
+        width
+        for width, instructions in _INSTRUCTIONS.items()
+        if all(features.get(name, False) for name in instructions)
+    ]
 
 
-def function_address() -> int:
-    """Where the function is, for processors that can:
+def function_address(vector_bytes: int) -> int:
+    """Where the function is that works by vectors of this width:
     uint32 (crc32c of what comes before, address of the data, int64 nbytes) -> crc32c of both."""
-    return _compile(copies=False)
+    return _compile(vector_bytes, copies=False)
 
 
-def copying_function_address() -> int:
+def copying_function_address(vector_bytes: int) -> int:
     """The same of a function that copies the data, too:
     uint32 (crc32c of what comes before, address of the data, int64 nbytes, address to copy them to) -> crc32c of both."""
-    return _compile(copies=True)
+    return _compile(vector_bytes, copies=True)
 
 
 @functools.cache
-def _compile(*, copies: bool) -> int:
+def _compile(vector_bytes: int, *, copies: bool) -> int:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly(_NAME, copies=copies)), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly(_NAME, vector_bytes, copies=copies)), machine)
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address(_NAME))
 
 
-def assembly(name: str, *, copies: bool) -> str:
+def assembly(name: str, vector_bytes: int, *, copies: bool) -> str:
     """The function, under this name, as LLVM IR."""
-    return str(_Generator(name, copies).module)
+    return str(_Generator(name, vector_bytes, copies).module)
 
 
 _NAME = "folded_crc32c"
@@ -70,7 +74,8 @@ _engines: list[Any] = []
 class _Generator:
     """Makes `module`, with the function in it."""
 
-    def __init__(self, name: str, copies: bool) -> None:
+    def __init__(self, name: str, vector_bytes: int, copies: bool) -> None:
+        self._vector, self._vector_bytes = ir.VectorType(_QUAD, vector_bytes // 8), vector_bytes
         self.module = ir.Module()
         function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, *[_QUAD] * (3 if copies else 2))), name)
         self._build = ir.IRBuilder(function.append_basic_block())
@@ -78,7 +83,7 @@ class _Generator:
         self._copies_ahead = [self._build.sub(address, data) for address in target]
         self._stop = self._build.add(data, nbytes)
         start = (data, self._build.not_(before))
-        with self._build.if_else(self._is_left(data, _VECTORS * _VECTOR_BYTES)) as (is_long, is_short):
+        with self._build.if_else(self._is_left(data, _VECTORS * self._vector_bytes)) as (is_long, is_short):
             with is_long:
                 behind_vectors, long = self._sum_vectors(*start), self._build.block
             with is_short:
@@ -92,15 +97,15 @@ class _Generator:
 
     def _sum_vectors(self, place: Any, state: Any) -> tuple[Any, Any]:
         """Where the last whole vector ends, and the state there."""
-        zeros = ir.Constant(_VECTOR, [0] * (_VECTOR_BYTES // 8))
-        vectors = [self._take(_VECTOR, place, number * _VECTOR_BYTES) for number in range(_VECTORS)]
+        zeros = ir.Constant(self._vector, [0] * (self._vector_bytes // 8))
+        vectors = [self._take(self._vector, place, number * self._vector_bytes) for number in range(_VECTORS)]
         first = self._build.insert_element(zeros, self._build.zext(state, _QUAD), _WORD(0))
         vectors[0] = self._build.xor(vectors[0], first)
-        place = self._build.add(place, _QUAD(_VECTORS * _VECTOR_BYTES))
-        place, *vectors = self._while_left(_VECTORS * _VECTOR_BYTES, self._add_vectors, place, *vectors)
-        total = functools.reduce(lambda total, vector: self._fold(total, _VECTOR_BYTES, vector), vectors)
-        place, total = self._while_left(_VECTOR_BYTES, self._add_vectors, place, total)
-        pieces = [self._shuffle(total, 2 * number) for number in range(_VECTOR_BYTES // 16)]
+        place = self._build.add(place, _QUAD(_VECTORS * self._vector_bytes))
+        place, *vectors = self._while_left(_VECTORS * self._vector_bytes, self._add_vectors, place, *vectors)
+        total = functools.reduce(lambda total, vector: self._fold(total, self._vector_bytes, vector), vectors)
+        place, total = self._while_left(self._vector_bytes, self._add_vectors, place, total)
+        pieces = [self._shuffle(total, 2 * number) for number in range(self._vector_bytes // 16)]
         total = functools.reduce(lambda total, piece: self._fold(total, 16, piece), pieces)
         for half in range(2):
             state = self._crc32(
@@ -110,9 +115,9 @@ class _Generator:
 
     def _add_vectors(self, place: Any, *vectors: Any) -> list[Any]:
         """The next of as many vectors, each folded into its own: all of them lie so far ahead of the next."""
-        ahead = len(vectors) * _VECTOR_BYTES
+        ahead = len(vectors) * self._vector_bytes
         return [
-            self._fold(vector, ahead, self._take(_VECTOR, place, number * _VECTOR_BYTES))
+            self._fold(vector, ahead, self._take(self._vector, place, number * self._vector_bytes))
             for number, vector in enumerate(vectors)
         ]
 
@@ -155,7 +160,7 @@ class _Generator:
         for ahead in self._copies_ahead:
             target = self._build.add(address, ahead)
             self._build.store(value, self._build.inttoptr(target, kind.as_pointer()), align=1)
-            if kind is _VECTOR:
+            if kind is self._vector:
                 self._fetch(self._build.add(address, _QUAD(_FETCH_SOURCE_BYTES)), to_write=False)
                 self._fetch(self._build.add(target, _QUAD(_FETCH_TARGET_BYTES)), to_write=True)
         return value

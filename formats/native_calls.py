@@ -72,13 +72,15 @@ GENERATED: dict[str, Callable[[], str]] = {}
 """What makes the LLVM IR of each function that is ours, by name."""
 crc32c_copy = None
 """(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go."""
-if folded_crc32c.is_possible():
+if _widths := folded_crc32c.vector_widths():
     GENERATED = {
-        _CRC32C: partial(folded_crc32c.assembly, _CRC32C, copies=False),
-        _CRC32C_COPY: partial(folded_crc32c.assembly, _CRC32C_COPY, copies=True),
+        _CRC32C: partial(folded_crc32c.assembly, _CRC32C, _widths[0], copies=False),
+        _CRC32C_COPY: partial(folded_crc32c.assembly, _CRC32C_COPY, _widths[0], copies=True),
     }
-    crc32c_extend = _at_address(folded_crc32c.function_address(), _CRC32C, *_crc32c_signature)
-    crc32c_copy = _at_address(folded_crc32c.copying_function_address(), _CRC32C_COPY, *_crc32c_signature, _ADDRESS)
+    crc32c_extend = _at_address(folded_crc32c.function_address(_widths[0]), _CRC32C, *_crc32c_signature)
+    crc32c_copy = _at_address(
+        folded_crc32c.copying_function_address(_widths[0]), _CRC32C_COPY, *_crc32c_signature, _ADDRESS
+    )
 else:
     crc32c_extend = _of_wheel("crc32c_extend", *_crc32c_signature)
 """(sum of what comes before, data, nbytes) -> sum of both."""

@@ -8,11 +8,15 @@ import pytest
 
 from stagein.formats import folded_crc32c
 
+WIDTHS = folded_crc32c.vector_widths() or [
+    pytest.param(0, marks=pytest.mark.skip(reason="this processor multiplies no vectors"))
+]
 
-@pytest.mark.skipif(not folded_crc32c.is_possible(), reason="this processor multiplies no vectors of 64 bytes")
-def test_sums_of_any_length_place_and_beginning() -> None:
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sums_of_any_length_place_and_beginning(width: int) -> None:
     signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64)
-    extend = signature(folded_crc32c.function_address())
+    extend = signature(folded_crc32c.function_address(width))
     random = np.random.default_rng(0)
     content = np.frombuffer(random.bytes(200_000), np.uint8)
     for nbytes in [*range(1100), *random.integers(1100, 190_000, 200).tolist()]:
@@ -22,10 +26,10 @@ def test_sums_of_any_length_place_and_beginning() -> None:
         assert found == google_crc32c.extend(before, piece.tobytes()), (nbytes, start, before)
 
 
-@pytest.mark.skipif(not folded_crc32c.is_possible(), reason="this processor multiplies no vectors of 64 bytes")
-def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written() -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written(width: int) -> None:
     signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    copy = signature(folded_crc32c.copying_function_address())
+    copy = signature(folded_crc32c.copying_function_address(width))
     random = np.random.default_rng(0)
     content = np.frombuffer(random.bytes(200_000), np.uint8)
     for nbytes in [*range(1100), *random.integers(1100, 190_000, 200).tolist()]:
@@ -41,12 +45,11 @@ def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written() -> Non
         assert not target[:place].any() and not target[place + nbytes :].any(), (nbytes, place)
 
 
-def test_the_sum_that_the_standard_gives() -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_sum_that_the_standard_gives(width: int) -> None:
     """RFC 3720, appendix B.4: 32 bytes of zeros, of ones, counting up and down."""
-    if not folded_crc32c.is_possible():
-        pytest.skip("this processor multiplies no vectors of 64 bytes")
     signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_char_p, ctypes.c_int64)
-    extend = signature(folded_crc32c.function_address())
+    extend = signature(folded_crc32c.function_address(width))
     up = bytes(range(32))
     sums = [extend(0, content, 32) for content in (bytes(32), b"\xff" * 32, up, up[::-1])]
     assert sums == [0x8A9136AA, 0x62A8AB43, 0x46DD794E, 0x113FDB5C]
