@@ -36,15 +36,22 @@ _TMPFS, _RAMFS = 0x01021994, 0x858458F6
 _CLOSED = -1
 _MOST_MAPS = 8192
 """Of 65,530 that the kernel allows a process, for all that it has."""
+_KEPT_BYTES = 256 << 20
+"""Pages of maps count as memory of this process once they were touched: of all maps of a field, where those together are no
+larger than this, and else only while a record is copied."""
 _NO_MAP = (0, 0)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class OpenShards(NamedTuple):
-    """Of each: its file descriptor, [shards], and where it is mapped: address and nbytes, [shards, 2], 0 where it is not."""
+    """Of each: its file descriptor, [shards], and where it is mapped: address and nbytes, [shards, 2], 0 where it is not.
+
+    keeps_pages  whether pages of maps that were touched may stay in them.
+    """
 
     descriptors: NDArray[np.int32]
     maps: NDArray[np.int64]
+    keeps_pages: bool
 
 
 class ShardFiles:
@@ -57,6 +64,7 @@ class ShardFiles:
         """How much of each to read at a time, known once it was opened."""
         self._descriptors = np.full(len(paths), _CLOSED, np.int32)
         self._maps = np.zeros((len(paths), 2), np.int64)
+        self._keeps_pages = True
         self._used_at = np.zeros(len(paths), np.int64)
         self._clock = 0
         self._is_closed = False
@@ -85,7 +93,7 @@ class ShardFiles:
             self._used_at[shards] = use
             self._in_use[use] = shards
         try:
-            yield OpenShards(descriptors, self._maps[shards])
+            yield OpenShards(descriptors, self._maps[shards], self._keeps_pages)
         finally:
             with self._changed:
                 self._in_use.pop(use, None)
@@ -126,6 +134,7 @@ class ShardFiles:
             self.piece_bytes[shard] = _LARGE_PIECE_BYTES if is_shared else _PIECE_BYTES
             if not is_shared and np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
                 self._maps[shard] = _map(descriptor)
+        self._keeps_pages = bool(self._maps[:, 1].sum() <= _KEPT_BYTES)
         return shards
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:

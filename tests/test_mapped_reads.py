@@ -68,15 +68,37 @@ def test_records_come_from_a_map_as_they_are_and_wherever_they_go(shard: Path, o
     assert maps_of(shard) == 1
 
 
-@pytest.mark.parametrize("order", [[4], [4, 5, 6]], ids=str)
-def test_pages_that_were_copied_do_not_count_as_memory_of_the_process(shard: Path, order: list[int]) -> None:
-    def of_map() -> int:
-        maps = Path("/proc/self/smaps").read_text()
-        return int(maps[maps.index(f"{shard}\n") :].split("Rss:")[1].split()[0])
+def held_bytes(shard: Path) -> int:
+    """What of its map counts as memory of this process."""
+    maps = Path("/proc/self/smaps").read_text()
+    return int(maps[maps.index(f"{shard}\n") :].split("Rss:")[1].split()[0]) << 10
 
-    reader = open_reader(shard, contents_of(shard))
-    reader.read_packed(order)
-    assert of_map() == 0
+
+@pytest.mark.parametrize("order", [[4], [4, 5, 6]], ids=str)
+@pytest.mark.parametrize("check", [True, False])
+def test_pages_count_as_memory_of_the_process_only_where_all_maps_together_are_small(
+    shard: Path, order: list[int], check: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, contents = shard.with_name("other"), contents_of(shard)
+    shutil.copy(shard, other)
+    monkeypatch.setattr(shard_files, "_KEPT_BYTES", 3 * sum(SIZES) // 2)
+    small = open_reader(shard, contents)
+    small.read_packed(order, check=check)
+    assert held_bytes(shard) >= SIZES[4]
+    small.close()
+    sizes = np.array(SIZES * 2, np.uint32)
+    index = RecordIndex(
+        np.repeat([0, 1], len(SIZES)).astype(np.uint32),
+        np.tile(np.cumsum(SIZES) - SIZES, 2).astype(np.uint64),
+        sizes,
+        np.array([crc32c(content) for content in contents * 2], np.uint32),
+    )
+    large = RecordReader(BYTES, index, [shard, other])
+    large.read_packed(order, check=check)
+    large.read_packed([number + len(SIZES) for number in order], check=check)
+    assert held_bytes(other) == 0
+    large.read_packed(order)
+    assert held_bytes(shard) == 0
 
 
 def test_a_map_is_closed_with_its_shard(shard: Path) -> None:
