@@ -1,9 +1,8 @@
 """Kernels as machine code, called without numba: 0.3 s and 80 MB of every process that imports it.
 
-A kernel is compiled once a machine, by a process of its own (`native_compiler`), and kept on disk.
+A kernel is compiled once a machine, by a process of its own (`native_compiler`), and kept on disk (`native_files`).
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,10 +12,9 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +23,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import machine_code, native_symbols
+from .forks import renew_in_forks
+from .native_files import ObjectFile, cache_folder
 
 ENTRY = "call"
 """The function of an object file: (address of a frame) -> how many results there are, below 0 where it raised something. A frame is
 words of 64 bits: one for an integer or a bool, the address and the shape of an array. Results take the place of the first."""
 MOST_RESULTS = 2
 
-_COMPILE_SECONDS = 300
+_WAIT_SECONDS = 0.01
+_LOOK_SECONDS = 0.1
+"""Between looks at whether a kernel is ready: a caller may ask for every image."""
 _IMPORT = re.compile(rb"^\s*from (\.|stagein\.formats\.)(\w+) import", re.MULTILINE)
 _PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "flags")
 """Lines of /proc/cpuinfo that say what code is made for."""
@@ -63,6 +65,8 @@ class Argument(NamedTuple):
 _IN_ORDER = 0x0001 | 0x0100
 """Of the flags of an array: in C order, and aligned (NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_ALIGNED)."""
 _Code = Callable[[list[int]], Any]
+_Kinds = tuple[Any, ...]
+"""Of arguments: dtype and dimensions of an array, the type of anything else."""
 
 
 class NativeKernel:
@@ -73,7 +77,14 @@ class NativeKernel:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self._code: dict[tuple[Any, ...], _Code | None] = {}
+        self._code: dict[_Kinds, _Code | None] = {}
+        self._files: dict[_Kinds, ObjectFile] = {}
+        self._look_again_at = 0.0
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        """Have a lock that nobody holds."""
         self._loading = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -91,30 +102,66 @@ class NativeKernel:
             else:
                 kinds.append(kind)
                 frame.append(int(argument))
-        code = self._load(tuple(kinds), arguments)
+        code = self._wait_for_code(tuple(kinds), arguments)
         if code is None:
             return getattr(importlib.import_module(self._module), self._name)(*arguments)
         return code(frame)
 
-    def _load(self, kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> _Code | None:
+    def is_ready(self, *arguments: Any) -> bool:
+        """Whether there is machine code for arguments of these kinds, so that a call takes no longer than it computes.
+
+        Who asks first has it compiled meanwhile, once a machine. It stays False where there can be none.
+        """
+        kinds = _kinds_of(arguments)
+        if (
+            kinds not in self._code
+            and time.monotonic() >= self._look_again_at
+            and self._loading.acquire(blocking=False)
+        ):
+            try:
+                self._look_for_code(kinds, arguments)
+                self._look_again_at = time.monotonic() + _LOOK_SECONDS
+            finally:
+                self._loading.release()
+        return self._code.get(kinds) is not None
+
+    def _wait_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...]) -> _Code | None:
         """The code for arguments of these kinds; None where there is none."""
         if kinds not in self._code:
             with self._loading:
-                if kinds not in self._code:
-                    signature = tuple(map(Argument.of, arguments))
-                    self._code[kinds] = self._find_or_compile(signature) if _is_possible() else None
+                while not self._look_for_code(kinds, arguments):
+                    time.sleep(_WAIT_SECONDS)
         return self._code[kinds]
 
-    def _find_or_compile(self, signature: tuple[Argument, ...]) -> _Code | None:
-        about = " ".join([self._module, self._name, *map(str, signature)])
-        sources = _sources_digest_of(self._module)
-        name = f"{self._name}-{hashlib.sha256(f'{about} {sources} {_machine()}'.encode()).hexdigest()[:32]}.o"
-        with tempfile.TemporaryDirectory(prefix="stagein-kernels-") as lost:
-            path = (_cache_folder() or Path(lost)) / name
-            if (content := _read(path)) is None:
-                _compile(about, path)
-                content = _read(path)
-        return None if content is None else _callable(content, self._name)
+    def _look_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...]) -> bool:
+        """Whether it is known if there is code, in `_code` then."""
+        if kinds in self._code:
+            return True
+        folder = cache_folder()
+        if folder is None or not _is_possible():
+            self._code[kinds] = None
+            return True
+        if kinds not in self._files:
+            self._files[kinds] = self._file(folder, tuple(map(Argument.of, arguments)))
+        file = self._files[kinds]
+        if not file.is_settled():
+            return False
+        self._code[kinds] = None if file.content is None else _callable(file.content, self._name)
+        del self._files[kinds]
+        return True
+
+    def _file(self, folder: Path, signature: tuple[Argument, ...]) -> ObjectFile:
+        about = [self._module, self._name, *map(str, signature)]
+        known_by = f"{' '.join(about)} {_sources_digest_of(self._module)} {_machine()}"
+        return ObjectFile(folder / f"{self._name}-{hashlib.sha256(known_by.encode()).hexdigest()[:32]}.o", about)
+
+
+def _kinds_of(arguments: tuple[Any, ...]) -> _Kinds:
+    """As `NativeKernel.__call__` finds them."""
+    kinds: list[Any] = []
+    for argument in arguments:
+        kinds += (argument.dtype, argument.ndim) if isinstance(argument, np.ndarray) else (type(argument),)
+    return tuple(kinds)
 
 
 def sources_digest(module: Path) -> str:
@@ -157,48 +204,6 @@ def _machine() -> str:
             if line.split("\t")[0] in _PROCESSOR:
                 lines.append(line)
     return "".join(lines) + importlib.metadata.version("numba")
-
-
-@functools.cache
-def _cache_folder() -> Path | None:
-    """Where numba keeps its own: where it is told to, else beside our bytecode, else in the cache of the user. None: nowhere."""
-    if told := os.environ.get("NUMBA_CACHE_DIR"):
-        folders = [Path(told)]
-    else:
-        of_user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "stagein"
-        folders = [Path(__file__).parent / "__pycache__", of_user]
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    return None
-
-
-def write(path: Path, object_file: bytes) -> None:
-    """Keep code, with a sum before it: whoever runs what a full disk left of a file is lost."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_bytes(hashlib.sha256(object_file).digest() + object_file)
-    part.replace(path)
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    kept, object_file = content[:32], content[32:]
-    return object_file if hashlib.sha256(object_file).digest() == kept else None
-
-
-def _compile(about: str, path: Path) -> None:
-    """Have another process do it, which sees the modules that this one sees. Where it fails, there is no file."""
-    script = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.native_compiler import main; main()"
-    command = [sys.executable, "-c", script, *about.split(), str(path)]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS, stdin=subprocess.DEVNULL)
 
 
 def _callable(object_file: bytes, name: str) -> _Code:

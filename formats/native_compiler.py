@@ -15,7 +15,8 @@ from numba import types
 from numba.np import arrayobj, numpy_support
 
 from . import native
-from .native_code import ENTRY, Argument, write
+from .native_code import ENTRY, Argument
+from .native_files import remove_lock, write
 
 _WORD = ir.IntType(64)
 
@@ -24,8 +25,11 @@ def main() -> None:
     """Arguments: module, name of the kernel, what it is compiled for (`Argument`), and where the code goes."""
     module, name, *signature, path = sys.argv[1:]
     native.compile_for_kernels_only()
-    kernel = getattr(importlib.import_module(module), name)
-    write(Path(path), _object_file(kernel, tuple(_type_of(Argument.parse(text)) for text in signature)))
+    try:
+        kernel = getattr(importlib.import_module(module), name)
+        write(Path(path), _object_file(kernel, tuple(_type_of(Argument.parse(text)) for text in signature)))
+    finally:
+        remove_lock(Path(path))
 
 
 def _type_of(argument: Argument) -> Any:

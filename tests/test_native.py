@@ -1,8 +1,10 @@
 """Kernels on disk: compiled once, and never used when something that is compiled into them has changed."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,111 @@ def test_a_kernel_that_raises_is_an_error(kernels: Path) -> None:
         "try: sums(values, squares, 2, True)\nexcept RuntimeError: print('raised'",
     )
     assert _use(kernels, raises).startswith("raised")
+
+
+COUNTED = 'open("compilers", "a").write("one ")\n' + SUMMING
+"""A module that notes each import: only who compiles its kernels imports it."""
+HELD = """
+import os, time
+from pathlib import Path
+Path("part").write_text(str(os.getpid()))
+Path("part").replace("compiler")
+while not Path("go").exists():
+    time.sleep(0.01)
+"""
+"""Put before a module: who compiles its kernels says which process it is, and waits."""
+IN_BACKGROUND = (
+    USE.partition("print(")[0] + "import os, time\nfrom pathlib import Path\narguments = values, squares, 2, True\n"
+)
+
+
+def _start(folder: Path, script: str) -> "subprocess.Popen[str]":
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "cache")}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=settings, text=True, stdout=subprocess.PIPE)
+
+
+def _result(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=100)
+    return output.strip()
+
+
+def _kept(folder: Path) -> list[str]:
+    """Files of the kernel in the cache, without what tells sources and machines apart."""
+    return [file.name.partition("-")[0] + file.suffix for file in (folder / "cache").glob("sums-*")]
+
+
+def _compiler(folder: Path) -> int:
+    """The process that compiles a module with HELD before it, once it is at it."""
+    told, until = folder / "compiler", time.monotonic() + 60
+    while not told.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return int(told.read_text())
+
+
+def test_processes_that_start_at_once_compile_a_kernel_once(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(COUNTED)
+    processes = [_start(kernels, USE) for _ in range(4)]
+    assert [_result(process) for process in processes] == [f"{RESULT} False"] * 4
+    assert (kernels / "compilers").read_text() == "one "
+    assert _kept(kernels) == ["sums.o"]
+
+
+def test_a_compiler_that_is_killed_holds_nobody_up(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(HELD + SUMMING)
+    processes = [_start(kernels, USE) for _ in range(3)]
+    os.kill(_compiler(kernels), signal.SIGKILL)
+    (kernels / "go").touch()
+    results = [_result(process) for process in processes]
+    assert sorted(results) == [
+        f"{RESULT} False",
+        f"{RESULT} False",
+        f"{RESULT} True",
+    ]  # numba runs it for who started that
+
+
+def test_a_kernel_is_compiled_while_its_caller_goes_on(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(HELD + SUMMING)
+    script = IN_BACKGROUND + (
+        "print(sums.is_ready(*arguments))\n"
+        "open('go', 'w').close()\n"
+        "while not sums.is_ready(*arguments): time.sleep(0.01)\n"
+        "print(sums(*arguments), squares.tolist(), 'numba' in sys.modules)"
+    )
+    assert _result(_start(kernels, script)).split("\n") == ["False", f"{RESULT} False"]
+    assert _kept(kernels) == ["sums.o"]
+
+
+def test_a_kernel_that_cannot_be_compiled_is_never_ready_and_not_tried_again(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(COUNTED.replace("total = 0", "total = 'none'"))
+    script = IN_BACKGROUND + (
+        "sums.is_ready(*arguments)\n"
+        "while not os.path.exists('compilers') or list(Path('cache').glob('sums-*')): sums.is_ready(*arguments)\n"
+        "until = time.monotonic() + 0.5\n"
+        "while time.monotonic() < until: assert not sums.is_ready(*arguments)\n"
+    )
+    process = _start(kernels, script)
+    _result(process)
+    assert process.returncode == 0 and (kernels / "compilers").read_text() == "one "
+
+
+def test_a_compiler_ends_with_the_process_that_started_it_and_not_with_its_forks(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(HELD + SUMMING)
+    script = IN_BACKGROUND + (
+        "sums.is_ready(*arguments)\n"
+        "while not os.path.exists('compiler'): time.sleep(0.01)\n"
+        "if (fork := os.fork()) == 0:\n"
+        "    time.sleep(0.2)\n"
+        "    sys.exit(sums.is_ready(*arguments))\n"
+        "print(os.waitpid(fork, 0)[1], os.waitpid(int(open('compiler').read()), os.WNOHANG))"
+    )
+    assert _result(_start(kernels, script)) == "0 (0, 0)"
+    assert not Path(f"/proc/{_compiler(kernels)}").exists()
+
+
+def test_machine_code_is_kept_among_temporary_files_where_no_folder_is_to_be_had(kernels: Path) -> None:
+    nowhere = {"NUMBA_CACHE_DIR": "/dev/null/cache", "TMPDIR": str(kernels)}
+    assert _use(kernels, **nowhere) == f"{RESULT} False"
+    folder = kernels / f"stagein-kernels-{os.geteuid()}"
+    assert len(list(folder.glob("sums-*"))) == 1
+    folder.chmod(0o777)
+    assert _use(kernels, **nowhere) == f"{RESULT} True"  # others may have put something there
