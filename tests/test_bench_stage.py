@@ -19,6 +19,7 @@ def test_all_contestants_run_and_leave_nothing(tmp_path: Path) -> None:
     plain = run_ranks(2, sys.executable, *command)
     assert plain.returncode == 0, plain.stderr
     contestants = [json.loads(line)["contestant"] for line in plain.stdout.splitlines() if line.startswith("{")]
+    assert all(f"\n{name}: " in f"\n{plain.stdout}" for name in contestants), "each line says what it does"
     assert contestants == [
         "Bcast of chunks",
         "Bcast, verified",

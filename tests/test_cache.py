@@ -227,6 +227,11 @@ def test_a_name_that_is_nothing_evicts_nothing(sources: list[Path], to: Path, na
     assert entries(to)
 
 
+def test_a_data_set_that_is_not_staged_is_not_said_to_be_missing(sources: list[Path], to: Path) -> None:
+    with pytest.raises(UsageError, match=f"{sources[0]} is not staged: "):
+        run_evict([str(sources[0])], str(to))
+
+
 def test_stage_evicts_only_when_asked_and_only_what_it_takes(sources: list[Path], to: Path) -> None:
     with small_disk(to, 3 << 20):
         ids = stage_all(sources[:2], to)

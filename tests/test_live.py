@@ -65,6 +65,12 @@ def test_a_job_log_gets_a_line_every_ten_seconds(
     assert capsys.readouterr().err.count("staging: 70% of 20.0 GB") == 2
 
 
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes of staged copies stay in this test's own folder."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     write_dataset(tmp_path / "source", (20 * CHUNK_BYTES, 20 * CHUNK_BYTES))

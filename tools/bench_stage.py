@@ -33,6 +33,17 @@ BASELINE = "Bcast of chunks"
 _NO_SOURCE = "writing alone"
 _BOUND = "read-once bound"
 _EQUALS = ("Bcast, verified", "cp, verified")
+_DOES = {
+    BASELINE: "the first rank reads a chunk, MPI broadcasts it, every node writes it to its page cache; then the next",
+    "Bcast, verified": "the same, sums checked at the source and on arrival, files made durable, then named",
+    "cp on every node": "every node reads all of the source and writes it to its page cache; without a source rate by `cp -r`",
+    "cp, verified": "the same, sums checked in what was read (of cp in its copy), files made durable, then named",
+    OURS: "every node reads its part and passes it on; checked and made durable as the verified ones, resumable",
+    f"{OURS}, unverified": "the same without sums",
+    _NO_SOURCE: "every node writes as many bytes, read from nowhere: what none of the others can outdo here",
+    _BOUND: "each byte read once at the rate of the source",
+}
+"""What each contestant does, for those who read its rate."""
 _WARM_UP_ROUNDS = 1
 
 Contestant = Callable[[Path], object]
@@ -95,6 +106,8 @@ def run_stage(source: Path, work: Path, rounds: int, source_rate: int | None) ->
         communicator.barrier()
         shutil.rmtree(work, ignore_errors=True)
     if communicator.world.rank == 0:
+        for name in rates:
+            print(f"{name}: {_DOES[name]}")
         settings = {"nodes": communicator.world.nodes, "mb": manifest.nbytes // 10**6, "source_rate": source_rate}
         print_rates("stage", rates, BASELINE, unit="MB/s", **settings)
         for theirs in [*_EQUALS, f"{OURS}, unverified", _BOUND if source_rate else _NO_SOURCE]:

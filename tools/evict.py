@@ -75,7 +75,7 @@ def _id_of(dataset: str, caches: Sequence[CacheStatus]) -> str:
     found = {entry.id for cache in caches for entry in cache.entries if entry.id.startswith(name)}
     if len(found) == 1 and len(name) >= _LEAST_ID_DIGITS:
         return found.pop()
-    reason = "is too short to be sure" if len(name) < _LEAST_ID_DIGITS else "is several" if found else "is not there"
+    reason = "is too short to be sure" if len(name) < _LEAST_ID_DIGITS else "is several" if found else "is not staged"
     raise UsageError(f"{dataset} {reason}: name a data set, or an id, that `stagein status` shows")
 
 
