@@ -446,12 +446,19 @@ def bench_allreduce(
     bench_allreduce.run_allreduce(rounds, batch_size)
 
 
+def _has_the_terminal() -> bool:
+    """Whether this is the first rank and writes to a terminal: `srun --pty` drops what the others say."""
+    from stagein.world import find_rank
+
+    return sys.stderr.isatty() and find_rank().rank == 0
+
+
 def main() -> None:
     """Run the command that the arguments name, and end this process with its exit code."""
     try:
         app()
     except StageinError as error:
-        if not error.reported_by_peer or sys.stderr.isatty():  # `srun --pty` drops what the other ranks say
+        if not error.reported_by_peer or _has_the_terminal():
             complain(str(error))
         sys.exit(error.exit_code)
 
