@@ -42,6 +42,8 @@ JOURNAL_FOLDER = "journal"
 _READ_BYTES = 16 << 20
 _FILE_MODE = 0o644
 _SYNC_THREADS = 16
+_IN_A_LINE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+"""What would end a line or a column of skipped.tsv, as it is written there."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,9 @@ def _write_all_but_shards(
             rows = [_shard_rows(field, shard.large_fields[name], shard.records) for shard in shards]
             files.write(f"{name}/zarr.json", [document(shards_document(field, layout.capacity[name], rows))])
     if skipped:
-        lines = "".join(f"{refused.name}\t{refused.reason}\n" for refused in skipped)
+        lines = "".join(
+            f"{refused.name.translate(_IN_A_LINE)}\t{refused.reason.translate(_IN_A_LINE)}\n" for refused in skipped
+        )
         files.write("skipped.tsv", [lines.encode(errors="surrogateescape")])
     manifest = Manifest(
         container=layout.container,

@@ -122,6 +122,46 @@ def test_bad_files_are_skipped_on_request_and_listed(source: Path, jpeg_dataset:
     assert [record["image"].tobytes() for record in dataset] == [record["image"].tobytes() for record in jpeg_dataset]
 
 
+def test_links_are_followed_but_in_no_circle(source: Path, jpeg_dataset: Dataset, tmp_path: Path) -> None:
+    (source / "circle").rename(tmp_path / "elsewhere")
+    (source / "circle").symlink_to(tmp_path / "elsewhere")
+    reasons = {
+        "rings/nowhere.jpg": "it is a link that leads nowhere",
+        "rings/self.jpg": "it is a link that leads nowhere",
+        "rings/up": "it is a link to a folder that it lies in",
+        "rings/up and up": "it is a link to a folder that it lies in",
+    }
+    targets = ("nothing.jpg", "self.jpg", "..", source.parent)
+    for name, target in zip(reasons, targets, strict=True):
+        (source / name).symlink_to(target)
+    found = scan_imagefolder(source)
+    assert {refused.name: refused.reason for refused in found.refused} == reasons
+    converted = convert(found, tmp_path / "x.st", skip_bad=True)
+    assert converted.manifest.num_records == len(jpeg_dataset)
+
+
+def test_odd_names_are_listed_a_line_each(source: Path, tmp_path: Path) -> None:
+    (source / "rings" / "a\tb\nc.txt").touch()
+    Path(os.fsdecode(os.fsencode(source) + b"/rings/\xff.txt")).touch()
+    result = run_convert(source, tmp_path / "x.st", "--skip-bad", *SMALL_SHARDS)
+    assert result.returncode == 0
+    listed = (tmp_path / "x.st" / "skipped.tsv").read_bytes().splitlines()
+    assert [line.split(b"\t")[0] for line in listed] == [b"rings/a\\tb\\nc.txt", b"rings/\xff.txt"]
+
+
+def test_one_thing_is_left_out_in_the_singular(source: Path, tmp_path: Path) -> None:
+    (source / "rings" / "notes.txt").touch()
+    assert "1 thing was left out" in run_convert(source, tmp_path / "x.st", "--skip-bad").stderr
+
+
+def test_a_class_whose_name_is_no_text_is_refused_at_once(source: Path, tmp_path: Path) -> None:
+    (source / "rings").rename(Path(os.fsdecode(os.fsencode(source) + b"/r\xff")))
+    result = run_convert(source, tmp_path / "x.st")
+    assert result.returncode == 3
+    assert "is no UTF-8" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "x.st.part").exists()
+
+
 def test_a_png_is_an_image_whatever_its_name(source: Path, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -150,8 +150,8 @@ def test_records_that_differ_are_refused_by_number(define: Define) -> None:
         "record 3": "its fields are x, not x, n",
         "record 4": "its fields are x, n, more, not x, n",
         "record 5": "field 'n': int64 of shape (1,), expected int64 of shape ()",
-        "record 6": "field 'n': a NoneType, which holds no numbers",
-        "record 7": "field 'x': a str, which holds no numbers",
+        "record 6": "field 'n': a value of type NoneType, which holds no numbers",
+        "record 7": "field 'x': a value of type str, which holds no numbers",
     }
 
 
@@ -165,7 +165,11 @@ def test_records_that_differ_are_refused_by_number(define: Define) -> None:
         ("return Items(3, lambda i: 1 / 0)", SourceError, "record 0 of .* failed: ZeroDivisionError"),
         ("return [np.zeros(3)]", SourceError, "record 0 of .* is a ndarray: make it a dict of fields, or a pair"),
         ("return [{}]", UsageError, "have no fields"),
-        ("return [{'x': object()}]", UsageError, "field 'x': a object, which holds no numbers: give an array"),
+        (
+            "return [{'x': object()}]",
+            UsageError,
+            "field 'x': a value of type object, which holds no numbers: give an array",
+        ),
         ("return [{'x': torch.zeros(3, dtype=torch.bfloat16)}]", UsageError, "field 'x': a Tensor that is no array"),
         ("return [{'x': [[1], [1, 2]]}]", UsageError, "field 'x': a list that is no array"),
         ("return [{'not a name': np.zeros(3)}]", UsageError, "cannot be the name of a field"),

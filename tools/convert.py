@@ -300,9 +300,9 @@ def _report(
 def _say_converted(target: Path, converted: Converted, source_bytes: int, seconds: float) -> None:
     manifest = converted.manifest
     if converted.skipped:
-        complain(
-            f"{len(converted.skipped)} things were left out, as asked; they are listed in {target / 'skipped.tsv'}"
-        )
+        were = "was" if len(converted.skipped) == 1 else "were"
+        left_out = f"{count_text(len(converted.skipped), 'thing')} {were} left out"
+        complain(f"{left_out}, as asked: the list is {target / 'skipped.tsv'}")
         for refused in converted.skipped[:_LISTED_SKIPPED]:
             complain(f"  {refused.name}: {refused.reason}")
     _say_counts(converted.counts)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISDIR
 from typing import NoReturn
 
 import numpy as np
@@ -163,14 +164,16 @@ class _FoundFile:
     path: str
     nbytes: int
     mtime_ns: int
+    trouble: str = ""
+    """Why it is not looked into, if it is not."""
 
 
 def scan_imagefolder(root: Path) -> ImageFolder:
     """Find the images of ROOT/<class>/**/<image>.
 
-    Labels number the class folders in sorted order; records are ordered by class, then by path. Files that are no
-    images by their name, empty, or outside a class folder are refused. Raises SourceError when there is no class folder
-    or a folder cannot be read.
+    Labels number the class folders in sorted order; records are ordered by class, then by path. Links are
+    followed. Files that are no images by their name, empty, or outside a class folder are refused, and links that lead nowhere
+    or in a circle. Raises SourceError when there is no class folder, a folder cannot be read, or the name of a class is no text.
     """
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -179,6 +182,8 @@ def scan_imagefolder(root: Path) -> ImageFolder:
         raise SourceError(f"{root} cannot be listed: {error.strerror}") from None
     if not classes:
         raise SourceError(f"{root} has no class folders: an image folder is ROOT/<class>/<image>")
+    for name in classes:
+        _refuse_unreadable_name(root, name)
     refused = [
         RefusedRecord(entry.name, "it lies outside the class folders")
         for entry in entries
@@ -193,7 +198,9 @@ def scan_imagefolder(root: Path) -> ImageFolder:
     for label, files in enumerate(found):
         for file in files:
             suffix = os.path.splitext(file.path)[1].lower()  # noqa: PTH122 (a million of them: Path is ten times slower)
-            if suffix not in IMAGE_SUFFIXES:
+            if file.trouble:
+                refused.append(RefusedRecord(file.path, file.trouble))
+            elif suffix not in IMAGE_SUFFIXES:
                 reason = f"its name does not end in {', '.join(sorted(IMAGE_SUFFIXES))}"
                 refused.append(RefusedRecord(file.path, reason))
             elif file.nbytes == 0:
@@ -211,6 +218,14 @@ def scan_imagefolder(root: Path) -> ImageFolder:
         labels=np.array(labels, np.int64),
         refused=tuple(refused),
     )
+
+
+def _refuse_unreadable_name(root: Path, name: str) -> None:
+    """The manifest, which is UTF-8, names the classes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"{root}: the name of the class folder {name!r} is no UTF-8: rename it") from None
 
 
 def _image_schema(classes: list[str], encodings: set[str]) -> Schema:
@@ -235,10 +250,28 @@ def _walk(root: Path, folder: str) -> Iterator[_FoundFile]:
             with os.scandir(root / current) as entries:
                 for entry in entries:
                     path = f"{current}/{entry.name}"
-                    if entry.is_dir():
+                    if trouble := _link_trouble(root / current, entry):
+                        yield _FoundFile(path, 0, 0, trouble)
+                    elif entry.is_dir():
                         pending.append(path)
                     else:
                         status = entry.stat()
                         yield _FoundFile(path, status.st_size, status.st_mtime_ns)
         except OSError as error:
             raise SourceError(f"{error.filename or root / current} cannot be read: {error.strerror}") from None
+
+
+def _link_trouble(folder: Path, entry: os.DirEntry[str]) -> str:
+    """Why an entry of `folder` is a link not to follow; nothing when it is none, or a good one."""
+    if not entry.is_symlink():
+        return ""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return "it is a link that leads nowhere"
+        raise
+    above = folder.absolute()
+    if S_ISDIR(status.st_mode) and any(os.path.samestat(status, each.stat()) for each in (above, *above.parents)):
+        return "it is a link to a folder that it lies in"
+    return ""

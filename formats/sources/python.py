@@ -363,7 +363,7 @@ def _as_array(value: object) -> NDArray[np.generic]:
     except (TypeError, ValueError, OverflowError) as error:
         raise BadValueError(f"a {type(value).__name__} that is no array: {_short(error)}") from None
     if array.dtype.kind not in "biufc":
-        raise BadValueError(f"a {type(value).__name__}, which holds no numbers")
+        raise BadValueError(f"a value of type {type(value).__name__}, which holds no numbers")
     return array
 
 
