@@ -89,16 +89,22 @@ class Writer:
         self._shards: _ShardWriter | None = None
         self._quickly: list[tuple[str, Callable[[Value], bytes | None]]] = []
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
+        self._is_closed = False
+        self._manifest: Manifest | None = None
+        """What was published."""
 
     def write(self, record: Mapping[str, Value]) -> None:
         """Add one record: every field by its name; see `Value` for what a field takes.
 
-        Raises UsageError when a field is missing, unknown, of another shape, or does not fit its dtype without loss. The
-        record is not in the data set then.
+        Raises UsageError when a field is missing, unknown, of another shape, or does not fit its dtype without loss, and when
+        the writer is closed. The record is not in the data set then.
         """
         if self._shards is not None:
             self._shards.write(self._stored(record, self._shards.schema))
             return
+        if self._is_closed:
+            raise UsageError(f"the writer of {self._growing.target} is closed: write all records before")
+        _refuse_no_record(record)
         if self._schema is not None:
             self._checked(record, self._schema)
         elif self._first_records and record.keys() != self._first_records[0].keys():
@@ -106,25 +112,29 @@ class Writer:
                 f"a record has the fields {sorted(record)}, the first one {sorted(self._first_records[0])}"
             )
         try:
-            self._first_records.append({name: _kept(value) for name, value in record.items()})
+            kept = {name: _kept(value) for name, value in record.items()}
+            self._first_bytes += sum(map(_nbytes, kept.values()))
         except BadValueError as error:
             raise UsageError(f"record {len(self._first_records)}: {error}") from None
-        self._first_bytes += sum(_nbytes(value) for value in self._first_records[-1].values())
+        self._first_records.append(kept)
         if len(self._first_records) == TRIED_RECORDS or self._first_bytes >= _TRIED_BYTES:
             self._begin()
 
     def close(self) -> Manifest:
-        """Write what is left and publish the data set. Called by the end of the `with` block."""
+        """Write what is left and publish the data set. Called by the end of the `with` block, if not before."""
+        if self._manifest is not None:
+            return self._manifest
         try:
             if self._shards is None:
                 self._begin()
             assert self._shards is not None
-            manifest = self._shards.publish()
+            self._manifest = self._shards.publish()
         except BaseException:
             self._discard()
             raise
+        self._shards, self._is_closed = None, True
         self._growing.close()
-        return manifest
+        return self._manifest
 
     def __enter__(self) -> Self:
         return self
@@ -134,12 +144,13 @@ class Writer:
     ) -> None:
         if kind is None:
             self.close()
-        else:
+        elif not self._is_closed:
             self._discard()
 
     def _discard(self) -> None:
         if self._shards is not None:
             self._shards.end()
+        self._shards, self._is_closed = None, True
         self._growing.discard()
 
     def _begin(self) -> None:
@@ -183,13 +194,14 @@ class Writer:
 
     def _stored(self, record: Mapping[str, Value], schema: Schema) -> Sequence[Stored]:
         """The bytes of every field of a record, in the order of the schema."""
-        if len(record) == len(self._quickly):
+        if isinstance(record, dict) and len(record) == len(self._quickly):
             try:
                 stored = [quickly(record[name]) for name, quickly in self._quickly]
             except KeyError:
                 stored = [None]
             if None not in stored:
                 return stored  # type: ignore[return-value]
+        _refuse_no_record(record)
         return _row_bytes(self._checked(record, schema), schema)
 
     def _checked(self, record: Mapping[str, Value], schema: Schema) -> Rows:
@@ -324,6 +336,11 @@ class _ShardWriter:
             raise destination_error(error, "writing", self._growing.target) from error
 
 
+def _refuse_no_record(record: object) -> None:
+    if not isinstance(record, Mapping):
+        raise UsageError(f"a record is a {type(record).__name__}: make it a dict, with every field by its name")
+
+
 def _publish(written: Future[None], shard: GrowingShard) -> FinishedShard:
     written.result()
     return shard.publish()
@@ -355,4 +372,4 @@ def _codec_of(codec: Codec | str | None) -> CodecChoice:
 def _nbytes(value: Value) -> int:
     if isinstance(value, (str, bytes)):
         return len(value)
-    return value.nbytes if hasattr(value, "nbytes") else np.asarray(value).nbytes
+    return value.nbytes if hasattr(value, "nbytes") else as_array(value).nbytes

@@ -512,6 +512,36 @@ def test_records_that_do_not_fit_are_refused_and_leave_nothing(
     assert verify(dataset.path).problems == []
 
 
+@pytest.mark.parametrize("count", [0, 40])
+@pytest.mark.parametrize("record", [[1], None, 7, "x"])
+def test_what_is_no_record_is_a_sentence(tmp_path: Path, count: int, record: Any) -> None:
+    with (
+        pytest.raises(UsageError, match=f"is a {type(record).__name__}: make it a dict"),
+        Writer(tmp_path / "x") as writer,
+    ):
+        for number in range(count):
+            writer.write({"x": number})
+        writer.write(record)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lists_that_make_no_array_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="record 0: a list that is no array"), Writer(tmp_path / "x") as writer:
+        writer.write({"x": [[1, 2], [3]]})
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_closed_writer_takes_no_more(tmp_path: Path, count: int) -> None:
+    with Writer(tmp_path / "x") as writer:
+        for number in range(count):
+            writer.write({"x": number})
+        manifest = writer.close()
+        assert writer.close() is manifest
+        with pytest.raises(UsageError, match="closed"):
+            writer.write({"x": count})
+    assert len(Dataset(tmp_path / "x")) == count
+
+
 def test_schemas_that_cannot_be_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing was written, so there is no schema"), Writer(tmp_path / "x.st"):
         pass
