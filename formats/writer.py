@@ -111,11 +111,13 @@ class Writer:
             raise UsageError(
                 f"a record has the fields {sorted(record)}, the first one {sorted(self._first_records[0])}"
             )
-        try:
-            kept = {name: _kept(value) for name, value in record.items()}
-            self._first_bytes += sum(map(_nbytes, kept.values()))
-        except BadValueError as error:
-            raise UsageError(f"record {len(self._first_records)}: {error}") from None
+        kept = {}
+        for name, value in record.items():
+            try:
+                kept[name] = _kept(value)
+                self._first_bytes += _nbytes(kept[name])
+            except BadValueError as error:
+                raise UsageError(f"record {len(self._first_records)}: field {name!r}: {error}") from None
         self._first_records.append(kept)
         if len(self._first_records) == TRIED_RECORDS or self._first_bytes >= _TRIED_BYTES:
             self._begin()

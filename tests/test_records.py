@@ -526,7 +526,10 @@ def test_what_is_no_record_is_a_sentence(tmp_path: Path, count: int, record: Any
 
 
 def test_lists_that_make_no_array_are_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="record 0: a list that is no array"), Writer(tmp_path / "x") as writer:
+    with (
+        pytest.raises(UsageError, match="record 0: field 'x': a list that is no array"),
+        Writer(tmp_path / "x") as writer,
+    ):
         writer.write({"x": [[1, 2], [3]]})
 
 
