@@ -88,6 +88,9 @@ else:
 pwrite = _of_c_library("pwrite", types.intp, types.int32, _ADDRESS, _SIZE, types.int64)
 """(descriptor, buffer, nbytes, offset) -> bytes written, or -1."""
 
+pwritev = _of_c_library("pwritev", types.intp, types.int32, _ADDRESS, types.int32, types.int64)
+"""(descriptor, array of pairs of address and nbytes, pairs, offset) -> bytes written, or -1."""
+
 sync_file_range = _of_c_library("sync_file_range", types.int32, types.int32, types.int64, types.int64, types.uint32)
 """(descriptor, offset, nbytes, flags) -> 0, or -1."""
 

@@ -13,6 +13,7 @@ from .native_calls import (
     openat,
     pread,
     pwrite,
+    pwritev,
     sync_file_range,
     xxh3_create,
     xxh3_digest,
@@ -27,6 +28,8 @@ CHANGED = -4
 
 _PIECE_BYTES = 256 << 10
 """Read or written, and summed, at a time: it is still in the second-level cache when it is summed."""
+_MOST_PARTS = 64
+"""Gathered for one call, at most: those of a piece that is made of smaller ones."""
 _DISK_BYTES = 8 << 20
 """So much that is written is sent to the disk at a time, where it goes while we sum and write on: fsync finds little left."""
 _SYNC_FILE_RANGE_WRITE = 2
@@ -71,32 +74,48 @@ def write_and_sum(
     if state == 0:
         return _ENOMEM
     xxh3_reset(state)
-    trouble, chunk, filled, offset, sent = 0, 0, 0, 0, 0
+    parts = np.empty((_MOST_PARTS, 2), np.int64)
+    trouble, chunk, filled, offset, sent, count, gathered = 0, 0, 0, 0, 0, 0, 0
+    last = len(nbytes) - 1
     for number in range(len(nbytes)):
         address, left = addresses[number], nbytes[number]
-        is_written = 0 < number < len(nbytes) - 1
         while left > 0 and trouble == 0:
-            part_bytes = min(_PIECE_BYTES, chunk_bytes - filled, left)
-            if is_written:
-                trouble = _write_exactly(descriptor, address, part_bytes, offset)
-            xxh3_update(state, address, part_bytes)
-            address, left, offset, filled = (
-                address + part_bytes,
-                left - part_bytes,
-                offset + part_bytes,
-                filled + part_bytes,
-            )
-            if is_written and offset - sent >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
-                sync_file_range(descriptor, sent, offset - sent, _SYNC_FILE_RANGE_WRITE)
-                sent = offset
+            part_bytes = min(_PIECE_BYTES - gathered, chunk_bytes - filled, left)
+            parts[count, 0], parts[count, 1] = address, part_bytes
+            address, left, filled = address + part_bytes, left - part_bytes, filled + part_bytes
+            count, gathered = count + 1, gathered + part_bytes
+            if gathered == _PIECE_BYTES or filled == chunk_bytes or count == _MOST_PARTS:
+                trouble = _write_parts(descriptor, state, parts[:count], offset, 0 < number < last)
+                offset, count, gathered = offset + gathered, 0, 0
+                if 0 < number < last and offset - sent >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
+                    sync_file_range(descriptor, sent, offset - sent, _SYNC_FILE_RANGE_WRITE)
+                    sent = offset
             if filled == chunk_bytes:
                 sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
                 xxh3_reset(state)
                 chunk, filled = chunk + 1, 0
+        if count > 0 and trouble == 0 and (number == 0 or number >= last - 1):
+            trouble = _write_parts(descriptor, state, parts[:count], offset, 0 < number < last)
+            offset, count, gathered = offset + gathered, 0, 0
     if filled > 0 and trouble == 0:
         sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
     xxh3_free(state)
     return trouble
+
+
+@kernel
+def _write_parts(descriptor: int, state: int, parts: NDArray[np.int64], offset: int, is_written: bool) -> int:
+    """Write parts, [parts, (address, nbytes)], one behind the other if they are to be written, and add them to the sum; returns 0
+    or an error number."""
+    if is_written and pwritev(descriptor, parts.ctypes.data, len(parts), offset) != parts[:, 1].sum():
+        for number in range(len(parts)):  # not all of it: one by one, which says why
+            trouble = _write_exactly(descriptor, parts[number, 0], parts[number, 1], offset)
+            if trouble != 0:
+                return trouble
+            offset += parts[number, 1]
+    for number in range(len(parts)):
+        xxh3_update(state, parts[number, 0], parts[number, 1])
+    return 0
 
 
 @kernel
