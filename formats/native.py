@@ -47,6 +47,11 @@ def float_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments
     return _compiled(function, error_model="numpy", fastmath={"contract"})
 
 
+def inlined_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A `kernel` that becomes part of those that call it: a call costs more than a few operations, with arrays many more."""
+    return _compiled(function, forceinline=True)
+
+
 def _compiled(function: Callable[_Arguments, _Result], **options: Any) -> Callable[_Arguments, _Result]:
     compiled: Any = numba.njit(nogil=True, **options, **_only_for_kernels)(function)  # type: ignore[call-overload, unused-ignore]
     is_kept = hasattr(compiled, "_cache")  # not where NUMBA_DISABLE_JIT leaves the function as it is

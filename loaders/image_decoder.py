@@ -6,6 +6,8 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
+from stagein.formats.jpeg.window import WindowDecoder
+
 from .dataset import decode_image
 
 _MARGIN_ROWS = 2
@@ -23,9 +25,26 @@ class ImageDecoder:
     """Decodes JPEG, PNG and what else OpenCV knows to RGB. For one thread at a time: the next call overwrites the pixels."""
 
     def __init__(self) -> None:
+        self._windows = WindowDecoder()
         self._memory = np.empty(0, np.uint8)
 
-    def decode(self, record: NDArray[np.uint8], bottom: int) -> NDArray[np.uint8]:
+    def decode(
+        self, record: NDArray[np.uint8], window: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Pixels of an image, `[rows, 3 * width]`, as stored (without EXIF orientation), and where the window is in them.
+
+        record  the bytes of the file; changed and restored meanwhile.
+        window  (top, left, height, width).
+
+        Of most JPEGs little more than the window is decoded, of others the rows down to its bottom, or the whole: to the same pixels.
+        Raises ValueError, saying why, for what cannot be decoded. An image that is smaller than it should be comes whole.
+        """
+        pixels = self._windows.decode(record, window)
+        if pixels is not None:
+            return pixels, np.array([0, 0, window[2], window[3]])
+        return self.decode_rows(record, int(window[0] + window[2])), window
+
+    def decode_rows(self, record: NDArray[np.uint8], bottom: int) -> NDArray[np.uint8]:
         """The first `bottom` rows of an image at least, `[rows, 3 * width]`, as stored (without EXIF orientation).
 
         record  the bytes of the file; changed and restored meanwhile.

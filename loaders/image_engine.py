@@ -29,7 +29,7 @@ _MAX_IDLE_BATCHES = 4
 
 
 class ImageEngine:
-    """Decodes with libjpeg-turbo only the rows that a window needs, and resizes and normalises them in one pass."""
+    """Decodes only what a window needs, and resizes and normalises it in one pass."""
 
     delivers_on = CPU
 
@@ -159,7 +159,7 @@ def _make_rows(
         window, region = work.views.windows[row], work.views.regions[row]
         try:
             began = time.perf_counter()
-            pixels = decoder.decode(work.records[row], int(window[0] + window[2]))
+            pixels, window = decoder.decode(work.records[row], window)
             decoded = time.perf_counter()
             if not _lies_in(window, pixels):
                 raise ValueError(f"it has {len(pixels)} rows of {pixels.shape[1] // 3} pixels, less than its size says")

@@ -282,15 +282,15 @@ def test_rows_below_a_window_are_not_decoded_and_those_in_it_are_the_same():
     decoder = ImageDecoder()
     for name, content in variants(200, 301).items():
         record = np.frombuffer(content, np.uint8).copy()
-        whole = decoder.decode(record, 10**6).copy()
+        whole = decoder.decode_rows(record, 10**6).copy()
         for bottom in (1, 7, 8, 17, 90, 199, 200):
             decoder._memory[:] = 99  # what an image before it left there
-            part = decoder.decode(record, bottom)
+            part = decoder.decode_rows(record, bottom)
             assert bottom <= len(part) <= len(whole), name
             assert np.array_equal(part[:bottom], whole[:bottom]), (name, bottom)
             assert record.tobytes() == content
     plain = np.frombuffer(variants(200, 301)["4:2:0"], np.uint8).copy()
-    assert len(decoder.decode(plain, 50)) < 100
+    assert len(decoder.decode_rows(plain, 50)) < 100
 
 
 def test_a_damaged_image_is_what_it_is_when_decoded_whole():
@@ -301,7 +301,7 @@ def test_a_damaged_image_is_what_it_is_when_decoded_whole():
     record = np.frombuffer(bytes(content), np.uint8).copy()
     whole = decode_image(record)
     assert whole is not None
-    assert np.array_equal(ImageDecoder().decode(record, 150)[:150], whole.reshape(len(whole), -1)[:150])
+    assert np.array_equal(ImageDecoder().decode_rows(record, 150)[:150], whole.reshape(len(whole), -1)[:150])
 
 
 def test_a_kept_batch_of_images_never_changes_and_no_thread_is_left(photos):

@@ -7,7 +7,7 @@ of zeros, more than one block can use up, so that kernels check once a block.
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.native import kernel, signed
+from stagein.formats.native import inlined_kernel, kernel, signed
 
 from .huffman import LOOK_BITS, MAX_CODE_BITS, HuffmanTables
 
@@ -33,8 +33,7 @@ def unstuff(
     segments[0] = 0
     while position < stop:
         while position + 8 <= stop and not has_ff(source, position):
-            for byte in range(8):
-                plain[np.uint64(filled + byte)] = source[np.uint64(position + byte)]
+            copy_eight(source, position, plain, filled)
             position += 8
             filled += 8
         if position >= stop:
@@ -60,6 +59,15 @@ def unstuff(
             position += 1
     plain[filled : filled + PADDING_BYTES] = 0
     return filled, count
+
+
+@inlined_kernel
+def copy_eight(source: NDArray[np.uint8], start: int, target: NDArray[np.uint8], filled: int) -> None:
+    word = np.uint64(0)
+    for byte in range(8):  # becomes one load
+        word |= np.uint64(source[np.uint64(start + byte)]) << np.uint64(8 * byte)
+    for byte in range(8):  # becomes one store
+        target[np.uint64(filled + byte)] = word >> np.uint64(8 * byte)
 
 
 @kernel

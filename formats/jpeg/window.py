@@ -1,0 +1,74 @@
+"""Decoding the window of a JPEG that a crop needs, and little else, to the very pixels that libjpeg-turbo makes of it."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagein.formats.native_code import NativeKernel
+
+_decode_window = NativeKernel(f"{__package__}.window_kernels", "decode_window")
+
+_HEADER_WORDS, _TABLES, _LOOKED_UP, _CODE_LENGTHS, _SYMBOLS = 36, 4, 1024, 17, 256
+_PADDING_BYTES = 512
+_MOST_SEGMENTS, _MCU_BLOCKS, _PLAN_WORDS, _COMPONENTS = 4096, 6, 8, 3
+_MCU_PIXELS = 16
+_SPARE_PIXELS = 32
+
+
+class WindowDecoder:
+    """Decodes sequential JPEGs, grey or in colour. For one thread at a time: the next call overwrites the pixels."""
+
+    def __init__(self) -> None:
+        self._is_ready = False
+        self._zigzag = _zigzag()
+        self._header = np.zeros(_HEADER_WORDS, np.int64)
+        self._quantization = np.zeros(_TABLES * 64, np.int16)
+        self._look = np.zeros((2 * _TABLES, _LOOKED_UP), np.int32)
+        self._limit, self._delta = (np.zeros((2 * _TABLES, _CODE_LENGTHS), np.int32) for _ in range(2))
+        self._symbols = np.zeros((2 * _TABLES, _SYMBOLS), np.uint8)
+        self._segments = np.zeros(_MOST_SEGMENTS, np.int64)
+        self._block = np.zeros(64, np.int16)
+        self._plan, self._dc = np.zeros((_MCU_BLOCKS, _PLAN_WORDS), np.int64), np.zeros(_COMPONENTS, np.int64)
+        self._plain, self._planes, self._rows, self._pixels = (np.zeros(0, np.uint8) for _ in range(4))
+        self._columns = np.zeros(0, np.uint16)
+
+    def decode(self, record: NDArray[np.uint8], window: NDArray[np.int64]) -> NDArray[np.uint8] | None:
+        """The pixels of a window (top, left, height, width) of the image as stored, uint8 [height, 3 * width], RGB side by side.
+
+        None for what is no such JPEG, is damaged, or does not have the window: another decoder tells what it is. None for all
+        until the machine code is compiled, once a machine, and where there can be none.
+        """
+        height, width = int(window[2]), int(window[3])
+        if len(record) < 4 or height < 1 or width < 1:
+            return None
+        row_pixels = (width // _MCU_PIXELS + 3) * _MCU_PIXELS + 2 * _SPARE_PIXELS
+        self._plain = _at_least(self._plain, len(record) + _PADDING_BYTES)
+        self._planes = _at_least(self._planes, 3 * (height // _MCU_PIXELS + 3) * _MCU_PIXELS * row_pixels)
+        self._rows = _at_least(self._rows, 2 * row_pixels)
+        self._columns = _at_least(self._columns, row_pixels)
+        self._pixels = _at_least(self._pixels, 3 * (height * width + _SPARE_PIXELS))
+        self._block[:] = 0
+        arrays = (self._quantization, self._look, self._limit, self._delta, self._symbols, self._plain, self._segments)
+        memory = (self._block, self._plan, self._dc, self._planes, self._columns, self._rows, self._pixels)
+        arguments = (record, window, self._zigzag, self._header, *arrays, *memory)
+        self._is_ready = self._is_ready or _decode_window.is_ready(*arguments)
+        if not self._is_ready or not _decode_window(*arguments):
+            return None
+        return self._pixels[: 3 * height * width].reshape(height, 3 * width)
+
+
+def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
+    """This memory, or more, where it has fewer elements than `count`."""
+    return memory if len(memory) >= count else np.zeros(count + count // 2, memory.dtype)
+
+
+def _zigzag() -> NDArray[np.uint8]:
+    """The place of each coefficient of a block, row by row, in the order of the file (T.81 figure A.6)."""
+    places = sorted(range(64), key=lambda place: _diagonal(place // 8, place % 8))
+    return np.array(places, np.uint8)
+
+
+def _diagonal(row: int, column: int) -> tuple[int, int]:
+    number = row + column
+    return number, row if number % 2 else column
