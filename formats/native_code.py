@@ -125,6 +125,10 @@ class NativeKernel:
                 self._loading.release()
         return self._code.get(kinds) is not None
 
+    def is_awaited(self, *arguments: Any) -> bool:
+        """As `is_ready`, but whether a call would have to wait, for as long as compiling takes: who can do without does meanwhile."""
+        return not self.is_ready(*arguments) and _kinds_of(arguments) not in self._code
+
     def _wait_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...]) -> _Code | None:
         """The code for arguments of these kinds; None where there is none."""
         if kinds not in self._code:

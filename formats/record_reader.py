@@ -22,6 +22,7 @@ from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
 from .native_code import NativeKernel
+from .plain_reads import read_plainly
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 from .schema import Field
 from .shard_files import OpenShards, ShardFiles
@@ -214,9 +215,12 @@ class RecordReader:
 
         def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
             before, after = sums.before[some], sums.after[some]
-            return lambda: _read_records(
-                counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
-            )
+            arguments = counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
+            if _read_records.is_awaited(*arguments):
+                some_targets = list(PackedRecords(packed, start[some], nbytes[some]))
+                turns = iter(range(len(some_targets)))
+                return lambda: read_plainly(turns, shards.descriptors, places[some], some_targets, before, after)
+            return lambda: _read_records(*arguments)
 
         self._read_all(numbers, read, threads)
         return PackedRecords(packed, start, nbytes)

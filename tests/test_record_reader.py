@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stagein.formats import Dataset, Field, RecordIndex, Schema, Writer, record_reader
+from stagein.formats import Dataset, Field, RecordIndex, Schema, Writer, native_code, record_reader
 from stagein.formats.checksums import crc32c
 from stagein.formats.codecs import Codec, CodecName
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
+from stagein.formats.native_code import NativeKernel
 from stagein.formats.record_reader import RecordReader
 
 BYTES = Field(kind="encoded", dtype="uint8", shape=(None,), encoding="bytes")
@@ -36,8 +37,15 @@ def records(tmp_path: Path) -> list[bytes]:
     return contents
 
 
-@pytest.fixture
-def reader(tmp_path: Path, records: list[bytes]) -> RecordReader:
+@pytest.fixture(params=["kernel", "kernel being compiled"])
+def reader(
+    tmp_path: Path, records: list[bytes], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> RecordReader:
+    if request.param != "kernel":
+        (tmp_path / "cache").mkdir()
+        monkeypatch.setattr(native_code, "cache_folder", lambda: tmp_path / "cache")
+        kernel = NativeKernel("stagein.formats.read_kernels", "read_records")
+        monkeypatch.setattr(record_reader, "_read_records", kernel)
     sizes = np.array(SIZES, np.uint64)
     offset = np.concatenate([np.cumsum(sizes[:4]) - sizes[:4], 4 + np.cumsum(sizes[4:]) - sizes[4:]])
     sums = np.array([crc32c(content) for content in records], np.uint32)
