@@ -96,10 +96,6 @@ class Codec(BaseModel):
         except (RuntimeError, ValueError, struct.error) as error:
             raise ChecksumError(f"a {self.name} chunk cannot be decoded ({error}): it is damaged") from None
 
-    def most_stored_bytes(self, record_bytes: int) -> int:
-        """A bound on the stored bytes of a record, however badly it compresses."""
-        return record_bytes + record_bytes // 128 + 4096
-
 
 CodecChoice: TypeAlias = Codec | Literal["auto"] | None
 """A codec, none, or whichever a trial finds best."""

@@ -160,12 +160,10 @@ def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArr
 class PayloadBuilder:
     """Collects the records of a large field in a shard."""
 
-    def __init__(self, name: str, field: Field, buffer: PayloadBuffer, records: int, payload_bytes: int) -> None:
+    def __init__(self, name: str, field: Field, buffer: PayloadBuffer, payload_bytes: int) -> None:
         self._name = name
         self._field = field
         self._codec = field.codec
-        if self._codec:
-            payload_bytes = records * self._codec.most_stored_bytes(field.record_bytes)
         self._room = buffer.view(payload_bytes)
         self._record = memoryview(bytearray(field.record_bytes if self._codec else 0))
         self._places = _Places(self._room)
@@ -194,12 +192,12 @@ class PayloadBuilder:
     def put(self, record: bytes | memoryview) -> None:
         """Add a record of which the bytes are elsewhere."""
         if self._codec:
-            record = self._codec.encode(record, self._field.stored_dtype.itemsize)
-        nbytes = len(record)
-        if isinstance(record, bytes) and nbytes >= _KEPT_BYTES:
+            record = bytes(self._codec.encode(record, self._field.stored_dtype.itemsize))
+        start, nbytes = self._places.used_bytes, len(record)
+        grew = self._codec and start + nbytes > len(self._room)  # what cannot be compressed has more bytes than before
+        if isinstance(record, bytes) and (nbytes >= _KEPT_BYTES or grew):
             self._places.keep(record)
             return
-        start = self._places.used_bytes
         self._room[start : start + nbytes] = record
         self._places.add(nbytes)
 

@@ -46,7 +46,7 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
     if finished is not None:
         return ShardResult(task.plan, finished, reused=True)
-    builder = ShardBuilder(task.layout.schema, buffers, task.plan.records, task.plan.payload_bytes)
+    builder = ShardBuilder(task.layout.schema, buffers, task.plan.payload_bytes)
     bad, counts = _fill(builder, task)
     if bad and not task.skip_bad:
         return ShardResult(task.plan, None, reused=False, bad=tuple(bad))

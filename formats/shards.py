@@ -197,14 +197,14 @@ class _ColumnValues:
 class ShardBuilder:
     """Collects the records of one shard in memory at their places: read into `room`, then added, then written."""
 
-    def __init__(self, schema: Schema, buffers: ShardBuffers, records: int, payload_bytes: Mapping[str, int]) -> None:
-        """Room for `records` records of `payload_bytes` in all of each large field, before compression.
+    def __init__(self, schema: Schema, buffers: ShardBuffers, payload_bytes: Mapping[str, int]) -> None:
+        """Room for records of `payload_bytes` in all of each large field, before compression.
 
         `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
         """
         self._schema = schema
         self._builders: dict[str, PayloadBuilder | RaggedColumnBuilder] = {
-            name: PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), records, payload_bytes[name])
+            name: PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), payload_bytes[name])
             for name, field in schema.large_fields.items()
         }
         self._builders |= {name: RaggedColumnBuilder() for name in schema.ragged_columns}

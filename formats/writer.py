@@ -297,8 +297,7 @@ class _ShardWriter:
         ]
         """Place and bytes of a full shard of each large field, before compression."""
         self._used_bytes = 0
-        records = max((capacity[name] for name, field in large.items() if field.codec), default=0)
-        return ShardBuilder(self.schema, self._buffers[0], records, payload_bytes)
+        return ShardBuilder(self.schema, self._buffers[0], payload_bytes)
 
     def _finish_shard(self, *, last: bool = False) -> None:
         """Have the shard written that is filled, if there is anything in it."""

@@ -23,6 +23,7 @@ from stagein.formats.codecs import Codec
 from stagein.formats.errors import NoSpaceError, UsageError
 from stagein.formats.manifest import Container
 from stagein.formats.schema import BFLOAT16
+from stagein.formats.shards import DEFAULT_SHARD_BYTES
 from stagein.formats.values import quick_storing, to_rows
 
 CONTAINERS = [container for container in get_args(Container) if container != "foreign"]
@@ -392,6 +393,18 @@ def test_codecs_by_name(tmp_path: Path) -> None:
     assert stored == {"none": None, "zstd": Codec(name="zstd"), "blosc-lz4:bit": Codec(name="blosc-lz4", shuffle="bit")}
     with pytest.raises(UsageError, match="the codec 'gzip' is not known: take one of auto, none, zstd"):
         Writer(tmp_path / "x.st", codec={"volume": "gzip"})
+
+
+@pytest.mark.parametrize("codec", ["blosc-lz4", "zstd"])
+@pytest.mark.parametrize("shard_bytes", [DEFAULT_SHARD_BYTES, 1 << 14])
+def test_tiny_records_that_grow_when_compressed(tmp_path: Path, codec: str, shard_bytes: int) -> None:
+    """A shard has room for what its records are, not for the most that each may become: that were 183 GB."""
+    records = np.random.default_rng(0).integers(0, 256, (6_000, 6), np.uint8)
+    with formats.Writer(tmp_path / "tiny.st", codec=codec, shard_bytes=shard_bytes) as writer:
+        for record in records:
+            writer.write({"x": record})
+    dataset = formats.open(tmp_path / "tiny.st")
+    assert np.array_equal(np.stack([record["x"] for record in dataset]), records)
 
 
 # The writer and the reader as a user meets them
