@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.errors import ChecksumError, SourceError, StageinError
 
+from .buffer_ring import BufferRing
 from .dataset import RecordDataset
 from .graphs import Columns, Graph, HostPlan, ImageGraph, SampleBatch
 from .inflate import InflateOnGpu
@@ -20,6 +21,9 @@ RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
 Rows = NDArray[Any] | list[NDArray[Any]]
 """Records of the primary field: tensors `[batch, ...]`, arrays that differ in length, or the bytes of files."""
+_MAX_IDLE_BUFFERS = 4
+_BUFFER_GRAIN_BYTES = 4 << 20
+"""What buffers are larger by at most than the first batch in them: others fit as well."""
 _STAND_IN = np.zeros(1, dtype=np.int64)
 """Read in place of an empty batch; its row is not delivered."""
 
@@ -77,6 +81,7 @@ class BatchReader:
     seed: int
     on_failure: Callable[[BatchTask, NDArray[np.int64], Sequence[RowFailure]], NDArray[np.int64]]
     read_for_empty: bool
+    _ring: BufferRing = field(default_factory=lambda: BufferRing(_MAX_IDLE_BUFFERS))
 
     def read(self, task: BatchTask) -> HostBatch:
         """Raises the StageinErrors of `on_failure`."""
@@ -133,7 +138,14 @@ class BatchReader:
             return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
         if kind == "ragged":
             return self.dataset.rows(records.schema.primary, ids), plan
-        return records.read_records(ids), plan  # type: ignore[arg-type]
+        return self._read_files(ids), plan
+
+    def _read_files(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """The records as they are stored, in memory that is used for batch after batch."""
+        records = self.dataset.records
+        nbytes = int(records.index.nbytes[ids].sum())
+        buffer = self._ring.take((-(-nbytes // _BUFFER_GRAIN_BYTES) * _BUFFER_GRAIN_BYTES,), np.uint8)
+        return records.read_records(ids, memoryview(buffer))  # type: ignore[arg-type]
 
     def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:
         """Read the samples one by one: those that cannot be."""

@@ -60,7 +60,7 @@ class WindowDecoder:
 
 def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
     """This memory, or more, where it has fewer elements than `count`."""
-    return memory if len(memory) >= count else np.zeros(count + count // 2, memory.dtype)
+    return memory if len(memory) >= count else np.zeros(count, memory.dtype)
 
 
 def _zigzag() -> NDArray[np.uint8]:
