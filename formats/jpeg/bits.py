@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .huffman import LOOK_BITS, MAX_CODE_BITS, HuffmanTables
-
-PADDING_BYTES = 512
-"""A block has at most 64 codes of 16 bits, each with at most 15 raw bits, and 64 correction bits: below 300 bytes."""
+from .huffman import LOOK_BITS, HuffmanTables
+from .limits import MAX_CODE_BITS, PADDING_BYTES
 
 INVALID = -1
 

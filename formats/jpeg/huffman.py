@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from stagein.formats.native import kernel, signed
 
 from .header import damaged
+from .limits import MAX_CODE_BITS
 
 LOOK_BITS = 11
 """Codes of up to so many bits are looked up at once; 2,048 entries of 4 bytes stay in the level 1 cache."""
 
-MAX_CODE_BITS = 16
 DC_SIZES = 12
 """Sizes that a DC difference of 8-bit samples can have: 0 to 11."""
 

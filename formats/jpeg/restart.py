@@ -12,7 +12,6 @@ from stagein.formats.native import kernel, signed
 
 from .bits import (
     INVALID,
-    PADDING_BYTES,
     bit_size,
     copy_bits,
     end_segment,
@@ -24,6 +23,7 @@ from .bits import (
 )
 from .header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
 from .huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
+from .limits import PADDING_BYTES
 from .pieces import DAMAGED, SeekableJpeg, target_bytes
 from .scans import code_again
 

@@ -13,8 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-VECTOR_PIXELS = 16
-"""Pixels that `interpolate` and `to_rgb` work on at once: they write up to so many more than asked for."""
+from .limits import VECTOR_PIXELS
 
 _BITS = 13
 _FIRST_PASS_BITS = 2

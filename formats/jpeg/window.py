@@ -7,13 +7,26 @@ from numpy.typing import NDArray
 
 from stagein.formats.native_code import NativeKernel
 
+from .header import BLOCK_PIXELS
+from .limits import (
+    BLOCK_COEFFICIENTS,
+    BLOCK_WORDS,
+    COMPONENTS,
+    HEADER_WORDS,
+    LOOKED_UP_BITS,
+    MAX_CODE_BITS,
+    MCU_BLOCKS,
+    MCU_PIXELS,
+    MOST_TABLES,
+    PADDING_BYTES,
+    TABLE_SYMBOLS,
+    VECTOR_PIXELS,
+)
+
 _decode_window = NativeKernel(f"{__package__}.window_kernels", "decode_window")
 
-_HEADER_WORDS, _TABLES, _LOOKED_UP, _CODE_LENGTHS, _SYMBOLS = 36, 4, 1024, 17, 256
-_PADDING_BYTES = 512
-_MOST_SEGMENTS, _MCU_BLOCKS, _PLAN_WORDS, _COMPONENTS = 4096, 6, 8, 3
-_MCU_PIXELS = 16
-_SPARE_PIXELS = 32
+_MOST_SEGMENTS = 4096
+"""Restart segments of a JPEG that is decoded here."""
 
 
 class WindowDecoder:
@@ -22,14 +35,14 @@ class WindowDecoder:
     def __init__(self) -> None:
         self._is_ready = False
         self._zigzag = _zigzag()
-        self._header = np.zeros(_HEADER_WORDS, np.int64)
-        self._quantization = np.zeros(_TABLES * 64, np.int16)
-        self._look = np.zeros((2 * _TABLES, _LOOKED_UP), np.int32)
-        self._limit, self._delta = (np.zeros((2 * _TABLES, _CODE_LENGTHS), np.int32) for _ in range(2))
-        self._symbols = np.zeros((2 * _TABLES, _SYMBOLS), np.uint8)
+        self._header = np.zeros(HEADER_WORDS, np.int64)
+        self._quantization = np.zeros(MOST_TABLES * BLOCK_COEFFICIENTS, np.int16)
+        self._look = np.zeros((2 * MOST_TABLES, 1 << LOOKED_UP_BITS), np.int32)
+        self._limit, self._delta = (np.zeros((2 * MOST_TABLES, MAX_CODE_BITS + 1), np.int32) for _ in range(2))
+        self._symbols = np.zeros((2 * MOST_TABLES, TABLE_SYMBOLS), np.uint8)
         self._segments = np.zeros(_MOST_SEGMENTS, np.int64)
-        self._block = np.zeros(64, np.int16)
-        self._plan, self._dc = np.zeros((_MCU_BLOCKS, _PLAN_WORDS), np.int64), np.zeros(_COMPONENTS, np.int64)
+        self._block = np.zeros(BLOCK_COEFFICIENTS, np.int16)
+        self._plan, self._dc = np.zeros((MCU_BLOCKS, BLOCK_WORDS), np.int64), np.zeros(COMPONENTS, np.int64)
         self._plain, self._planes, self._rows, self._pixels = (np.zeros(0, np.uint8) for _ in range(4))
         self._columns = np.zeros(0, np.uint16)
 
@@ -42,12 +55,12 @@ class WindowDecoder:
         height, width = int(window[2]), int(window[3])
         if len(record) < 4 or height < 1 or width < 1:
             return None
-        row_pixels = (width // _MCU_PIXELS + 3) * _MCU_PIXELS + 2 * _SPARE_PIXELS
-        self._plain = _at_least(self._plain, len(record) + _PADDING_BYTES)
-        self._planes = _at_least(self._planes, 3 * (height // _MCU_PIXELS + 3) * _MCU_PIXELS * row_pixels)
+        row_pixels = (width // MCU_PIXELS + 3) * MCU_PIXELS + 4 * VECTOR_PIXELS
+        self._plain = _at_least(self._plain, len(record) + PADDING_BYTES)
+        self._planes = _at_least(self._planes, 3 * (height // MCU_PIXELS + 3) * MCU_PIXELS * row_pixels)
         self._rows = _at_least(self._rows, 2 * row_pixels)
         self._columns = _at_least(self._columns, row_pixels)
-        self._pixels = _at_least(self._pixels, 3 * (height * width + _SPARE_PIXELS))
+        self._pixels = _at_least(self._pixels, 3 * (height * width + VECTOR_PIXELS))
         self._block[:] = 0
         arrays = (self._quantization, self._look, self._limit, self._delta, self._symbols, self._plain, self._segments)
         memory = (self._block, self._plan, self._dc, self._planes, self._columns, self._rows, self._pixels)
@@ -65,7 +78,7 @@ def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
 
 def _zigzag() -> NDArray[np.uint8]:
     """The place of each coefficient of a block, row by row, in the order of the file (T.81 figure A.6)."""
-    places = sorted(range(64), key=lambda place: _diagonal(place // 8, place % 8))
+    places = sorted(range(BLOCK_COEFFICIENTS), key=lambda place: _diagonal(*divmod(place, BLOCK_PIXELS)))
     return np.array(places, np.uint8)
 
 

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .huffman import MAX_CODE_BITS
+from .limits import HEADER_WORDS, LOOKED_UP_BITS, MAX_CODE_BITS, MOST_TABLES, TABLE_SYMBOLS
 
 HEIGHT, WIDTH, COMPONENTS, HORIZONTAL, VERTICAL, INTERVAL, SCAN_START, FOUND_FRAME, FOUND_JFIF, ADOBE_TRANSFORM = range(
     10
@@ -15,13 +15,6 @@ between restart markers (0: there are none), where entropy-coded data start, and
 IDENTIFIERS, QUANTIZATION, DC_TABLE, AC_TABLE = 12, 15, 18, 21
 """First of three words each, one a component."""
 _QUANTIZATIONS_FOUND, _TABLES_FOUND = 24, 28
-HEADER_WORDS = 36
-
-TABLES = 4
-"""Tables of each kind that a JPEG can have at a time."""
-LOOK_BITS = 10
-"""Codes of up to so many bits are looked up at once: the tables of an image fit into the level 1 cache."""
-LOOKED_UP = 1 << LOOK_BITS
 
 TOTAL_BITS, CODE_SHIFT, FREE_SHIFT, RUN_SHIFT = 31, 5, 10, 16
 """An entry of a look-up table says of the code that the next bits start with: in bits 0 to 4 how many it and its raw bits are, from
@@ -47,8 +40,8 @@ def read_header(
     """Fill `header` and the tables; False for a JPEG of another kind, or a damaged one.
 
     zigzag        [64]: the place of each coefficient in its block, row by row.
-    quantization  [TABLES * 64], row by row.
-    look, limit, delta, symbols  [2 * TABLES, LOOKED_UP, 17, 17 and 256]: DC tables, then AC tables; see `huffman.HuffmanTables`.
+    quantization  [MOST_TABLES * 64], row by row.
+    look, limit, delta, symbols  [2 * MOST_TABLES, 1 << LOOKED_UP_BITS, 17, 17 and 256]: DC tables, then AC tables; see `huffman.HuffmanTables`.
     """
     for word in range(HEADER_WORDS):
         header[word] = 0
@@ -118,7 +111,7 @@ def _read_frame(record: NDArray[np.uint8], start: int, stop: int, header: NDArra
         horizontal, vertical = factors >> 4, factors & 15
         header[IDENTIFIERS + component] = record[at]
         header[QUANTIZATION + component] = record[at + 2]
-        if record[at + 2] >= TABLES or not (1 <= horizontal <= 2 and 1 <= vertical <= 2):
+        if record[at + 2] >= MOST_TABLES or not (1 <= horizontal <= 2 and 1 <= vertical <= 2):
             return False
         if component > 0 and factors != 0x11:
             return False
@@ -139,7 +132,7 @@ def _read_quantization(
 ) -> bool:
     while start < stop:
         table, is_wide = signed(record[start]) & 15, signed(record[start]) >> 4
-        if table >= TABLES or is_wide > 1 or start + 1 + 64 * (1 + is_wide) > stop:
+        if table >= MOST_TABLES or is_wide > 1 or start + 1 + 64 * (1 + is_wide) > stop:
             return False
         for number in range(64):
             at = start + 1 + number * (1 + is_wide)
@@ -164,23 +157,23 @@ def _read_tables(
 ) -> bool:
     while start < stop:
         kind, place = signed(record[start]) >> 4, signed(record[start]) & 15
-        if kind > 1 or place >= TABLES or start + 17 > stop:
+        if kind > 1 or place >= MOST_TABLES or start + 17 > stop:
             return False
-        table, number, next_code = TABLES * kind + place, 0, 0
+        table, number, next_code = MOST_TABLES * kind + place, 0, 0
         values = start + 17
-        for entry in range(LOOKED_UP):
+        for entry in range(1 << LOOKED_UP_BITS):
             look[table, entry] = 0
         for bits in range(1, MAX_CODE_BITS + 1):
             delta[table, bits] = number - next_code
             for _ in range(signed(record[start + bits])):
-                if number >= 256 or values + number >= stop or next_code >= 1 << bits:
+                if number >= TABLE_SYMBOLS or values + number >= stop or next_code >= 1 << bits:
                     return False
                 symbol = signed(record[values + number])
                 symbols[table, number] = symbol
                 if kind == 0 and symbol > 15:
                     return False
-                if bits <= LOOK_BITS:
-                    entry, free_bits = pack_entry(table, bits, symbol), LOOK_BITS - bits
+                if bits <= LOOKED_UP_BITS:
+                    entry, free_bits = pack_entry(table, bits, symbol), LOOKED_UP_BITS - bits
                     for rest in range(1 << free_bits):
                         look[table, (next_code << free_bits) + rest] = entry
                 next_code += 1
@@ -196,7 +189,7 @@ def _read_tables(
 def pack_entry(table: int, bits: int, symbol: int) -> int:
     """The entry of a code of so many bits in this table."""
     run, size = symbol >> 4, symbol & 15
-    if table >= TABLES and size == 0:
+    if table >= MOST_TABLES and size == 0:
         run = ZEROS_RUN if run == 15 else END_RUN
     return bits + size | bits << CODE_SHIFT | (-size & FREE_BITS) << FREE_SHIFT | run << RUN_SHIFT
 
@@ -210,10 +203,10 @@ def _read_scan(record: NDArray[np.uint8], start: int, stop: int, header: NDArray
     for component in range(components):
         at = start + 1 + 2 * component
         dc_table, ac_table = signed(record[at + 1]) >> 4, signed(record[at + 1]) & 15
-        if record[at] != header[IDENTIFIERS + component] or dc_table >= TABLES or ac_table >= TABLES:
+        if record[at] != header[IDENTIFIERS + component] or dc_table >= MOST_TABLES or ac_table >= MOST_TABLES:
             return False
-        header[DC_TABLE + component], header[AC_TABLE + component] = dc_table, TABLES + ac_table
-        if not (header[_TABLES_FOUND + dc_table] and header[_TABLES_FOUND + TABLES + ac_table]):
+        header[DC_TABLE + component], header[AC_TABLE + component] = dc_table, MOST_TABLES + ac_table
+        if not (header[_TABLES_FOUND + dc_table] and header[_TABLES_FOUND + MOST_TABLES + ac_table]):
             return False
         if not header[_QUANTIZATIONS_FOUND + header[QUANTIZATION + component]]:
             return False

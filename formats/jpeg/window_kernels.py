@@ -11,8 +11,8 @@ from stagein.formats.native import inlined_kernel, kernel, signed
 
 from .bits import copy_bytes, unstuff
 from .header import BLOCK_PIXELS
-from .huffman import MAX_CODE_BITS
-from .vectors import VECTOR_PIXELS, interpolate, to_rgb, to_samples
+from .limits import BLOCK_COEFFICIENTS, LOOKED_UP_BITS, MAX_CODE_BITS, VECTOR_PIXELS
+from .vectors import interpolate, to_rgb, to_samples
 from .window_header import (
     AC_TABLE,
     CODE_BITS,
@@ -25,7 +25,6 @@ from .window_header import (
     HEIGHT,
     HORIZONTAL,
     INTERVAL,
-    LOOK_BITS,
     NO_CODE_RUN,
     QUANTIZATION,
     RUN_SHIFT,
@@ -43,11 +42,9 @@ _MARGIN_SAMPLES = 1
 _NOT_INTERPOLATED = 4
 """Pixels of a row of which two chroma samples or fewer are interpolated in no way."""
 _WORD_BITS = 64
-_COEFFICIENTS = 64
 _COMPONENT, _DC_TABLE, _AC_TABLE, _FACTORS, _PLACE, _RIGHT_BYTES, _DOWN_BYTES, _ROW_BYTES = range(8)
-"""Of a block of an MCU in a plan, int64 [MOST_BLOCKS, PLAN_WORDS]: its component, tables, where its quantisation factors are, where
+"""Of a block of an MCU in a plan, int64 [MCU_BLOCKS, BLOCK_WORDS]: its component, tables, where its quantisation factors are, where
 its samples go in the first MCU that is seen, how far from there in the next one and the one below, and bytes of a row of them."""
-MOST_BLOCKS, PLAN_WORDS = 6, 8
 _NO_COLOUR = 128
 
 
@@ -133,7 +130,7 @@ def _plan_blocks(header: NDArray[np.int64], row_bytes: int, plane_bytes: int, pl
         for number in range(high * wide):
             plan[count, _COMPONENT] = component
             plan[count, _DC_TABLE], plan[count, _AC_TABLE] = header[DC_TABLE + component], header[AC_TABLE + component]
-            plan[count, _FACTORS] = _COEFFICIENTS * header[QUANTIZATION + component]
+            plan[count, _FACTORS] = BLOCK_COEFFICIENTS * header[QUANTIZATION + component]
             plan[count, _PLACE] = start + BLOCK_PIXELS * (number // wide * step + number % wide)
             plan[count, _RIGHT_BYTES], plan[count, _DOWN_BYTES] = BLOCK_PIXELS * wide, BLOCK_PIXELS * high * step
             plan[count, _ROW_BYTES] = step
@@ -220,11 +217,11 @@ def _decode_block(
     difference = _raw_value(word, entry) if (entry >> FREE_SHIFT) & FREE_BITS else 0
     word, bits = _behind(word, bits, entry)
     done = 1 + (entry >> RUN_SHIFT)
-    while done < _COEFFICIENTS:
+    while done < BLOCK_COEFFICIENTS:
         byte, word, bits = _filled(plain, byte, word, bits)
         entry = _entry(word, ac_table, look, limit, delta, symbols)
         done += entry >> RUN_SHIFT
-        if done < _COEFFICIENTS:
+        if done < BLOCK_COEFFICIENTS:
             if is_seen:
                 block[np.uint64(zigzag[np.uint64(done)])] = _raw_value(word, entry)
             done += 1
@@ -233,7 +230,7 @@ def _decode_block(
         elif done < END_RUN:  # a value behind the last coefficient
             done = NO_CODE_RUN
         word, bits = _behind(word, bits, entry)
-    return byte, word, bits, difference, done == _COEFFICIENTS or END_RUN < done < ZEROS_RUN
+    return byte, word, bits, difference, done == BLOCK_COEFFICIENTS or END_RUN < done < ZEROS_RUN
 
 
 @inlined_kernel
@@ -257,7 +254,7 @@ def _entry(
     symbols: NDArray[np.uint8],
 ) -> int:
     """Of the code at the start of `word`, also of a long one, or none."""
-    entry = signed(look[np.uint64(table), word >> np.uint64(_WORD_BITS - LOOK_BITS)])
+    entry = signed(look[np.uint64(table), word >> np.uint64(_WORD_BITS - LOOKED_UP_BITS)])
     if entry == 0:
         entry = _long_entry(signed(word >> np.uint64(_WORD_BITS - MAX_CODE_BITS)), table, limit, delta, symbols)
     return entry
@@ -285,7 +282,7 @@ def _word_at(plain: NDArray[np.uint8], byte: int) -> np.uint64:
 def _long_entry(
     window: int, table: int, limit: NDArray[np.int32], delta: NDArray[np.int32], symbols: NDArray[np.uint8]
 ) -> int:
-    for bits in range(LOOK_BITS + 1, MAX_CODE_BITS + 1):
+    for bits in range(LOOKED_UP_BITS + 1, MAX_CODE_BITS + 1):
         if window < limit[table, bits]:
             place = (window >> (MAX_CODE_BITS - bits)) + delta[table, bits]
             return pack_entry(table, bits, signed(symbols[table, place & 255]))
