@@ -119,7 +119,7 @@ class NativeKernel:
             and self._loading.acquire(blocking=False)
         ):
             try:
-                self._look_for_code(kinds, arguments)
+                self._look_for_code(kinds, arguments, waits=False)
                 self._look_again_at = time.monotonic() + _LOOK_SECONDS
             finally:
                 self._loading.release()
@@ -133,11 +133,11 @@ class NativeKernel:
         """The code for arguments of these kinds; None where there is none."""
         if kinds not in self._code:
             with self._loading:
-                while not self._look_for_code(kinds, arguments):
+                while not self._look_for_code(kinds, arguments, waits=True):
                     time.sleep(_WAIT_SECONDS)
         return self._code[kinds]
 
-    def _look_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...]) -> bool:
+    def _look_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...], *, waits: bool) -> bool:
         """Whether it is known if there is code, in `_code` then."""
         if kinds in self._code:
             return True
@@ -148,7 +148,7 @@ class NativeKernel:
         if kinds not in self._files:
             self._files[kinds] = self._file(folder, tuple(map(Argument.of, arguments)))
         file = self._files[kinds]
-        if not file.is_settled():
+        if not file.is_settled(waits=waits):
             return False
         self._code[kinds] = None if file.content is None else _callable(file.content, self._name)
         del self._files[kinds]

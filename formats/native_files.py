@@ -18,6 +18,8 @@ from pathlib import Path
 from .forks import renew_in_forks
 
 _COMPILE_SECONDS = 300
+_NICENESS = 10
+"""Of compilers that nobody waits for: those that somebody does, and what the caller does meanwhile, come first."""
 
 
 class _Maker(enum.Enum):
@@ -52,8 +54,11 @@ class ObjectFile:
         self._compiler = None
         self._let_go()
 
-    def is_settled(self) -> bool:
-        """Whether it is there, or cannot be made. Until then somebody is making it: who asks again learns when that is done."""
+    def is_settled(self, *, waits: bool) -> bool:
+        """Whether it is there, or cannot be made. Until then somebody is making it: who asks again learns when that is done.
+
+        waits  the caller does nothing until then.
+        """
         if self.content is not None:
             return True
         maker = self._maker()
@@ -63,7 +68,7 @@ class ObjectFile:
         if self.content is not None or maker is _Maker.ENDED:
             self._let_go()
             return True
-        return not self._start_compiler()
+        return not self._start_compiler(0 if waits else _NICENESS)
 
     def _maker(self) -> _Maker:
         if time.monotonic() > self._patient_until:
@@ -81,9 +86,9 @@ class ObjectFile:
         except OSError:  # a file system without locks: each makes its own
             return _Maker.NOBODY
 
-    def _start_compiler(self) -> bool:
+    def _start_compiler(self, niceness: int) -> bool:
         """Whether it could be started. It sees the modules that this process sees, and has the lock from now on."""
-        script = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.native_compiler import main; main()"
+        script = f"import os, sys; os.nice({niceness}); sys.path[:] = {sys.path!r}; from {__package__}.native_compiler import main; main()"
         try:
             self._compiler = subprocess.Popen(
                 [sys.executable, "-c", script, *self._about, str(self._path)],

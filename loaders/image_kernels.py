@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import float_kernel
 
+from .image_vectors import PIXELS, weigh_pixels
+
 
 @float_kernel
 def _weigh(
@@ -106,7 +108,9 @@ def resize(
                 _blend(upper, lower, of_upper, of_lower, row)
             else:
                 _blend_in(upper, lower, of_upper, of_lower, row)
-        for x in range(size):
+        for x in range(0, size - size % PIXELS, PIXELS):
+            weigh_pixels(row, first_x, weight_x, x, y, mirror, scale, offset, out)
+        for x in range(size - size % PIXELS, size):
             red = green = blue = np.float32(0)
             at = 3 * first_x[x]
             for tap in range(taps_x):
