@@ -2,7 +2,7 @@
 
 Large records are copied from memory maps of the shards instead, where they are in memory, and summed on the way. Their pages are
 left at once, or a process would seem to hold all that it has read; that takes what is won over `pread`, but for the sum. Where all
-that is mapped is little they are kept, and the copy is faster by a third. To touch a page that is not there waits
+that is mapped is little they are kept, and not asked for again. To touch a page that is not there waits
 for the disk, again and again, and if the disk fails, or the file was cut, the process is ended by SIGBUS without a word; so before
 each piece the kernel is asked whether all of it is there. Whoever cuts a file between that and the copy, some 0.2 ms later, still
 ends its readers: hence the choice of what is mapped at all (`shard_files`).
