@@ -99,9 +99,12 @@ def test_coefficients_of_any_size_come_out_as_libjpeg_makes_them(decoder, kind, 
             assert_same(decoder, content, some_windows(64, 80, 5))
 
 
-def test_values_beyond_those_of_any_image_saturate_as_in_libjpeg(decoder):
-    """Quantisation of 255 on coefficients of a picture of quality 100: 16 bits are not enough on the way."""
-    content = bytearray(pillow_jpeg(picture(64, 80), quality=100, subsampling="4:4:4"))
+@pytest.mark.parametrize("kind", ["picture", "flat"])
+def test_values_beyond_those_of_any_image_are_as_in_libjpeg(decoder, kind):
+    """Quantisation of 255 on coefficients of a picture of quality 100: 16 bits are not enough on the way. What has no AC
+    coefficients wraps, all else saturates."""
+    pixels = {"picture": picture(64, 80), "flat": np.full((64, 80, 3), 77, np.uint8)}[kind]
+    content = bytearray(pillow_jpeg(pixels, quality=100, subsampling="4:4:4"))
     for factor in (3, 40, 255):
         for place in (at for at in range(len(content)) if content[at : at + 2] == b"\xff\xdb"):
             content[place + 5 : place + 69] = bytes([factor]) * 64
@@ -131,6 +134,29 @@ def test_what_does_not_lie_in_the_image_is_left_to_others(decoder):
         assert decoder.decode(record, np.array(window)) is None
     for content in (b"", b"\xff", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xda\x00\x02\xff\xd9"):
         assert decoder.decode(as_record(content), np.array([0, 0, 1, 1])) is None
+
+
+def test_colours_that_are_red_green_and_blue_by_their_names_are_left_to_libjpeg(decoder):
+    """No JFIF, no Adobe: the identifiers of the components decide."""
+    content = pillow_jpeg(picture(40, 50), quality=90)
+    jfif = content.index(b"\xff\xe0")
+    content = content[:jfif] + content[jfif + 18 :]
+    assert_same(decoder, content, [(0, 0, 40, 50)])
+    frame, scan = content.index(b"\xff\xc0") + 10, content.index(b"\xff\xda") + 5
+    named = bytearray(content)
+    for number, name in enumerate(b"RGB"):
+        named[frame + 3 * number] = named[scan + 2 * number] = name
+    assert decoder.decode(as_record(bytes(named)), np.array([0, 0, 40, 50])) is None
+
+
+def test_tables_are_not_those_of_the_image_before(decoder):
+    content = variants()["4:2:0"]
+    assert_same(decoder, content, [(0, 0, 8, 8)])
+    for marker in (b"\xff\xc4", b"\xff\xdb"):
+        start = content.index(marker)
+        length = int.from_bytes(content[start + 2 : start + 4])
+        without = content[:start] + content[start + 2 + length :]
+        assert decoder.decode(as_record(without), np.array([0, 0, 8, 8])) is None
 
 
 def test_a_window_needs_no_data_below_it(decoder):
