@@ -1,6 +1,8 @@
 """The window of a JPEG decoded by our own kernel: the very pixels of libjpeg-turbo, or nothing."""
 
 import itertools
+import os
+import platform
 import time
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import simplejpeg
 from jpegs import opencv_jpeg, picture, pillow_jpeg, variants
 
+import stagein.formats.jpeg.window as jpeg_window
 from stagein.formats.jpeg.restart import make_seekable
 from stagein.formats.jpeg.window import WindowDecoder
 
@@ -15,16 +18,33 @@ _COMPILE_SECONDS = 240
 OF_OTHER_KINDS = ("4:1:1", "RGB", "CMYK", "YCCK", "progressive", "three scans", "junk behind the end")
 
 
+class BoundsChecked:
+    """The kernel as numba runs it, which checks the bounds of arrays where NUMBA_BOUNDSCHECK=1 is set."""
+
+    def is_ready(self, *_: object) -> bool:
+        return True
+
+    def __call__(self, *arguments: object) -> bool:
+        from stagein.formats.jpeg.window_kernels import decode_window
+
+        return decode_window(*arguments)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     """One whose kernel is compiled."""
-    decoder = WindowDecoder()
-    record, window = as_record(variants()["4:2:0"]), np.array([0, 0, 8, 8])
-    deadline = time.monotonic() + _COMPILE_SECONDS
-    while decoder.decode(record, window) is None:
-        assert time.monotonic() < deadline, "the kernel is not ready"
-        time.sleep(0.1)
-    return decoder
+    if platform.machine() != "x86_64":
+        pytest.skip("machine code is made for x86-64 only")
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("NUMBA_BOUNDSCHECK", "0") != "0":
+            patch.setattr(jpeg_window, "_decode_window", BoundsChecked())
+        decoder = WindowDecoder()
+        record, window = as_record(variants()["4:2:0"]), np.array([0, 0, 8, 8])
+        deadline = time.monotonic() + _COMPILE_SECONDS
+        while decoder.decode(record, window) is None:
+            assert time.monotonic() < deadline, "the kernel is not ready"
+            time.sleep(0.1)
+        yield decoder
 
 
 def as_record(content: bytes) -> np.ndarray:
