@@ -47,7 +47,7 @@ MISTAKES = [
     ("stage data.st --to nowhere", 2, "nowhere on node .* is not a folder: make it first"),
     ("train demo --set data.trian=data.st", 2, "there is no setting data.trian: known are train, "),
     ("train nowhere", 2, "the settings nowhere cannot be read .* or one of cifar10, demo, imagenet"),
-    ("evict nowhere", 2, "nowhere is not there: name a data set, or an id"),
+    ("evict nowhere", 2, "nowhere is not staged: name a data set, or an id"),
     ("info locked", 3, "locked/manifest.json cannot be read: Permission denied"),
     ("verify locked", 3, "locked/manifest.json cannot be read: Permission denied"),
     ("stage locked --to empty", 3, "locked/manifest.json cannot be read: Permission denied"),
