@@ -76,14 +76,20 @@ def copy_bytes(source: NDArray[np.uint8], start: int, stop: int, target: NDArray
     return filled + stop - start
 
 
+@inlined_kernel
+def word_at(plain: NDArray[np.uint8], byte: int) -> np.uint64:
+    """The 64 bits from a byte on."""
+    at = np.uint64(byte)
+    word = np.uint64(0)
+    for each in range(8):  # becomes one load
+        word |= np.uint64(plain[at + np.uint64(each)]) << np.uint64(56 - 8 * each)
+    return word
+
+
 @kernel
 def peek32(plain: NDArray[np.uint8], position: int) -> int:
     """The 32 bits from bit `position` on; reads 8 bytes."""
-    at = np.uint64(position >> 3)
-    word = np.uint64(0)
-    for byte in range(8):  # becomes one load
-        word |= np.uint64(plain[at + np.uint64(byte)]) << np.uint64(56 - 8 * byte)
-    return signed((word << np.uint64(position & 7)) >> np.uint64(32))
+    return signed((word_at(plain, position >> 3) << np.uint64(position & 7)) >> np.uint64(32))
 
 
 @kernel

@@ -13,7 +13,7 @@ BLOCK_COEFFICIENTS = 64
 # Of the decoder of windows:
 
 HEADER_WORDS = 36
-COMPONENTS = 3
+MOST_COMPONENTS = 3
 MCU_BLOCKS = 6
 """Four of luma, and two of chroma."""
 MCU_PIXELS = 16

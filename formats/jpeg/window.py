@@ -11,12 +11,12 @@ from .header import BLOCK_PIXELS
 from .limits import (
     BLOCK_COEFFICIENTS,
     BLOCK_WORDS,
-    COMPONENTS,
     HEADER_WORDS,
     LOOKED_UP_BITS,
     MAX_CODE_BITS,
     MCU_BLOCKS,
     MCU_PIXELS,
+    MOST_COMPONENTS,
     MOST_TABLES,
     PADDING_BYTES,
     TABLE_SYMBOLS,
@@ -42,7 +42,7 @@ class WindowDecoder:
         self._symbols = np.zeros((2 * MOST_TABLES, TABLE_SYMBOLS), np.uint8)
         self._segments = np.zeros(_MOST_SEGMENTS, np.int64)
         self._block = np.zeros(BLOCK_COEFFICIENTS, np.int16)
-        self._plan, self._dc = np.zeros((MCU_BLOCKS, BLOCK_WORDS), np.int64), np.zeros(COMPONENTS, np.int64)
+        self._plan, self._dc = np.zeros((MCU_BLOCKS, BLOCK_WORDS), np.int64), np.zeros(MOST_COMPONENTS, np.int64)
         self._plain, self._planes, self._rows, self._pixels = (np.zeros(0, np.uint8) for _ in range(4))
         self._columns = np.zeros(0, np.uint16)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .bits import copy_bytes, unstuff
+from .bits import copy_bytes, unstuff, word_at
 from .header import BLOCK_PIXELS
 from .limits import BLOCK_COEFFICIENTS, LOOKED_UP_BITS, MAX_CODE_BITS, VECTOR_PIXELS
 from .vectors import interpolate, to_rgb, to_samples
@@ -236,7 +236,7 @@ def _decode_block(
 @inlined_kernel
 def _filled(plain: NDArray[np.uint8], byte: int, word: np.uint64, bits: int) -> tuple[int, np.uint64, int]:
     """With 56 bits at least, without a branch: which way it goes would have to be guessed anew for every code."""
-    return byte + ((_WORD_BITS - 1 - bits) >> 3), word | _word_at(plain, byte) >> np.uint64(bits), bits | 56
+    return byte + ((_WORD_BITS - 1 - bits) >> 3), word | word_at(plain, byte) >> np.uint64(bits), bits | 56
 
 
 @inlined_kernel
@@ -267,15 +267,6 @@ def _raw_value(word: np.uint64, entry: int) -> int:
     sign = ~(signed(from_raw) >> (_WORD_BITS - 1))  # -1 or 0
     magnitude = signed((from_raw ^ np.uint64(sign)) >> np.uint64((entry >> FREE_SHIFT) & FREE_BITS))
     return (magnitude ^ sign) - sign
-
-
-@inlined_kernel
-def _word_at(plain: NDArray[np.uint8], byte: int) -> np.uint64:
-    """The 64 bits from a byte on."""
-    word = np.uint64(0)
-    for each in range(8):  # becomes one load
-        word |= np.uint64(plain[np.uint64(byte) + np.uint64(each)]) << np.uint64(56 - 8 * each)
-    return word
 
 
 @kernel
