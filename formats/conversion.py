@@ -217,7 +217,7 @@ def choose_codecs(source: Source, names: Sequence[str]) -> dict[str, Codec | Non
 
 def _refusal(source: Source, bad: list[RefusedRecord]) -> SourceError:
     listed = "".join(f"\n  {refused.name}: {refused.reason}" for refused in bad[:_LISTED_REFUSED])
-    more = f"\n  … and {len(bad) - _LISTED_REFUSED} more" if len(bad) > _LISTED_REFUSED else ""
+    more = f"\n  ... and {len(bad) - _LISTED_REFUSED} more" if len(bad) > _LISTED_REFUSED else ""
     what = "1 thing in it is no record" if len(bad) == 1 else f"{len(bad)} things in it are no records"
     return SourceError(
         f"{source.name}: {what}: mend or remove them, or pass --skip-bad to leave them out{listed}{more}"

@@ -1,21 +1,15 @@
 """`stagein info` and `stagein extract`: what is in a data set, and a record of it as files again."""
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
-import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from pictures import png
+from terminal import on_a_terminal
 
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.codecs import Codec
@@ -117,21 +111,6 @@ def test_extract_gives_the_image_back(jpeg_dataset_path: Path, jpeg_folder: Path
     assert (tmp_path / "image-00000017.jpg").read_bytes() == original.read_bytes()
     assert json.loads(result.stdout.splitlines()[-1]) == {"label": 1, "hw": [48, 72]}
     assert run("extract", jpeg_dataset_path, 85, "--to", tmp_path).returncode == 2
-
-
-def on_a_terminal(*arguments: str | Path, columns: int = 80) -> str:
-    """What a command shows on a terminal."""
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    command = [sys.executable, "-m", "stagein.tools", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal, stdin=terminal, env=environment):
-        os.close(terminal)
-        shown = b""
-        with open(controller, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # the other end is closed
-            while part := screen.read(1 << 16):
-                shown += part
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
 
 
 def test_the_table_of_fields_fits_a_terminal_of_80_columns(path: Path) -> None:

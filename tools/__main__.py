@@ -5,6 +5,7 @@ they need, beside us.
 """
 
 import gc
+import io
 import os
 import re
 import signal
@@ -32,6 +33,8 @@ class _StoppedError(BaseException):
 def main() -> None:
     """Entry point of the `stagein` command."""
     _on_signals(_stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale that lacks a character is no reason to fail
     try:
         _run_with_little_garbage()
     except _StoppedError as stopped:

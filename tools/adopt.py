@@ -1,12 +1,11 @@
 """`stagein adopt`: a data set over HDF5 files or Zarr arrays of others, which stay as they are."""
 
-import json
 from pathlib import Path
 
 from stagein.formats.assembly import refuse_existing
 from stagein.formats.foreign.adoption import adopt, scan_foreign
 
-from .console import bytes_text, count_text, progress_bytes, say
+from .console import bytes_text, count_text, progress_bytes, say, say_json
 from .convert_commands import parse_fields
 from .info import print_fields
 
@@ -28,7 +27,7 @@ def run(
         manifest = adopt(records, target, overwrite=overwrite, on_progress=update)
     if as_json:
         summary = {"path": str(target), "id": manifest.id, "records": manifest.num_records, "nbytes": manifest.nbytes}
-        say(json.dumps(summary | {"shards": manifest.num_shards}))
+        say_json(summary | {"shards": manifest.num_shards})
         return
     say(
         f"{target}: {count_text(manifest.num_records, 'record')} in {count_text(len(manifest.shard_files), 'file')} of {source}, "

@@ -1,11 +1,12 @@
 """Printing for people: bars with rate and time left on a terminal, plain lines in a job log, sentences for errors."""
 
+import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,16 +14,41 @@ if TYPE_CHECKING:
 _LOG_INTERVAL_SECONDS = 5.0
 _RATE_SECONDS = 60.0
 """The time left follows from the last minute: what an earlier run had finished goes by much faster than the rest."""
+_LISTED = "\n  "
+"""How a message begins each line of a list in it."""
+_UNDECODABLE = range(0xDC80, 0xDD00)
+"""What Python reads the bytes of a name as that are no UTF-8 (PEP 383)."""
 
 
 def say(text: str) -> None:
     """One plain line on standard output, at once even when it goes to a file."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
+
+
+def say_json(content: Mapping[str, Any]) -> None:
+    """One JSON object in a line of ASCII on standard output, for programs."""
+    print(json.dumps(content), flush=True)
 
 
 def complain(text: str) -> None:
     """One message on standard error, as every command words its errors."""
-    print(f"stagein: {text}", file=sys.stderr, flush=True)
+    print(f"stagein: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with what is not printable in it escaped, as `\\n` and `\\x1b`: names of files may hold anything, and would break a
+    line, move the cursor of a terminal or change its colours. Only line breaks before lists stay."""
+    if text.isprintable():
+        return text
+    return _LISTED.join("".join(map(_escaped, line)) for line in text.split(_LISTED))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if ord(character) in _UNDECODABLE:
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def bytes_text(nbytes: float) -> str:
@@ -49,7 +75,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def print_table(table: "Table") -> None:
-    """A Rich table, as wide as it needs to be where there is no terminal to fit."""
+    """A Rich table, as wide as it needs to be where there is no terminal to fit. Brackets in its cells are no markup."""
     from rich.console import Console
 
     from stagein.world import started_by_mpi
@@ -57,7 +83,8 @@ def print_table(table: "Table") -> None:
     on_terminal = (
         sys.stdout.isatty() and not started_by_mpi()
     )  # mpirun gives its ranks a terminal, whatever it writes to
-    (Console() if on_terminal else Console(width=110, force_terminal=False)).print(table)
+    width, force_terminal = (None, None) if on_terminal else (110, False)
+    Console(width=width, force_terminal=force_terminal, markup=False, emoji=False).print(table)
 
 
 class ShowProgress(Protocol):
@@ -85,19 +112,19 @@ def _bar(description: str) -> Iterator[ShowProgress]:
     from rich.table import Column
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TransferSpeedColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     progress = Progress(*columns, console=Console(stderr=True), expand=True)
-    task = progress.add_task(description, total=None, note="")
+    task = progress.add_task(printable(description), total=None, note="")
 
     def show(done: int, total: int, note: str = "") -> None:
-        progress.start()  # not before: what fails at once has no bar
         progress.update(task, completed=done, total=total, note=note)
+        progress.start()  # not before: what fails at once has no bar
 
     try:
         yield show
@@ -109,7 +136,7 @@ class _PlainProgress:
     """A line now and then, and one when it is done."""
 
     def __init__(self, description: str) -> None:
-        self._description = description
+        self._description = printable(description)
         self._start = self._last = time.monotonic()
         self._recent = deque([(self._start, 0)])
 

@@ -1,6 +1,5 @@
 """`stagein convert`: pack a source into a data set of shards, or several, with the cores of all ranks that mpirun started."""
 
-import json
 import os
 import signal
 import time
@@ -36,7 +35,7 @@ from stagein.formats.writer import Writer
 from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
-from .console import bytes_text, complain, count_text, progress_bytes, say, seconds_text
+from .console import bytes_text, complain, count_text, progress_bytes, say, say_json, seconds_text
 from .convert_options import ConvertOptions, parse_split
 from .info import print_fields
 
@@ -109,7 +108,7 @@ def _convert(
         say(f"{found.name}: {count_text(len(found.nbytes), 'record')}, {bytes_text(record_nbytes(found).sum())}")
     reports = [_carry_out(plan, path, options, executors) for path, plan in plans.items()]
     if options.json:
-        say(json.dumps(reports[0] if options.split is None else {"targets": reports}))
+        say_json(reports[0] if options.split is None else {"targets": reports})
 
 
 def _warn_of_costly_order(why: str | None, name: str, shards: int) -> None:
@@ -159,7 +158,7 @@ def _write_stream(stream: RecordStream, target: Path, options: ConvertOptions) -
     manifest = Manifest.load(target)
     report = _report(target, Converted(manifest, (), 0, {}), manifest.nbytes, time.monotonic() - start, options)
     if options.json:
-        say(json.dumps(report))
+        say_json(report)
 
 
 def _plans(source: Source, target: Path, options: ConvertOptions) -> dict[Path, ConversionPlan]:
@@ -262,7 +261,7 @@ def _report_plans(plans: dict[Path, ConversionPlan], options: ConvertOptions) ->
             }
             for target, plan in plans.items()
         ]
-        say(json.dumps(listed[0] if options.split is None else {"targets": listed}))
+        say_json(listed[0] if options.split is None else {"targets": listed})
         return
     for target, plan in plans.items():
         records, nbytes, shards = len(plan.source.nbytes), int(record_nbytes(plan.source).sum()), len(plan.shards)

@@ -51,7 +51,7 @@ class ConvertOptions:
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME=SHARE,…",
+            metavar="NAME=SHARE,...",
             help="Deal the records at random to several data sets, as train=0.9,val=0.1; TARGET holds {split}, their name.",
         ),
     ] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.inventory import CacheEntry, CacheStatus, choose_evicted, evict
 from stagein.world import connect
 
-from .console import bytes_text, say, seconds_text
+from .console import bytes_text, say, say_json, seconds_text
 from .status import gather_caches
 
 _LEAST_ID_DIGITS = 6
@@ -121,7 +120,7 @@ def _shortage(
 
 def _report(evicted: Sequence[Evicted], dry_run: bool, as_json: bool) -> None:
     if as_json:
-        say(json.dumps({"dry_run": dry_run, "evicted": [each.model_dump(mode="json") for each in evicted]}))
+        say_json({"dry_run": dry_run, "evicted": [each.model_dump(mode="json") for each in evicted]})
         return
     for each in evicted:
         source = f" (from {each.source})" if each.source else ""

@@ -1,6 +1,5 @@
 """`stagein info`: what a data set is and holds."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from stagein.formats.errors import StageinError
 from stagein.formats.schema import Field, Schema
 from stagein.formats.values import UNKNOWN_ENCODING, encoding_of
 
-from .console import bytes_text, complain, count_text, print_table, say
+from .console import bytes_text, complain, count_text, print_table, say, say_json
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_NUMBERS = 8
@@ -37,7 +36,7 @@ def run(path: Path, *, records: int, as_json: bool) -> None:
     if as_json:
         summary = manifest.model_dump(mode="json", by_alias=True, exclude={"shards", "files"})
         summary |= {"path": str(path), "num_shards": manifest.num_shards, "nbytes": manifest.nbytes}
-        say(json.dumps(summary | {"sizes": {name: asdict(size) for name, size in sizes.items()}}))
+        say_json(summary | {"sizes": {name: asdict(size) for name, size in sizes.items()}})
         return
     stored, raw = sum(size.stored_bytes for size in sizes.values()), sum(size.raw_bytes for size in sizes.values())
     count = max(1, manifest.num_records)
@@ -75,7 +74,7 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 def _value_text(value: Any) -> str:
     if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN_CHARACTERS else value[:_SHOWN_CHARACTERS] + "…")
+        return repr(value if len(value) <= _SHOWN_CHARACTERS else value[:_SHOWN_CHARACTERS] + "...")
     if value.ndim == 1 and value.dtype == np.uint8 and encoding_of(value.data) != UNKNOWN_ENCODING:
         return f"{encoding_of(value.data)} of {bytes_text(value.nbytes)}"
     if value.size <= _SHOWN_NUMBERS:
@@ -120,4 +119,4 @@ def _meta_text(value: object) -> str:
     if not isinstance(value, list):
         return str(value)
     shown = ", ".join(map(str, value[:_SHOWN_NAMES]))
-    return shown if len(value) <= _SHOWN_NAMES else f"{shown}, … {len(value)} in all"
+    return shown if len(value) <= _SHOWN_NAMES else f"{shown}, ... {len(value)} in all"

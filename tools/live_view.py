@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stagein.live import LiveView, NodeProgress, Watch
 
-from .console import bytes_text, seconds_text
+from .console import bytes_text, printable, seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -34,7 +34,9 @@ def show_stage() -> Iterator[Watch]:
         def show_cursor(self, show: bool = True) -> bool:
             return False
 
-    with Live(console=SteadyConsole(stderr=True), auto_refresh=False, transient=True) as live:
+    with Live(
+        console=SteadyConsole(stderr=True, markup=False, emoji=False), auto_refresh=False, transient=True
+    ) as live:
         yield lambda view: live.update(render(view), refresh=True)
 
 
@@ -48,7 +50,7 @@ class _PlainView:
         now = time.monotonic()
         if now - self._last >= _LOG_SECONDS:
             self._last = now
-            print(f"staging: {summary(view)}", file=sys.stderr, flush=True)
+            print(f"staging: {printable(summary(view))}", file=sys.stderr, flush=True)
 
 
 def summary(view: LiveView) -> str:
@@ -78,7 +80,7 @@ def render(view: LiveView) -> Group:
     from rich.table import Table
 
     moves = view.phase == "moving" and view.total_bytes
-    parts: list[str | Padding | Table] = [f"staging: {_overall(view) if moves else summary(view)}"]
+    parts: list[str | Padding | Table] = [f"staging: {printable(_overall(view) if moves else summary(view))}"]
     if moves:
         parts.append(Padding(ProgressBar(total=view.total_bytes, completed=view.done_bytes, width=60), 0))
     if len(view.nodes) > 1:
@@ -95,4 +97,4 @@ def render(view: LiveView) -> Group:
 
 def _row(node: NodeProgress) -> tuple[str, ...]:
     done, total = bytes_text(node.done_bytes), bytes_text(node.total_bytes)
-    return node.name, done, total, f"{node.share:.0%}", f"{bytes_text(node.bytes_per_second)}/s"
+    return printable(node.name), done, total, f"{node.share:.0%}", f"{bytes_text(node.bytes_per_second)}/s"

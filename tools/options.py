@@ -1,5 +1,6 @@
 """Options that several commands share, and how their values are written on the command line."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,7 @@ def parse_size(text: str | int) -> int:
     number = text.rstrip("bBkKmMgGtTiI ")
     try:
         size = int(float(number) * _UNIT_BYTES[text[len(number) :].strip().lower()])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size < 1:
         raise typer.BadParameter(
@@ -32,9 +33,12 @@ def parse_age(text: str) -> float:
     """Durations on the command line, in seconds: 30min, 12h, 7d."""
     number = text.rstrip("smindh ")
     try:
-        return float(number) * _UNIT_SECONDS[text[len(number) :].strip()]
+        seconds = float(number) * _UNIT_SECONDS[text[len(number) :].strip()]
     except (KeyError, ValueError):
-        raise typer.BadParameter(f"{text!r} is no duration: write a number with s, min, h or d, such as 7d") from None
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise typer.BadParameter(f"{text!r} is no duration: write a number with s, min, h or d, such as 7d")
+    return seconds
 
 
 def parse_time(text: str) -> float:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from stagein.cache import expand_node
 from stagein.formats.errors import NoTimeError
 from stagein.receipt import NodeReceipt, Receipt
 from stagein.stage_plan import PlanSummary, Policy, Prediction
 from stagein.staging import DEFAULT_MEMORY_BYTES, DEFAULT_TIMEOUT_SECONDS, plan_stage, stage
 from stagein.world import connect
 
-from .console import bytes_text, count_text, print_table, say, seconds_text
+from .console import bytes_text, count_text, print_table, printable, say, say_json, seconds_text
 from .live_view import show_stage
 
 _LISTED_NODES = 32
@@ -70,18 +69,17 @@ def run(
 
 def _print_plan(summary: PlanSummary, to: str, as_json: bool) -> None:
     if as_json:
-        say(summary.model_dump_json())
+        say_json(summary.model_dump(mode="json"))
         return
     name, nodes = summary.dataset_id[:12], count_text(len(summary.nodes), "node")
     copies = f", {count_text(summary.copies, 'node')} for each shard" if summary.policy == "copies" else ""
-    table = Table(title=f"{summary.policy} {name}, {bytes_text(summary.dataset_bytes)}, over {nodes}{copies}")
-    for column in ("node", "destination", "files", "gets", "has", "free", "reads", "source", "network", "disk"):
-        table.add_column(column)
+    say(f"{summary.policy} {name}, {bytes_text(summary.dataset_bytes)}, to {to} on {nodes}{copies}")
+    table = _node_table("files", "gets", "has", "free", "reads", "source/s", "network/s", "disk/s")
     for node in summary.nodes[:_LISTED_NODES]:
         sizes = (node.gets_bytes, node.has_bytes, node.free_bytes, node.reads_bytes)
         rates = (node.rates.source, node.rates.network, node.rates.disk) if node.rates else (None, None, None)
-        speeds = [f"{bytes_text(rate)}/s" if rate else "-" for rate in rates]
-        table.add_row(node.name, str(expand_node(to, node.name)), f"{node.files:,}", *map(bytes_text, sizes), *speeds)
+        speeds = [bytes_text(rate) if rate else "-" for rate in rates]
+        table.add_row(printable(node.name), f"{node.files:,}", *map(bytes_text, sizes), *speeds)
     print_table(table)
     if len(summary.nodes) > _LISTED_NODES:
         say(f"and {len(summary.nodes) - _LISTED_NODES} more nodes; --json lists all")
@@ -89,6 +87,14 @@ def _print_plan(summary: PlanSummary, to: str, as_json: bool) -> None:
         say("every node has its files already: nothing would be moved")
     elif summary.predicted is not None:
         _print_prediction(summary.predicted)
+
+
+def _node_table(*columns: str) -> Table:
+    """A table of numbers with a row a node, for a terminal of 80 columns."""
+    table = Table("node", box=None, padding=(0, 0, 0, 1), pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _print_prediction(predicted: Prediction) -> None:
@@ -108,7 +114,7 @@ def _refuse_too_late(summary: PlanSummary) -> None:
 
 def _print_receipt(receipt: Receipt, as_json: bool) -> None:
     if as_json:
-        say(receipt.model_dump_json())
+        say_json(receipt.model_dump(mode="json"))
         return
     name, nodes = receipt.dataset_id[:12], len(receipt.nodes)
     where = receipt.nodes[0].path if nodes == 1 else f"{nodes} nodes"
@@ -140,13 +146,11 @@ def _rate_text(node: NodeReceipt) -> str:
 
 
 def _print_nodes(receipt: Receipt) -> None:
-    table = Table("node", box=None, padding=(0, 0, 0, 1), pad_edge=False)
-    for column in ("read", "received", "written", "reused", "prepare", "move", "publish", "rate"):
-        table.add_column(column, justify="right")
+    table = _node_table("read", "received", "written", "reused", "prepare", "move", "publish", "rate")
     for node in sorted(receipt.nodes, key=lambda node: -node.seconds)[:_LISTED_NODES]:
         sizes = (node.read_bytes, node.received_bytes, node.written_bytes, node.reused_bytes)
         phases = (node.prepare_seconds, node.transfer_seconds, node.publish_seconds)
-        table.add_row(node.node, *map(bytes_text, sizes), *map(seconds_text, phases), _rate_text(node))
+        table.add_row(printable(node.node), *map(bytes_text, sizes), *map(seconds_text, phases), _rate_text(node))
     print_table(table)
     if len(receipt.nodes) > _LISTED_NODES:
         say(f"and {len(receipt.nodes) - _LISTED_NODES} more nodes, which were quicker; --json lists all")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stagein.cache import expand_node
@@ -13,7 +13,7 @@ from stagein.finding import destinations
 from stagein.inventory import CacheEntry, CacheStatus, read_cache
 from stagein.world import Communicator, connect
 
-from .console import bytes_text, count_text, print_table, say, seconds_text
+from .console import bytes_text, count_text, print_table, printable, say, say_json, seconds_text
 
 _LISTED_NAMES = 4
 
@@ -28,10 +28,12 @@ def run(to: str | None, *, as_json: bool) -> None:
     if communicator.world.rank:
         return
     if as_json:
-        say(json.dumps({"caches": [cache.model_dump(mode="json") for cache in caches]}))
+        say_json({"caches": [cache.model_dump(mode="json") for cache in caches]})
         return
     if any(cache.entries for cache in caches):
         print_table(_table(caches))
+        for dataset_id, source in _sources(caches).items():
+            say(f"{dataset_id[:12]} is a copy of {source}")
     else:
         say(
             "nothing is staged"
@@ -62,23 +64,27 @@ def _table(caches: Sequence[CacheStatus]) -> Table:
     for cache in caches:
         for entry in cache.entries:
             rows.setdefault((entry.id, entry.state), []).append((cache.node, entry))
-    table = Table()
-    for column in ("data set", "source", "state", "bytes", "nodes", "in use by", "last used"):
-        may_wrap = column in ("source", "nodes", "in use by")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("data set", "state", "bytes", "nodes", "in use by", "last used"):
+        may_wrap = column in ("nodes", "in use by")
         table.add_column(column, overflow="fold", no_wrap=not may_wrap)
     for (dataset_id, state), places in rows.items():
         entries = [entry for _, entry in places]
-        sources = sorted({entry.source for entry in entries if entry.source})
         table.add_row(
             dataset_id[:12],
-            sources[0] if sources else "",
             state,
             _bytes_text(entries),
-            _names_text([node for node, _ in places]),
-            _users_text(entries),
+            printable(_names_text([node for node, _ in places])),
+            printable(_users_text(entries)),
             f"{seconds_text(max(0.0, time.time() - max(entry.last_used for entry in entries)))} ago",
         )
     return table
+
+
+def _sources(caches: Sequence[CacheStatus]) -> dict[str, str]:
+    """Where data sets were staged from, as far as it is known: paths are too long for the table."""
+    entries = [entry for cache in caches for entry in cache.entries]
+    return {entry.id: entry.source for entry in entries if entry.source}
 
 
 def _bytes_text(entries: Sequence[CacheEntry]) -> str:

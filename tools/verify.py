@@ -1,7 +1,6 @@
 """`stagein verify`: read a whole data set, or its staged copies on the nodes of a job, and check every sum."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from stagein.formats.verification import verify
 from stagein.healing import DEFAULT_THREADS, CopyReport, StagedCopies
 from stagein.world import Communicator, connect
 
-from .console import bytes_text, count_text, progress_bytes, say, seconds_text
+from .console import bytes_text, count_text, progress_bytes, say, say_json, seconds_text
 from .convert import usable_cores
 
 _LISTED_FILES = 5
@@ -56,7 +55,7 @@ def _verify_dataset(path: Path, workers: int, good: Path | None, as_json: bool) 
             {"file": problem.file, "problem": problem.text, "damage": problem.damage} for problem in report.problems
         ]
         summary = {"path": str(path), "id": report.manifest.id, "files": report.files, "nbytes": report.nbytes}
-        say(json.dumps(summary | {"sums": report.sums, "seconds": round(seconds, 3), "problems": problems}))
+        say_json(summary | {"sums": report.sums, "seconds": round(seconds, 3), "problems": problems})
     if error := report.error(path):
         raise error
     if not as_json:
@@ -80,7 +79,7 @@ def _verify_staged(
     seconds = time.monotonic() - start
     if prints:
         if as_json:
-            say(json.dumps({"seconds": round(seconds, 3), "nodes": [asdict(report) for report in reports]}))
+            say_json({"seconds": round(seconds, 3), "nodes": [asdict(report) for report in reports]})
         else:
             _print_reports(reports, healed=repairs, seconds=seconds)
     with communicator.together():
