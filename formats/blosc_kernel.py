@@ -14,11 +14,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .codecs import WORK_BYTES
 from .native import kernel, signed
 from .native_calls import blosc_decompress, lz4_decompress, memcpy
-
-MOST_BLOCK_BYTES = 1 << 20
-"""Of blocks that are decoded here: they stay in the second-level cache."""
 
 _HEADER_BYTES = 16
 _SHUFFLED, _FLAGS_OF_OTHERS = 0x01, 0x0E
@@ -33,7 +31,7 @@ _LINE_BYTES = 64
 def decode_blosc(stored: NDArray[np.uint8], record: NDArray[np.uint8], planes: NDArray[np.uint8]) -> bool:
     """Fill `record` with what `stored` stands for; False when that is not a record of this size, or not all of `stored`.
 
-    planes  memory to work in, MOST_BLOCK_BYTES.
+    planes  memory to work in, WORK_BYTES.
     """
     # Sizes first: the library trusts them.
     if len(stored) < _HEADER_BYTES or little_endian_32(stored, 4) != len(record):
@@ -42,7 +40,7 @@ def decode_blosc(stored: NDArray[np.uint8], record: NDArray[np.uint8], planes: N
         return False
     flags, itemsize, block_bytes = signed(stored[2]), signed(stored[3]), little_endian_32(stored, 8)
     is_ours = flags & (_SHUFFLED | _FLAGS_OF_OTHERS) == _SHUFFLED and flags >> 5 == _LZ4_FLAGS
-    if not is_ours or itemsize not in (2, 4, 8) or not 0 < block_bytes <= MOST_BLOCK_BYTES:
+    if not is_ours or itemsize not in (2, 4, 8) or not 0 < block_bytes <= WORK_BYTES:
         made = blosc_decompress(stored.ctypes.data, record.ctypes.data, len(record), 1)
         return signed(made) == len(record)
     blocks = (len(record) + block_bytes - 1) // block_bytes
@@ -91,7 +89,7 @@ def _decode_block(
         _join_planes(4, planes.ctypes.data, items, block.ctypes.data)  # type: ignore[call-arg, unused-ignore]
     else:
         _join_planes(8, planes.ctypes.data, items, block.ctypes.data)  # type: ignore[call-arg, unused-ignore]
-    block[shuffled:] = planes[shuffled : len(block)]
+    memcpy(block.ctypes.data + shuffled, planes.ctypes.data + shuffled, len(block) - shuffled)
     return True
 
 

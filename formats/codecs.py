@@ -35,6 +35,10 @@ BLOSC, ZSTD, LZ4 = 1, 2, 3
 """What kernels know the codecs by."""
 _KERNEL_NUMBERS: dict[CodecName, int] = {"blosc-lz4": BLOSC, "zstd": ZSTD, "lz4": LZ4}
 
+WORK_BYTES = 1 << 20
+"""Of memory that a kernel needs to decode, of whatever codec. Blocks of Blosc frames that it takes itself are at most as large: they
+stay in the second-level cache."""
+
 numcodecs.blosc.use_threads = False  # its own threads serialise ours, and its global state is not safe among them
 
 

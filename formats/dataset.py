@@ -149,6 +149,11 @@ class Dataset:
         """Whether the primary field holds seekable JPEGs, so that `read_windows` reads less than whole records."""
         return any(field.rows_of == self.schema.primary for field in self.schema.fields.values())
 
+    def windows_are_awaited(self) -> bool:
+        """Whether `read_windows` would have to wait until its kernels are compiled, once a machine, which is being done then: whole
+        records can be read meanwhile."""
+        return self._window_reader.is_awaited()
+
     def read_windows(
         self, records: ArrayLike, windows: ArrayLike, buffers: "WindowBuffers | None" = None
     ) -> "CutJpegs":
@@ -177,7 +182,7 @@ class Dataset:
     @cached_property
     def _window_reader(self) -> "WindowReader":
         from .jpeg.rows import RowTables
-        from .window_reader import WindowReader  # its kernels take numba, half a second to load
+        from .window_reader import WindowReader
 
         return WindowReader(self.reader, RowTables(self._root, self.manifest, self.schema.primary))
 

@@ -1,6 +1,6 @@
 """Kernels as machine code, called without numba: 0.3 s and 80 MB of every process that imports it.
 
-A kernel is compiled once a machine, by a process of its own (`native_compiler`), and kept on disk (`native_files`).
+A kernel is compiled once a machine, by a process beside this one (`native_jobs`), and kept on disk (`native_files`).
 """
 
 import ctypes
@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import machine_code, native_symbols
+from .errors import StageinError
 from .forks import renew_in_forks
-from .native_files import ObjectFile, cache_folder
+from .native_files import cache_folder
+from .native_jobs import ObjectFile
 
 ENTRY = "call"
 """The function of an object file: (address of a frame) -> how many results there are, below 0 where it raised something. A frame is
@@ -103,9 +105,15 @@ class NativeKernel:
                 kinds.append(kind)
                 frame.append(int(argument))
         code = self._wait_for_code(tuple(kinds), arguments)
-        if code is None:
-            return getattr(importlib.import_module(self._module), self._name)(*arguments)
-        return code(frame)
+        return self._run_by_numba(arguments) if code is None else code(frame)
+
+    def prepare(self, *arguments: Any) -> None:
+        """Have the machine code for arguments of these kinds compiled meanwhile, before all that nobody will wait for."""
+        if self._loading.acquire(blocking=False):
+            try:
+                self._look_for_code(_kinds_of(arguments), arguments, is_urgent=True)
+            finally:
+                self._loading.release()
 
     def is_ready(self, *arguments: Any) -> bool:
         """Whether there is machine code for arguments of these kinds, so that a call takes no longer than it computes.
@@ -119,7 +127,7 @@ class NativeKernel:
             and self._loading.acquire(blocking=False)
         ):
             try:
-                self._look_for_code(kinds, arguments, waits=False)
+                self._look_for_code(kinds, arguments, is_urgent=False)
                 self._look_again_at = time.monotonic() + _LOOK_SECONDS
             finally:
                 self._loading.release()
@@ -129,15 +137,24 @@ class NativeKernel:
         """As `is_ready`, but whether a call would have to wait, for as long as compiling takes: who can do without does meanwhile."""
         return not self.is_ready(*arguments) and _kinds_of(arguments) not in self._code
 
+    def _run_by_numba(self, arguments: tuple[Any, ...]) -> Any:
+        try:
+            module = importlib.import_module(self._module)
+        except ImportError as error:
+            raise StageinError(
+                f"numba, which compiles kernel {self._name}, cannot be imported ({error}): install it anew"
+            ) from None
+        return getattr(module, self._name)(*arguments)
+
     def _wait_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...]) -> _Code | None:
         """The code for arguments of these kinds; None where there is none."""
         if kinds not in self._code:
             with self._loading:
-                while not self._look_for_code(kinds, arguments, waits=True):
+                while not self._look_for_code(kinds, arguments, is_urgent=True):
                     time.sleep(_WAIT_SECONDS)
         return self._code[kinds]
 
-    def _look_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...], *, waits: bool) -> bool:
+    def _look_for_code(self, kinds: _Kinds, arguments: tuple[Any, ...], *, is_urgent: bool) -> bool:
         """Whether it is known if there is code, in `_code` then."""
         if kinds in self._code:
             return True
@@ -148,7 +165,7 @@ class NativeKernel:
         if kinds not in self._files:
             self._files[kinds] = self._file(folder, tuple(map(Argument.of, arguments)))
         file = self._files[kinds]
-        if not file.is_settled(waits=waits):
+        if not file.is_settled(is_urgent=is_urgent):
             return False
         self._code[kinds] = None if file.content is None else _callable(file.content, self._name)
         del self._files[kinds]

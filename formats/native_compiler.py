@@ -1,11 +1,9 @@
-"""Compiling a kernel to machine code, in a process of its own: `native_code` starts it, and calls what it made.
+"""Compiling a kernel to machine code, in a process for that alone: `native_jobs` starts it, `native_code` calls what it made.
 
 The code is that of numba, for this processor; what is added is one function that takes its arguments from a frame of words.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -16,20 +14,16 @@ from numba.np import arrayobj, numpy_support
 
 from . import native
 from .native_code import ENTRY, Argument
-from .native_files import remove_lock, write
+from .native_symbols import PREFIX
 
 _WORD = ir.IntType(64)
 
 
-def main() -> None:
-    """Arguments: module, name of the kernel, what it is compiled for (`Argument`), and where the code goes."""
-    module, name, *signature, path = sys.argv[1:]
+def compile_kernel(module: str, name: str, *signature: str) -> bytes:
+    """The object file of the kernel `name` of `module`, for arguments of these kinds (`Argument`). Not in a process that runs kernels."""
     native.compile_for_kernels_only()
-    try:
-        kernel = getattr(importlib.import_module(module), name)
-        write(Path(path), _object_file(kernel, tuple(_type_of(Argument.parse(text)) for text in signature)))
-    finally:
-        remove_lock(Path(path))
+    kernel = getattr(importlib.import_module(module), name)
+    return _object_file(kernel, tuple(_type_of(Argument.parse(text)) for text in signature))
 
 
 def _type_of(argument: Argument) -> Any:
@@ -59,6 +53,8 @@ def _object_file(kernel: Any, signature: tuple[Any, ...]) -> bytes:
 
 def _link_generated(module: Any) -> None:
     """Put in the functions that are ours, not those of a library."""
+    if not any(function.name.startswith(PREFIX) for function in module.functions):
+        return
     from .native_calls import GENERATED
 
     for name, assembly in GENERATED.items():

@@ -1,12 +1,15 @@
 """Reading records one by one, without a kernel: for the seconds in which that is compiled."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import crc32c_extend, pread_exactly
-from .read_troubles import CUT_OFF, DAMAGED
+from .codecs import Codec
+from .errors import ChecksumError
+from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 
 
 def read_plainly(
@@ -35,3 +38,29 @@ def read_plainly(
         if len(after) and crc32c_extend(seed, target) != after[number]:
             return number, DAMAGED
     return len(targets), 0
+
+
+def read_and_decode_plainly(
+    turns: Iterator[int],
+    descriptors: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    sums: NDArray[np.uint32],
+    codec: Codec,
+    rows: NDArray[np.uint8],
+    decode_nanoseconds: NDArray[np.int64],
+) -> tuple[int, int]:
+    """What `read_kernels.read_and_decode` does, which says what the arguments are but for `turns`, those of `read_plainly`."""
+    for number in turns:
+        stored = np.empty(nbytes[number], np.uint8)
+        some = slice(number, number + 1)
+        _, trouble = read_plainly(iter((0,)), descriptors[some], offsets[some], [stored], sums[:0], sums[some])
+        if trouble:
+            return number, trouble
+        began = time.perf_counter_ns()
+        try:
+            codec.decode_into(stored, rows[number])
+        except ChecksumError:
+            return number, UNDECODABLE
+        decode_nanoseconds += time.perf_counter_ns() - began
+    return len(rows), 0

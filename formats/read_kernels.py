@@ -19,8 +19,8 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from .blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
-from .codecs import LZ4, ZSTD
+from .blosc_kernel import decode_blosc
+from .codecs import LZ4, WORK_BYTES, ZSTD
 from .native import bytes_on_stack, fetch_add, kernel, signed
 from .native_calls import (
     clock_gettime,
@@ -38,9 +38,6 @@ from .native_calls import (
     zstd_decompress,
 )
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
-
-WORK_BYTES = MOST_BLOCK_BYTES
-"""Of memory that a thread needs to decode, of whatever codec."""
 
 _PROBES = 8
 _AHEAD_BYTES = 128 << 10
@@ -347,6 +344,7 @@ def read_and_decode(
     codec: int,
     scratch: NDArray[np.uint8],
     rows: NDArray[np.uint8],
+    clock: NDArray[np.int64],
     decode_nanoseconds: NDArray[np.int64],
 ) -> tuple[int, int]:
     """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
@@ -355,10 +353,11 @@ def read_and_decode(
     piece_bytes  to read at a time, before it is summed.
     maps, keeps_pages  as for `read_records`.
     scratch      this thread's memory: WORK_BYTES, and behind them room for the stored bytes of a record.
+    clock        [2], memory of this thread, too.
     decode_nanoseconds  [1], is added what decompressing took.
     """
     count, work, stored = len(offsets), scratch[:WORK_BYTES], scratch[WORK_BYTES:]
-    clock, elapsed = np.empty(2, np.int64), 0
+    elapsed = signed(0)
     target = stored.ctypes.data
     while True:
         number = fetch_add(counter, 1)
@@ -429,7 +428,7 @@ def decode_lz4(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
         if position + nbytes > len(stored):
             return False
         if nbytes == room:  # stored raw: not by us, but other writers of the filter do that
-            record[start : start + room] = stored[position : position + nbytes]
+            memcpy(record.ctypes.data + start, stored.ctypes.data + position, nbytes)
         elif lz4_decompress(stored.ctypes.data + position, record.ctypes.data + start, nbytes, room) != room:
             return False
         position += nbytes

@@ -5,36 +5,34 @@ O_DIRECT is not used: asking the kernel for a whole batch at once is 1.4 times a
 page cache one record at a time.
 """
 
-import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import PASSING_TROUBLE, RETRY_PAUSES_SECONDS, crc32c, pread_exactly
+from .codecs import WORK_BYTES
 from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
 from .native_code import NativeKernel
-from .plain_reads import read_plainly
+from .plain_reads import read_and_decode_plainly, read_plainly
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 from .schema import Field
 from .shard_files import OpenShards, ShardFiles
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
 _Read: TypeAlias = Callable[[], tuple[int, int]]
 """Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
 _Plan: TypeAlias = Callable[[slice, OpenShards, NDArray[np.int64], int], _Read]
 _read_records = NativeKernel(f"{__package__}.read_kernels", "read_records")
+_read_and_decode = NativeKernel(f"{__package__}.read_kernels", "read_and_decode")
 _COUNTER_WORDS = 4
 _NO_SUMS = np.empty(0, np.uint32)
 _SHARES_OF_A_THREAD = 8
@@ -236,24 +234,23 @@ class RecordReader:
         decode_nanoseconds: NDArray[np.int64],
     ) -> None:
         """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
-        assert self.field.codec is not None
-        kernels = _kernels()
-        codec, places, nbytes = self.field.codec.kernel_number, offset.view(np.int64), sizes.astype(np.int64)
-        room = kernels.WORK_BYTES + int(nbytes.max(initial=0))
+        codec, places, nbytes = self.field.codec, offset.view(np.int64), sizes.astype(np.int64)
+        assert codec is not None
+        codec_number, room = codec.kernel_number, WORK_BYTES + int(nbytes.max(initial=0))
 
         def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
-            return lambda: kernels.read_and_decode(
-                counter,
-                piece_bytes,
-                *shards,
-                places[some],
-                nbytes[some],
-                sums[some],
-                codec,
-                self._scratch.of(room),
-                rows[some],
-                decode_nanoseconds,
-            )
+            records = places[some], nbytes[some], sums[some]
+
+            def arguments() -> tuple[Any, ...]:
+                memory = self._scratch.of(room), rows[some], np.empty(2, np.int64), decode_nanoseconds
+                return counter, piece_bytes, *shards, *records, codec_number, *memory
+
+            if _read_and_decode.is_awaited(*arguments()):
+                turns = iter(range(len(records[0])))
+                return lambda: read_and_decode_plainly(
+                    turns, shards.descriptors, *records, codec, rows[some], decode_nanoseconds
+                )
+            return lambda: _read_and_decode(*arguments())
 
         self._read_all(numbers, read, threads)
 
@@ -332,14 +329,6 @@ class _Scratch(threading.local):
         if len(self._memory) < nbytes:
             self._memory = np.empty(nbytes, np.uint8)
         return self._memory
-
-
-@functools.cache
-def _kernels() -> "ModuleType":
-    """What decodes, loaded by the first who does: numba takes half a second."""
-    from . import read_kernels
-
-    return read_kernels
 
 
 def _as_array(buffer: memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:

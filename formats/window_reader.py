@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .jpeg import cut
 from .jpeg.cut import CutJpegs, cut_windows
 from .jpeg.rows import RowTables
 from .record_reader import RecordReader
@@ -31,6 +32,11 @@ class WindowReader:
     def __init__(self, reader: RecordReader, tables: RowTables) -> None:
         self._reader = reader
         self._tables = tables
+
+    def is_awaited(self) -> bool:
+        """Whether `read` would have to wait until its kernels are compiled, which is being done then."""
+        awaited = [self._tables.is_awaited(self._reader.index), cut.is_awaited()]
+        return any(awaited)
 
     def read(
         self, records: NDArray[np.int64], windows: NDArray[np.int64], buffers: WindowBuffers | None = None

@@ -120,13 +120,14 @@ class BatchReader:
         """The records of the primary field, and the plan made of the small fields and what else was asked for: tensors,
         and files as they are stored.
 
-        Of seekable JPEGs only the rows that a ready graph will look at are read.
+        Of seekable JPEGs only the rows that a ready graph will look at are read, once there are kernels for that.
         """
         records, graph = self.dataset.records, self.graph
         others = [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
         columns = {name: self.dataset.rows(name, ids) for name in [*records.columns, *others]}
         plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, records.schema, columns))
-        if len(ids) and records.is_seekable and isinstance(graph, ImageGraph):
+        reads_windows = len(ids) > 0 and records.is_seekable and not records.windows_are_awaited()
+        if reads_windows and isinstance(graph, ImageGraph):
             cut = records.read_windows(ids, graph.views(plan.fed).windows)
             return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
         if isinstance(graph, InflateOnGpu):

@@ -1,6 +1,5 @@
 """The engine for the ready image graphs without a GPU: threads of our own that turn records into rows of a batch."""
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -39,6 +38,7 @@ class ImageEngine:
         self._dataset, self._graph, self._options = dataset, graph, options
         self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=False)
         self._ring = BufferRing(_MAX_IDLE_BATCHES, pinned=options.pin_memory)
+        resize.prepare()
 
     @property
     def description(self) -> str:
@@ -149,8 +149,6 @@ class _RowThreads:
 def _make_rows(
     output: ImageOutput, queue: "SimpleQueue[tuple[_BatchInWork, int] | None]", closed: threading.Event
 ) -> None:
-    with contextlib.suppress(Exception):  # the first row says what it is
-        resize.load()  # while the first batch is read
     decoder = ImageDecoder()
     scale, offset = output.scale_and_offset()
     while (item := queue.get()) is not None and not closed.is_set():

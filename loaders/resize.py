@@ -1,6 +1,7 @@
 """From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes."""
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,12 @@ from stagein.formats.native_code import NativeKernel
 _resize = NativeKernel(f"{__package__}.image_kernels", "resize")
 
 
-def load() -> None:
-    """Have the kernel in memory: it runs on one pixel."""
+def prepare() -> None:
+    """Have the kernel compiled, once a machine, while the caller goes on."""
     ones = np.ones(3, np.float32)
     window, region = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 1.0])
-    resize_into(np.zeros((1, 3), np.uint8), window, region, True, False, ones, ones, np.empty((3, 1, 1), np.float32))
+    pixels, out = np.zeros((1, 3), np.uint8), np.empty((3, 1, 1), np.float32)
+    _resize.prepare(*_arguments(pixels, window, region, True, False, ones, ones, out))
 
 
 def resize_into(
@@ -35,13 +37,27 @@ def resize_into(
     antialias  the filter is as wide as a pixel of the result, where that is larger: the rule, and the rounding of its
              bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
     """
+    _resize(*_arguments(pixels, window, region, antialias, mirror, scale, offset, out))
+
+
+def _arguments(
+    pixels: NDArray[np.uint8],
+    window: NDArray[np.int64],
+    region: NDArray[np.float64],
+    antialias: bool,
+    mirror: bool,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> tuple[Any, ...]:
+    """Of the kernel: those of `resize_into`, and memory to work in."""
     size = out.shape[1]
     top, left, bottom, right = region.tolist()
     taps_y, taps_x = _taps(bottom - top, size, antialias), _taps(right - left, size, antialias)
     first = np.empty((2, size), np.int64)
     weight_y, weight_x = np.empty((size, taps_y), np.float32), np.empty((size, taps_x), np.float32)
     row = np.zeros(3 * (int(window[3]) + taps_x), np.float32)  # beyond the width it is read with weight 0
-    _resize(pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
+    return (pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
 
 
 def _taps(extent: float, size: int, antialias: bool) -> int:

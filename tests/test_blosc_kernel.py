@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stagein.formats.blosc_kernel import MOST_BLOCK_BYTES, decode_blosc
+from stagein.formats.blosc_kernel import decode_blosc
+from stagein.formats.codecs import WORK_BYTES
 
-WORK = np.zeros(MOST_BLOCK_BYTES, np.uint8)
+WORK = np.zeros(WORK_BYTES, np.uint8)
 GUARD = 128
 ONE_STREAM = 0x10
 """The flag of a frame whose blocks are not divided into planes that are compressed each by itself."""
@@ -73,7 +74,7 @@ def test_blocks_of_one_stream_and_of_one_a_plane(split_mode: str, nbytes: int, i
     record = smooth(nbytes, itemsize)
     frame = framed(record, itemsize)
     assert bool(frame[2] & ONE_STREAM) == (split_mode == "NEVER")
-    assert struct.unpack_from("<I", frame, 8)[0] <= MOST_BLOCK_BYTES
+    assert struct.unpack_from("<I", frame, 8)[0] <= WORK_BYTES
     made = decoded(frame, nbytes)
     assert made is not None and made.tobytes() == record
 

@@ -1,6 +1,7 @@
 """The engines behind the fast path: the same numbers by each, bad rows named and replaced, memory reused only when free."""
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,8 @@ def photos(tmp_path_factory) -> Path:
     Image.fromarray(picture(70, 90)).save(root / "images" / "all" / "99.png")
     convert(scan_imagefolder(root / "images"), root / "plain.st")
     convert(change_images(scan_imagefolder(root / "images"), SeekableJpegs()), root / "seekable.st")
+    with Dataset(root / "seekable.st") as dataset:
+        dataset.read_windows([0], [(0, 0, 1, 1)])  # waits until there are kernels for that
     return root
 
 
@@ -266,6 +269,22 @@ def test_training_on_images_takes_no_compiler_into_memory(photos, kind):
     )
     command = [sys.executable, "-c", script, str(photos / f"{kind}.st")]
     assert subprocess.check_output(command, text=True, timeout=100).strip() == "4 []"
+
+
+def test_seekable_images_are_read_whole_to_the_same_bits_while_kernels_are_compiled(photos, tmp_path):
+    script = (
+        "import hashlib, sys; from stagein.loaders import DataLoader, RecordDataset, image_train\n"
+        "transform = image_train(48, area=(0.1, 0.3))\n"
+        "loader = DataLoader(RecordDataset(sys.argv[1], staged=None), 8, transform=transform, device='cpu')\n"
+        "images = next(iter(loader))['image']\n"
+        "print(hashlib.sha256(images.numpy()).hexdigest(), loader.stats().bytes_read)"
+    )
+    command, found = [sys.executable, "-c", script, str(photos / "seekable.st")], []
+    for settings in ({}, {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}):
+        output = subprocess.check_output(command, env={**os.environ, **settings}, text=True, timeout=100)
+        found.append(output.split())
+    assert found[0][0] == found[1][0]
+    assert int(found[0][1]) < 0.8 * int(found[1][1])
 
 
 def test_of_seekable_shards_less_is_read(photos):

@@ -199,6 +199,66 @@ def test_a_kernel_is_compiled_while_its_caller_goes_on(kernels: Path) -> None:
     assert _kept(kernels) == ["sums.o"]
 
 
+def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_process(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(HELD + SUMMING)
+    for name, total in (("second", "'none'"), ("third", "0"), ("fourth", "0")):
+        noted = SUMMING.replace("sums", name).replace("total = 0", f"total = {total}")
+        (kernels / f"{name}.py").write_text(
+            f"import os\nprint('{name}', os.getpid(), file=open('begun', 'a'))\n{noted}"
+        )
+    script = IN_BACKGROUND + (
+        "later = [NativeKernel(name, name) for name in ('second', 'third', 'fourth')]\n"
+        "def are_ready(): return [kernel.is_ready(*arguments) for kernel in later]\n"
+        "sums.prepare(*arguments)\n"
+        "until = time.monotonic() + 0.5\n"
+        "while time.monotonic() < until or not os.path.exists('compiler'): assert not any(are_ready())\n"
+        "assert not os.path.exists('begun')\n"
+        "open('go', 'w').close()\n"
+        "print(sums(*arguments), squares.tolist(), 'numba' in sys.modules)\n"
+        "while are_ready() != [False, True, True]: pass\n"
+    )
+    process = _start(kernels, script)
+    assert _result(process) == f"{RESULT} False" and process.returncode == 0
+    begun = [line.split() for line in (kernels / "begun").read_text().splitlines()]
+    assert [name for name, _ in begun] == ["second", "third", "fourth"]
+    assert len({compiler for _, compiler in begun} | {str(_compiler(kernels))}) == 2
+    assert not list((kernels / "cache").glob("*.lock"))
+
+
+NO_NUMBA = """
+import os, sys
+if len(sys.argv) > 1:
+    open("compilers", "a").write("one ")
+    with open("compiler", "w") as told:
+        told.write(str(os.getpid()))
+    while not os.path.exists("go"):
+        pass
+raise ImportError("it is broken")
+"""
+"""A numba that cannot be imported, and keeps those who wait for a compiler waiting."""
+
+
+def test_without_numba_it_is_tried_once_and_all_who_wait_say_so(kernels: Path) -> None:
+    (kernels / "numba.py").write_text(NO_NUMBA)
+    processes = [
+        _start(kernels, USE.replace("print(", "try: print(") + "except Exception as error: print(error)\n")
+        for _ in range(3)
+    ]
+    _compiler(kernels)
+    while sum(map(_has_lock_open, processes)) < 2:
+        time.sleep(0.01)
+    (kernels / "go").touch()
+    said = "numba, which compiles kernel sums, cannot be imported (it is broken): install it anew"
+    assert [_result(process) for process in processes] == [said] * 3
+    assert (kernels / "compilers").read_text() == "one "
+    assert not list((kernels / "cache").glob("*.lock"))
+
+
+def _has_lock_open(process: "subprocess.Popen[str]") -> bool:
+    files = Path(f"/proc/{process.pid}/fd").iterdir()
+    return any(file.readlink().suffix == ".lock" for file in files if file.is_symlink())
+
+
 def test_a_kernel_that_cannot_be_compiled_is_never_ready_and_not_tried_again(kernels: Path) -> None:
     (kernels / "summing.py").write_text(COUNTED.replace("total = 0", "total = 'none'"))
     script = IN_BACKGROUND + (

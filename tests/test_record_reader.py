@@ -38,14 +38,19 @@ def records(tmp_path: Path) -> list[bytes]:
 
 
 @pytest.fixture(params=["kernel", "kernel being compiled"])
-def reader(
-    tmp_path: Path, records: list[bytes], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> RecordReader:
-    if request.param != "kernel":
-        (tmp_path / "cache").mkdir()
-        monkeypatch.setattr(native_code, "cache_folder", lambda: tmp_path / "cache")
-        kernel = NativeKernel("stagein.formats.read_kernels", "read_records")
-        monkeypatch.setattr(record_reader, "_read_records", kernel)
+def compilation(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are read by a kernel, or without one."""
+    if request.param == "kernel":
+        monkeypatch.setattr(NativeKernel, "is_awaited", lambda *arguments: False)
+        return
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(native_code, "cache_folder", lambda: tmp_path / "cache")
+    for name in ("read_records", "read_and_decode"):
+        monkeypatch.setattr(record_reader, f"_{name}", NativeKernel("stagein.formats.read_kernels", name))
+
+
+@pytest.fixture
+def reader(tmp_path: Path, records: list[bytes], compilation: None) -> RecordReader:
     sizes = np.array(SIZES, np.uint64)
     offset = np.concatenate([np.cumsum(sizes[:4]) - sizes[:4], 4 + np.cumsum(sizes[4:]) - sizes[4:]])
     sums = np.array([crc32c(content) for content in records], np.uint32)
@@ -206,7 +211,7 @@ def _write_counts(target: Path, codec: CodecName | None, count: int = 11) -> NDA
 
 
 @pytest.mark.parametrize("codec", [None, "blosc-lz4", "zstd", "lz4"])
-def test_threads_decode_into_the_callers_rows(tmp_path: Path, codec: CodecName | None) -> None:
+def test_threads_decode_into_the_callers_rows(tmp_path: Path, compilation: None, codec: CodecName | None) -> None:
     counts = _write_counts(tmp_path / "x.st", codec)
     reader = Dataset(tmp_path / "x.st").reader
     order = [10, 3, 3, 0, 7, 9, 1]
@@ -223,7 +228,7 @@ def test_threads_decode_into_the_callers_rows(tmp_path: Path, codec: CodecName |
 
 @pytest.mark.parametrize("codec", ["blosc-lz4", "zstd", "lz4"])
 @pytest.mark.parametrize("fault", ["garbage", "short", "other size", "longer"])
-def test_a_record_that_its_codec_did_not_make(tmp_path: Path, codec: CodecName, fault: str) -> None:
+def test_a_record_that_its_codec_did_not_make(tmp_path: Path, compilation: None, codec: CodecName, fault: str) -> None:
     """Its crc32c is right, so that only decoding can tell."""
     _write_counts(tmp_path / "x.st", codec)
     reader = Dataset(tmp_path / "x.st").reader

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, Writer, shards, verify
 from stagein.formats.checksums import chunk_sums
-from stagein.formats.codecs import LZ4, Codec, lz4_block_bytes
+from stagein.formats.codecs import LZ4, WORK_BYTES, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, NoSpaceError, UsageError
 from stagein.formats.manifest import Container
-from stagein.formats.read_kernels import WORK_BYTES, decode_record
+from stagein.formats.read_kernels import decode_record
 from stagein.formats.shards import plan_shards
 
 CONTAINERS = [container for container in get_args(Container) if container != "foreign"]

@@ -40,6 +40,13 @@ class CutJpegs:
         return self.content[self.start[number] : self.stop[number]]
 
 
+def is_awaited() -> bool:
+    """Whether `cut_windows` would have to wait until its kernel is compiled, which is being done then."""
+    places, number = np.empty(0, np.int64), np.empty(0, np.uint8)
+    windows = np.empty((0, 4), np.int64)
+    return _cut_batch.is_awaited(number, *5 * (places,), windows, number, places, places, windows)
+
+
 def cut_windows(
     source: NDArray[np.uint8],
     header_start: NDArray[np.int64],

@@ -7,7 +7,7 @@ of pieces is known from the two at its ends. An image that is kept as it came ha
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,23 +95,33 @@ class RowTables:
             self._nbytes = np.broadcast_to(np.uint32(0), manifest.num_records)
             self._entries = NO_ROWS
 
+    def is_awaited(self, index: RecordIndex) -> bool:
+        """Whether `plan` would have to wait until its kernel is compiled, which is being done then."""
+        windows = np.empty((0, 4), np.int64)
+        return _plan_reads.is_awaited(*self._arguments(windows[:, 0], windows, index), *WindowReads.empty(0))
+
     def plan(self, records: NDArray[np.int64], windows: NDArray[np.int64], index: RecordIndex) -> WindowReads:
         """What to read of these records for these windows [n, 4] (top, left, height, width); `index` is that of the images.
 
         Raises SourceError when a table leads out of its record.
         """
         reads = WindowReads.empty(len(records))
-        failed = _plan_reads(
+        failed = _plan_reads(*self._arguments(records, windows, index), *reads)
+        if failed >= 0:
+            raise SourceError(
+                f"{self._place} does not fit record {int(records[failed])}: run `stagein verify` on the data set"
+            )
+        return reads
+
+    def _arguments(
+        self, records: NDArray[np.int64], windows: NDArray[np.int64], index: RecordIndex
+    ) -> tuple[NDArray[Any], ...]:
+        """Of the kernel, but for the reads that it fills."""
+        return (
             self._entries,
             self._offset[records].astype(np.int64) // _ENTRY.record_bytes,
             self._nbytes[records].astype(np.int64) // _ENTRY.record_bytes,
             index.nbytes[records].astype(np.int64),
             index.crc32c[records],
             np.ascontiguousarray(windows, np.int64),
-            *reads,
         )
-        if failed >= 0:
-            raise SourceError(
-                f"{self._place} does not fit record {int(records[failed])}: run `stagein verify` on the data set"
-            )
-        return reads
