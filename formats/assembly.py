@@ -3,6 +3,7 @@
 While it grows, a data set lives in `TARGET.part`; it becomes `TARGET` by one rename when its manifest is in place.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -146,18 +147,36 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise UsageError when `target` exists and may not be overwritten: better asked before a long scan, too."""
+def refuse_target(target: Path, source: Path | None = None, *, overwrite: bool) -> None:
+    """Refuse a target that cannot be: better before a long scan than after it.
+
+    source  what is not written to either, where it is a folder.
+
+    Raises UsageError when `target` exists and may not be overwritten or lies in `source`, StageinError when it cannot be written.
+    """
     try:
         is_there, is_dataset = target.exists(), (target / MANIFEST_NAME).exists()
+        if not is_there:
+            _look_at_parent(target)
+        is_inside = source is not None and target.resolve().is_relative_to(source.resolve())
     except OSError as error:
         raise destination_error(error, "writing", target) from error
+    if is_there and not is_dataset:
+        raise UsageError(f"{target} exists and is not a stagein data set: choose another target")
     if is_there and not overwrite:
         raise UsageError(f"{target} exists already: choose another target, or pass --overwrite to replace it")
-    if is_there and not is_dataset:
-        raise UsageError(
-            f"{target} exists and is not a stagein data set, so it is not overwritten: choose another target"
-        )
+    if is_inside:
+        raise UsageError(f"{target} lies in {source}, where it would be taken for records: choose a target outside it")
+
+
+def _look_at_parent(target: Path) -> None:
+    """Raise OSError when the nearest folder above `target` that there is cannot be written."""
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK):
+        trouble = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(trouble, os.strerror(trouble))
 
 
 class GrowingDataset:
@@ -168,7 +187,7 @@ class GrowingDataset:
         self.target = target
         self.folder = target.with_name(target.name + PART_SUFFIX)
         self._overwrite = overwrite
-        refuse_existing(target, overwrite=overwrite)
+        refuse_target(target, overwrite=overwrite)
         for folder in (self.folder, self.folder / "shards", self.folder / JOURNAL_FOLDER):
             folder.mkdir(parents=folder is self.folder, exist_ok=True)
         self._lock = os.open(self.folder / JOURNAL_FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -224,6 +224,8 @@ class Manifest(BaseModel):
             raise SourceError(
                 f"{folder} is not a stagein data set: it has no {MANIFEST_NAME} (is the path right, did `stagein convert` finish?)"
             ) from None
+        except NotADirectoryError:
+            raise SourceError(f"{folder} is not a stagein data set: it is not a folder") from None
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from None
         return cls.parse(content, path)

@@ -369,10 +369,13 @@ def allocate(descriptor: int, nbytes: int) -> None:
 
 
 def check_destination(to: Path, source: Path, node: str, *, must_be_local: bool) -> None:
-    """Refuse a destination that is missing, cannot be written, or lies inside the source. Raises UsageError.
+    """Refuse a destination that is missing, cannot be written, lies inside the source, or whose name is no text. Raises UsageError.
 
     must_be_local  refuse the file system of the source, too: many nodes would write there what they have just read.
     """
+    for path in (source, to):
+        if not _is_text(path):
+            raise UsageError(f"the name {path} is no UTF-8, as what is noted about a copy has to be: give it another")
     if not to.is_dir():
         raise UsageError(f"the destination {to} on node {node} is not a folder: make it first, or name another one")
     if to.resolve().is_relative_to(source.resolve()):
@@ -385,6 +388,14 @@ def check_destination(to: Path, source: Path, node: str, *, must_be_local: bool)
         raise UsageError(
             f"the destination {to} on node {node} cannot be written: choose another, or have it made writable"
         )
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def mount_of(to: Path) -> Path:

@@ -292,9 +292,10 @@ def make_plan(
     if policy not in ("auto", "replicate", "partition"):
         raise UsageError(f"policy {policy!r} is unknown: choose auto, replicate or partition")
     if copies is not None and (policy != "auto" or not 1 <= copies <= len(nodes)):
+        there_are = "there is 1 node" if len(nodes) == 1 else f"there are {len(nodes)} nodes"
+        reason = there_are if policy == "auto" else f"they take the place of the policy {policy}"
         raise UsageError(
-            f"{copies} copies of each shard on {len(nodes)} nodes with the policy {policy} cannot be: choose the policy auto "
-            f"and 1 to {len(nodes)} copies"
+            f"{copies} copies of each shard cannot be: {reason}; ask for 1 to {len(nodes)}, and for no policy"
         )
     needs = [stored_bytes(entry) for entry in manifest.all_files()]
     short = [node for node in nodes if node.room_bytes < sum(needs)]

@@ -26,6 +26,7 @@ from stagein.formats.errors import (
     NoSpaceError,
     SourceError,
     StageinError,
+    UsageError,
     WatchdogError,
     source_error,
 )
@@ -171,6 +172,9 @@ class StageJob:
         self._all, self._world = communicator, communicator.world
         self._leads = self._world.local_rank == 0
         self._stop_requested = stop_requested
+        with communicator.together():
+            if not to:
+                raise UsageError("the destination is empty: is the variable set that should name it?")
         self.manifest = self._load_manifest()
         self._table = ChunkTable(self.manifest)
         self._store = Store(expand_node(to, self._world.node_name), self.manifest)

@@ -80,7 +80,7 @@ def test_an_error_of_rank_0_alone_ends_all(tmp_path: Path) -> None:
     (tmp_path / "c" / "c").mkdir(parents=True)
     result = run_ranks(2, *CONVERT, tmp_path / "c", tmp_path / "x.st")
     assert result.returncode == 2
-    assert result.stderr.count("exists already") == 1
+    assert result.stderr.count("exists and is not a stagein data set") == 1
 
 
 def test_dry_run_on_ranks_prints_once_and_writes_nothing(jpeg_folder: Path, tmp_path: Path) -> None:

@@ -30,20 +30,35 @@ def folder(tmp_path: Path, jpeg_folder: Path, jpeg_dataset_path: Path) -> Path:
     (tmp_path / "images").symlink_to(jpeg_folder)
     for name, mode in (("empty", 0o755), ("locked", 0o000), ("fixed", 0o555)):
         (tmp_path / name).mkdir(mode=mode)
+    (tmp_path / "file").touch()
     return tmp_path
 
 
 MISTAKES = [
     ("info nowhere", 3, "nowhere is not a stagein data set: it has no manifest.json"),
     ("info images", 3, "images is not a stagein data set"),
+    ("info file", 3, "file is not a stagein data set: it is not a folder"),
+    ("info data.st/manifest.json", 3, "manifest.json is not a stagein data set: it is not a folder"),
     ("extract data.st 85", 2, "data.st has no record 85: it has 85, counted from 0"),
     ("convert imagefolder nowhere new.st", 3, "nowhere cannot be listed: No such file or directory"),
     ("convert imagefolder empty new.st", 3, "empty has no class folders"),
+    ("extract data.st 1 --to file", 2, "file is not a folder"),
     ("convert imagefolder nowhere data.st", 2, "data.st exists already: choose another target, or pass --overwrite"),
     ("convert hdf5 empty data.st", 2, "data.st exists already"),
     ("adopt nowhere data.st", 2, "data.st exists already"),
+    ("convert imagefolder nowhere empty", 2, "empty exists and is not a stagein data set: choose another target$"),
+    ("convert imagefolder nowhere file --overwrite", 2, "file exists and is not a stagein data set"),
+    ("convert imagefolder nowhere file/new.st", 1, "writing file/new.st failed: Not a directory"),
+    ("convert imagefolder nowhere fixed/a/new.st", 1, "writing fixed/a/new.st failed: Permission denied"),
+    ("convert imagefolder empty empty/new.st", 2, "empty/new.st lies in empty, .*: choose a target outside it"),
+    ("adopt empty empty/a/new.st", 2, "empty/a/new.st lies in empty"),
+    ("convert imagefolder nowhere new.st --split a=1", 2, "write {split} in its name"),
+    ("convert imagefolder nowhere {split}.st --split a=0.5,b=0.6", 2, "adds up to 1.1"),
+    ("convert imagefolder nowhere {split}.st", 2, "say with --split into which parts"),
     ("convert imagefolder nowhere new.st --codec zip", 2, "the codec 'zip' is not known: take one of auto, none"),
     ("adopt empty new.st", 3, "empty holds no HDF5 files"),
+    ("stage data.st --to=", 2, "the destination is empty: is the variable set"),
+    ("stage data.st --to empty --copies 2", 2, "2 copies of each shard cannot be: there is 1 node"),
     ("stage data.st --to nowhere", 2, "nowhere on node .* is not a folder: make it first"),
     ("train demo --set data.trian=data.st", 2, "there is no setting data.trian: known are train, "),
     ("train nowhere", 2, "the settings nowhere cannot be read .* or one of cifar10, demo, imagenet"),
@@ -76,6 +91,8 @@ def test_a_mistake_is_one_sentence(command: str, exit_code: int, sentence: str, 
         ("info data.st --recods 2", "No such option: --recods"),
         ("infoo data.st", "No such command 'infoo'"),
         ("stage data.st", "Missing option '--to'"),
+        ("stage data.st --to empty --time-left 1h", "add --dry-run"),
+        ("convert imagefolder nowhere {split}.st --split a", "'a' is not of the form NAME=SHARE"),
         ("convert imagefolder images new.st --shard-bytes 3xy", "'3xy' is no size"),
     ],
 )
@@ -115,3 +132,11 @@ def test_make_refuses_an_older_python_before_it_downloads_anything(tmp_path: Pat
     result = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and not (tmp_path / "venv").exists()
     assert f"stagein needs Python 3.11 or newer, {older} is 3." in result.stderr
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_staged(folder: Path) -> None:
+    (folder / os.fsdecode(b"\xff")).mkdir()
+    command = [*STAGEIN, "stage", folder / "data.st", "--to", folder / os.fsdecode(b"\xff")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "is no UTF-8" in result.stderr

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stagein.formats.assembly import refuse_existing
+from stagein.formats.assembly import refuse_target
 from stagein.formats.foreign.adoption import adopt, scan_foreign
 
 from .console import bytes_text, count_text, progress_bytes, say, say_json
@@ -21,7 +21,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Adopt what is at `source` as the data set `target`. Raises StageinError."""
-    refuse_existing(target, overwrite=overwrite)
+    refuse_target(target, source, overwrite=overwrite)
     records = scan_foreign(source, parse_fields(fields), primary, file_per_record=file_per_record)
     with progress_bytes("adopting", quiet=as_json) as update:
         manifest = adopt(records, target, overwrite=overwrite, on_progress=update)

@@ -192,6 +192,8 @@ def stage(
     """
     from . import stage
 
+    if time_left is not None and not dry_run:
+        raise typer.BadParameter("--time-left is what --dry-run compares with: add --dry-run")
     stage.run(
         source,
         to,

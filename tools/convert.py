@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stagein.formats.assembly import refuse_existing
+from stagein.formats.assembly import refuse_target
 from stagein.formats.codecs import parse_codec
 from stagein.formats.conversion import (
     ConversionPlan,
@@ -30,13 +30,13 @@ from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
 from stagein.formats.source import PiecewiseSource, Source, record_nbytes
 from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
 from stagein.formats.sources.python import RecordStream
-from stagein.formats.sources.selection import select, split
+from stagein.formats.sources.selection import refuse_shares, select, split
 from stagein.formats.writer import Writer
 from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
 from .console import bytes_text, complain, count_text, progress_bytes, say, say_json, seconds_text
-from .convert_options import ConvertOptions, parse_split
+from .convert_options import ConvertOptions
 from .info import print_fields
 
 _LISTED_SKIPPED = 20
@@ -50,29 +50,36 @@ Executors = Callable[[int], AbstractContextManager[ShardExecutor]]
 """Who makes so many shards."""
 
 
-def run(scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions) -> None:
-    """Convert the source that `scan` finds into the data set `target`; the first rank alone prints.
+def run(
+    scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions, source: Path | None = None
+) -> None:
+    """Convert what `scan` finds into the data set `target`; the first rank alone prints.
+
+    source  where that lies, if it lies in files: not written to.
 
     Raises StageinError, on every rank.
     """
+
+    def convert(executors: Executors) -> None:
+        _refuse_at_once(target, options, source)
+        _convert(scan, target, options, executors)
+
     communicator = connect().within(options.timeout)
     if communicator.world.size > 1:
-        _run_on_ranks(communicator, scan, target, options)
+        _run_on_ranks(communicator, convert, options)
         return
     workers = options.workers or usable_cores()
     with signals_as_errors(target):
-        _convert(scan, target, options, lambda shards: start_workers(min(workers, shards)))
+        convert(lambda shards: start_workers(min(workers, shards)))
 
 
-def _run_on_ranks(
-    communicator: Communicator, scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions
-) -> None:
+def _run_on_ranks(communicator: Communicator, convert: Callable[[Executors], None], options: ConvertOptions) -> None:
     workers = ShardWorkers(options.workers or _cores_of_this_rank(communicator))
     with workers, _noted_signals() as stopping_signal:
         try:
             if communicator.world.rank == 0:
                 pool = RankPool(communicator, workers)
-                pool.lead(lambda: _convert(scan, target, options, lambda shards: pool), stopping_signal)
+                pool.lead(lambda: convert(lambda shards: pool), stopping_signal)
             else:
                 follow(communicator, workers, stopping_signal)
         except WatchdogError as error:
@@ -85,12 +92,24 @@ def _run_on_ranks(
             communicator.abort(ExitCode.FAILED)
 
 
+def _refuse_at_once(target: Path, options: ConvertOptions, source: Path | None) -> None:
+    """Refuse what cannot be whatever the source holds: to look at all of it may take long. Raises StageinError."""
+    parse_codec(options.codec)
+    if options.split is not None:
+        if _SPLIT not in target.name:
+            raise UsageError(f"{target} does not say where the parts go: write {_SPLIT} in its name, as my-{_SPLIT}.st")
+        refuse_shares(options.split)
+    elif _SPLIT in target.name:
+        raise UsageError(
+            f"{target} has {_SPLIT} in its name: say with --split into which parts, as --split train=0.9,val=0.1"
+        )
+    if not options.dry_run:
+        refuse_target(target, source, overwrite=options.overwrite)
+
+
 def _convert(
     scan: Callable[[], Source | RecordStream], target: Path, options: ConvertOptions, executors: Executors
 ) -> None:
-    parse_codec(options.codec)
-    if options.split is None and not options.dry_run:
-        refuse_existing(target, overwrite=options.overwrite)
     scanned = scan()
     if isinstance(scanned, RecordStream):
         _write_stream(scanned, target, options)
@@ -166,9 +185,7 @@ def _plans(source: Source, target: Path, options: ConvertOptions) -> dict[Path, 
     codec = parse_codec(options.codec)
     parts = {target: source}
     if options.split is not None:
-        if _SPLIT not in target.name:
-            raise UsageError(f"{target} does not say where the parts go: write {_SPLIT} in its name, as my-{_SPLIT}.st")
-        shares = split(source, parse_split(options.split), options.shuffle_seed or 0)
+        shares = split(source, options.split, options.shuffle_seed or 0)
         parts = {target.with_name(target.name.replace(_SPLIT, name)): part for name, part in shares.items()}
     return {
         path: plan_conversion(part, container=options.container.value, codec=codec, shard_bytes=options.shard_bytes)

@@ -56,7 +56,8 @@ def _kind(name: str) -> Callable[[_Scan], _Scan]:
             from . import convert
 
             options = ConvertOptions(**{field.name: values.pop(field.name) for field in fields(ConvertOptions)})
-            convert.run(lambda: scan(**values), target, options)
+            place = values["source"] if isinstance(values["source"], Path) else None
+            convert.run(lambda: scan(**values), target, options, place)
 
         parameters = [source, target, *own, *shared]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # as inspect documents it

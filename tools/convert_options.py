@@ -18,6 +18,21 @@ class ContainerChoice(StrEnum):
     ZARR = "zarr"
 
 
+def parse_split(text: str) -> dict[str, Fraction]:
+    """train=0.9,val=0.1 as shares by name, exactly as they are written."""
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        name, _, share = part.strip().partition("=")
+        try:
+            value = Fraction(share)
+        except (ValueError, ZeroDivisionError):
+            value = None
+        if value is None or not name or "/" in name or name in shares:
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=SHARE,NAME=SHARE, such as train=0.9,val=0.1")
+        shares[name] = value
+    return shares
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """The options that all kinds share."""
@@ -49,8 +64,9 @@ class ConvertOptions:
         int | None, typer.Option(min=0, help="Shuffle the records by this seed, before --limit takes the first.")
     ] = None
     split: Annotated[
-        str | None,
+        dict[str, Fraction] | None,
         typer.Option(
+            parser=parse_split,
             metavar="NAME=SHARE,...",
             help="Deal the records at random to several data sets, as train=0.9,val=0.1; TARGET holds {split}, their name.",
         ),
@@ -67,20 +83,3 @@ class ConvertOptions:
         float, typer.Option(min=0.1, help="With mpirun: seconds without a sign of life of a rank, after which all end.")
     ] = 300.0
     json: Json = False
-
-
-def parse_split(text: str) -> dict[str, Fraction]:
-    """train=0.9,val=0.1 as shares by name, exactly as they are written."""
-    shares: dict[str, Fraction] = {}
-    for part in text.split(","):
-        name, _, share = part.strip().partition("=")
-        try:
-            value = Fraction(share)
-        except (ValueError, ZeroDivisionError):
-            value = None
-        if value is None or not name or "/" in name or name in shares:
-            raise typer.BadParameter(
-                f"{text!r} is not of the form NAME=SHARE,NAME=SHARE, such as train=0.9,val=0.1", param_hint="--split"
-            )
-        shares[name] = value
-    return shares

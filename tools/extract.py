@@ -28,6 +28,8 @@ def run(path: Path, record: int, to: Path) -> None:
     dataset = Dataset(path)
     if not 0 <= record < len(dataset):
         raise UsageError(f"{path} has no record {record}: it has {len(dataset)}, counted from 0")
+    if to.exists() and not to.is_dir():
+        raise UsageError(f"{to} is not a folder, which the files of a record need: choose another")
     small: dict[str, object] = {}
     for name, value in dataset[record].items():
         field = dataset.fields[name]

@@ -64,13 +64,11 @@ def select(source: Source, *, limit: int | None = None, shuffle_seed: int | None
 def split(source: Source, shares: Mapping[str, Fraction], seed: int = 0) -> dict[str, Source]:
     """Sources that share the records of `source` at random, each record in exactly one; each keeps the order they have.
 
-    `shares` add up to 1. Which record goes where is a function of the seed and of their number. Raises UsageError for
-    shares that do not add up or leave nothing for one of them.
+    `shares` are as `refuse_shares` wants them. Which record goes where is a function of the seed and of their number. Raises
+    UsageError for shares that are not, or that leave nothing for one of them.
     """
-    count, total = len(source.nbytes), sum(shares.values())
-    if total != 1 or min(shares.values()) <= 0:
-        listed = ", ".join(f"{name}={float(share):g}" for name, share in shares.items())
-        raise UsageError(f"the split {listed} adds up to {float(total):g}: make it positive shares that add up to 1")
+    refuse_shares(shares)
+    count = len(source.nbytes)
     numbers = permutation(count, seed)
     stops = [round(stop * count) for stop in accumulate(shares.values())]
     parts: dict[str, Source] = {}
@@ -79,6 +77,14 @@ def split(source: Source, shares: Mapping[str, Fraction], seed: int = 0) -> dict
             raise UsageError(f"{source.name}: its {count} records are too few for a split with {name} in it")
         parts[name] = SelectedRecords(source, np.sort(numbers[start:stop]))
     return parts
+
+
+def refuse_shares(shares: Mapping[str, Fraction]) -> None:
+    """Raise UsageError for shares of a split that are not positive or do not add up to 1."""
+    total = sum(shares.values())
+    if total != 1 or min(shares.values()) <= 0:
+        listed = ", ".join(f"{name}={float(share):g}" for name, share in shares.items())
+        raise UsageError(f"the split {listed} adds up to {float(total):.9g}: make it positive shares that add up to 1")
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
