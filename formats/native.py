@@ -5,6 +5,7 @@ module with kernels where it is used: numba takes half a second to load. What ev
 `native_code.NativeKernel`.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .native_code import sources_digest
+from .native_files import cache_folder
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -32,9 +34,32 @@ class _KernelCache(FunctionCache):  # type: ignore[misc, unused-ignore]
     compiled into it. Here it is known by all of them: a kernel from before an upgrade is never used after it.
     """
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with contextlib.suppress(OSError):  # files that may not be read are as good as none
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call, unused-ignore]
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, nothing is kept
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call, unused-ignore]
+
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         key: tuple[Any, ...] = super()._index_key(signature, codegen)  # type: ignore[no-untyped-call, unused-ignore]
         return (*key, sources_digest(Path(inspect.getfile(self._py_func))))
+
+
+def _cache_of(function: Callable[..., object]) -> _KernelCache | None:
+    """A place on disk for what a function is compiled to: numba's, and where that finds none, ours; None: nowhere."""
+    with contextlib.suppress(RuntimeError):  # neither beside the source nor below the home of the user
+        return _KernelCache(function)  # type: ignore[no-untyped-call, unused-ignore]
+    told = config.CACHE_DIR  # type: ignore[attr-defined, unused-ignore]
+    config.CACHE_DIR = str(cache_folder() or "")  # type: ignore[attr-defined, unused-ignore]
+    try:
+        return _KernelCache(function)  # type: ignore[no-untyped-call, unused-ignore]
+    except RuntimeError:
+        return None
+    finally:
+        config.CACHE_DIR = told  # type: ignore[attr-defined, unused-ignore]
 
 
 def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -55,8 +80,8 @@ def inlined_kernel(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
 def _compiled(function: Callable[_Arguments, _Result], **options: Any) -> Callable[_Arguments, _Result]:
     compiled: Any = numba.njit(nogil=True, **options, **_only_for_kernels)(function)  # type: ignore[call-overload, unused-ignore]
     is_kept = hasattr(compiled, "_cache")  # not where NUMBA_DISABLE_JIT leaves the function as it is
-    if is_kept and not _only_for_kernels:
-        compiled._cache = _KernelCache(function)  # type: ignore[no-untyped-call, unused-ignore]
+    if is_kept and not _only_for_kernels and (cache := _cache_of(function)) is not None:
+        compiled._cache = cache
     result: Callable[_Arguments, _Result] = compiled
     return result
 

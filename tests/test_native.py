@@ -5,18 +5,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 PACKAGE = "stagein.formats.native"
 
 
-def _run(folder: Path) -> tuple[int, bool]:
+def _run(folder: Path, environment: Mapping[str, str] = os.environ) -> tuple[int, bool]:
     """Call a kernel in a new process: its result, and whether it was found on disk."""
     script = "import using; print(using.total(1)); print(bool(using.total.stats.cache_hits))"
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, check=True, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     total, was_found = result.stdout.split()
     return int(total), was_found == "True"
@@ -38,6 +46,32 @@ def test_a_kernel_is_compiled_anew_when_a_module_it_imports_changes(tmp_path: Pa
     parts = package / "parts.py"
     parts.write_text(parts.read_text().replace("10", "20"))
     assert _run(tmp_path) == (21, False)
+
+
+def test_a_kernel_runs_where_numba_finds_no_place_for_it(tmp_path: Path) -> None:
+    (tmp_path / "using.py").write_text(
+        f"from {PACKAGE} import kernel\n\n@kernel\ndef total(value):\n    return value + 10\n"
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
+        "NUMBA_CACHE_DIR": "/dev/null/cache",
+        "TMPDIR": str(tmp_path),
+    }
+    assert _run(tmp_path, environment) == (11, False)
+    assert _run(tmp_path, environment) == (11, True)
+    (tmp_path / f"stagein-kernels-{os.geteuid()}").chmod(0o777)
+    assert _run(tmp_path, environment) == (11, False)  # others may have put something there
+
+
+def test_a_kernel_runs_where_the_disk_is_full(tmp_path: Path) -> None:
+    (tmp_path / "using.py").write_text(
+        f"from {PACKAGE} import kernel\n\n@kernel\ndef total(value):\n    return value + 10\n"
+    )
+    (tmp_path / "full").mkdir()
+    with small_disk(tmp_path / "full", 4096):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "full")}
+        assert _run(tmp_path, environment) == (11, False)
 
 
 USE = """
