@@ -3,7 +3,6 @@
 While it grows, a data set lives in `TARGET.part`; it becomes `TARGET` by one rename when its manifest is in place.
 """
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -26,7 +25,7 @@ from .errors import UsageError, destination_error
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .payload import FieldContent, packed_starts
-from .publish import PART_SUFFIX, fsync_file, fsync_folder, publish_bytes
+from .publish import PART_SUFFIX, check_writable, fsync_file, fsync_folder, publish_bytes
 from .schema import Field, column_chunk_path
 from .shards import ShardContent, ShardFile, ShardLayout
 from .source import RefusedRecord
@@ -157,7 +156,7 @@ def refuse_target(target: Path, source: Path | None = None, *, overwrite: bool) 
     try:
         is_there, is_dataset = target.exists(), (target / MANIFEST_NAME).exists()
         if not is_there:
-            _look_at_parent(target)
+            check_writable(target.parent)
         is_inside = source is not None and target.resolve().is_relative_to(source.resolve())
     except OSError as error:
         raise destination_error(error, "writing", target) from error
@@ -167,16 +166,6 @@ def refuse_target(target: Path, source: Path | None = None, *, overwrite: bool) 
         raise UsageError(f"{target} exists already: choose another target, or pass --overwrite to replace it")
     if is_inside:
         raise UsageError(f"{target} lies in {source}, where it would be taken for records: choose a target outside it")
-
-
-def _look_at_parent(target: Path) -> None:
-    """Raise OSError when the nearest folder above `target` that there is cannot be written."""
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(above, os.W_OK | os.X_OK):
-        trouble = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
-        raise OSError(trouble, os.strerror(trouble))
 
 
 class GrowingDataset:

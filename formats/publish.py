@@ -5,11 +5,34 @@ rename it, fsync the folder. A crash at any point leaves either the old state or
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import destination_error
+
 PART_SUFFIX = ".part"
+
+
+def refuse_unwritable(folder: Path | None, action: str) -> None:
+    """Raise a sentence that begins with `action`, where there is a folder and files cannot be made in it."""
+    if folder is not None:
+        try:
+            check_writable(folder)
+        except OSError as error:
+            raise destination_error(error, action, folder) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError when files cannot be made in `folder`, or it cannot be made itself; better asked before hours of work."""
+    folder = folder.absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(there, os.W_OK | os.X_OK):
+        trouble = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(trouble, os.strerror(trouble))
 
 
 def fsync_file(path: Path) -> None:

@@ -4,11 +4,14 @@ Windows depend on (seed, epoch, sample id) and the image's size only, so they ar
 resume, on the CPU and on the GPU, and they are known before a byte is read.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stagein.formats.errors import UsageError
 
 from .philox import sample_uniforms
 
@@ -36,6 +39,16 @@ class EvalWindows:
 def train_uniforms(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The random numbers of a training image, `[batch, 11, 4]`: ten attempts at a crop, and one block for the flip."""
     return sample_uniforms(seed, epoch, ids, CROP_ATTEMPTS + 1)
+
+
+def refuse_odd_draws(area: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
+    """Raise UsageError for what `random_resized_crops` and `random_flips` cannot draw from."""
+    if not 0 <= area[0] <= area[1] <= 1 or not area[1]:
+        raise UsageError(f"area={area} is not the smallest and the largest share of an image: they are from 0 to 1")
+    if not 0 < ratio[0] <= ratio[1] < math.inf:
+        raise UsageError(f"ratio={ratio} is not the smallest and the largest ratio of width to height")
+    if not 0 <= flip <= 1:
+        raise UsageError(f"flip={flip} is not a probability: it is from 0 to 1")
 
 
 def random_resized_crops(

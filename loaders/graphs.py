@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from stagein.formats.errors import UsageError
 from stagein.formats.schema import BFLOAT16, Field, Schema
 
-from .augment import centre_crops, random_flips, random_resized_crops, train_uniforms
+from .augment import centre_crops, random_flips, random_resized_crops, refuse_odd_draws, train_uniforms
 from .dali import import_dali
 
 Columns = dict[str, NDArray[Any]]
@@ -104,6 +104,10 @@ class ImageOutput:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     antialias: bool
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"size={self.size} is no number of pixels that an image could be resized to")
 
     def heights_and_widths(self, columns: Columns) -> NDArray[np.int32]:
         """The sizes of the images, int32 `[batch, 2]`. Raises UsageError where the data set does not know them."""
@@ -294,8 +298,10 @@ def image_train(
 
     The window and the flip follow torchvision's RandomResizedCrop(size, area, ratio) and RandomHorizontalFlip(flip).
     `mean` and `std` are those of values scaled to 0 … 1. The batch has float32 `[batch, 3, size, size]` under `field`,
-    and the other small fields as they are. `size_column` holds (height, width) of each stored image.
+    and the other small fields as they are. `size_column` holds (height, width) of each stored image. Raises UsageError for
+    ranges of `area` and `ratio`, and a `flip`, that nothing can be drawn from.
     """
+    refuse_odd_draws(area, ratio, flip)
     return ImageTrain(ImageOutput(field, size_column, size, mean, std, antialias), area, ratio, flip)
 
 

@@ -148,6 +148,10 @@ class Store:
         """The writer's lease of this data set on this node; None while another job has it."""
         try:
             return WriterLease.take(self._lock_path)
+        except PermissionError:
+            raise UsageError(
+                f"{self._folder} belongs to another user, who staged there first: name a folder of your own, which you may make below it"
+            ) from None
         except OSError as error:
             raise destination_error(error, "locking", self._lock_path) from None
 

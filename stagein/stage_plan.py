@@ -407,6 +407,8 @@ def _refuse(node: NodeSpace, need_bytes: int) -> NoReturn:
 
 def _refuse_together(nodes: Sequence[NodeSpace], copies: int, shard_bytes: int, shared_bytes: int) -> NoReturn:
     need_bytes = copies * shard_bytes + shared_bytes * len(nodes)
+    if len(nodes) == 1:
+        _refuse(nodes[0], need_bytes)
     room_bytes = sum(node.room_bytes for node in nodes)
     tightest = min(nodes, key=lambda node: node.room_bytes)
     how = "partitioned" if copies == 1 else f"with {copies} copies"

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagein.formats.errors import UsageError
+from stagein.loaders import image_train
 from stagein.loaders.augment import CROP_ATTEMPTS, centre_crops, random_flips, random_resized_crops, train_uniforms
 from stagein.loaders.philox import philox4x32, sample_uniforms
 
@@ -127,3 +129,22 @@ def test_the_centre_region_is_that_of_resize_and_centre_crop():
     end = crops.windows.start + crops.region_end
     np.testing.assert_allclose(start, [[16 * 375 / 256, 58 * 500 / 341]], rtol=1e-6)
     np.testing.assert_allclose(end, [[240 * 375 / 256, 282 * 500 / 341]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"area": (1.0, 0.5)}, "area=.* is not the smallest and the largest share"),
+        ({"area": (-1, 1)}, "area"),
+        ({"area": (0.1, 2)}, "area"),
+        ({"area": (0, 0)}, "area"),
+        ({"area": (math.nan, 1)}, "area"),
+        ({"ratio": (4 / 3, 3 / 4)}, "ratio=.* is not the smallest and the largest ratio"),
+        ({"ratio": (0, 1)}, "ratio"),
+        ({"flip": 1.5}, "flip=1.5 is not a probability"),
+        ({"size": 0}, "size=0 is no number of pixels"),
+    ],
+)
+def test_what_nothing_can_be_drawn_from_is_refused(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        image_train(**arguments)

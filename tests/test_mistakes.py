@@ -134,6 +134,14 @@ def test_make_refuses_an_older_python_before_it_downloads_anything(tmp_path: Pat
     assert f"stagein needs Python 3.11 or newer, {older} is 3." in result.stderr
 
 
+def test_a_place_that_another_user_staged_to_first_is_told_as_that(folder: Path) -> None:
+    (folder / "empty" / "stagein").mkdir(mode=0o555)
+    command = [*bound_by_modes(), *STAGEIN, "stage", "data.st", "--to", "empty"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert re.search("empty/stagein belongs to another user", result.stderr)
+
+
 def test_a_name_that_is_no_utf8_is_refused_before_anything_is_staged(folder: Path) -> None:
     (folder / os.fsdecode(b"\xff")).mkdir()
     command = [*STAGEIN, "stage", folder / "data.st", "--to", folder / os.fsdecode(b"\xff")]

@@ -221,6 +221,10 @@ def test_no_room_is_refused_with_need_room_and_node():
         make_plan(manifest, nodes_of([1, 1], 12 * CHUNK), "auto")
     with pytest.raises(NoSpaceError, match="node n0"):
         make_plan(manifest, nodes_of([1, 1], 10), "partition")
+    with pytest.raises(
+        NoSpaceError, match=r"the data set needs .* bytes, but node n0 has room for 10: make room there"
+    ):
+        make_plan(manifest, nodes_of([1], 10), "auto")
 
 
 def test_an_unknown_policy_is_refused():

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import train_rank
+from disks import small_disk
 from mpi import run_ranks
 from torch import nn
 from train_rank import STEPS, Samples, cross_entropy, make_trainer
 
 from stagein.collectives import make_collective
-from stagein.formats.errors import ChecksumError, ExitCode, SourceError, StageinError, UsageError
+from stagein.formats.errors import ChecksumError, ExitCode, NoSpaceError, SourceError, StageinError, UsageError
 from stagein.train import Trainer, build_model
 from stagein.train.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from stagein.train.flat import FlatGradients
@@ -257,6 +258,15 @@ def test_old_checkpoints_are_removed_in_the_order_of_their_steps(tmp_path: Path)
     for step in (9, 10, 100):
         save_checkpoint(tmp_path, step, {"steps": step}, keep=2)
     assert [load_checkpoint(path)["steps"] for path in find_checkpoints(tmp_path)] == [10, 100]
+
+
+def test_a_disk_that_gets_full_while_a_checkpoint_is_written_is_told_as_that(tmp_path: Path) -> None:
+    with small_disk(tmp_path, 3 << 16):
+        save_checkpoint(tmp_path, 1, {"model": torch.zeros(1 << 14)}, 2)
+        for numbers in (1 << 15, 1 << 20):
+            with pytest.raises(NoSpaceError, match=r"no space left while writing the checkpoint .*step-00000002\.pt"):
+                save_checkpoint(tmp_path, 2, {"model": torch.zeros(numbers)}, 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 
 def test_a_flipped_bit_a_cut_and_a_foreign_file_are_told_in_a_sentence(tmp_path: Path) -> None:

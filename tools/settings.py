@@ -4,9 +4,9 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from stagein.formats.errors import UsageError
@@ -15,7 +15,7 @@ _PACKAGED = "stagein.configs"
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(_Table):
@@ -76,6 +76,12 @@ class TrainSettings(_Table):
     run_folder: Path | None = None
     """Where log.jsonl and summary.json go."""
     log_every_steps: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _checkpoints_have_a_folder(self) -> Self:
+        if self.checkpoint_every_steps is not None and self.checkpoint_folder is None:
+            raise ValueError("checkpoint_every_steps needs a checkpoint_folder, without which nothing is saved")
+        return self
 
 
 class Settings(_Table):
@@ -145,6 +151,12 @@ def _sentence(error: ErrorDetails) -> str:
     """What pydantic found wrong, in our words."""
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
+        case "missing" if isinstance(error["loc"][-1], int):
+            return f"{'.'.join(map(str, error['loc'][:-1]))} = {error['input']!r} does not fit: it has too few values"
+        case "path_type":
+            return f"{where} = {error['input']!r} is not a path: write it in quotes"
+        case "value_error":
+            return f"{where}: {error['msg'].removeprefix('Value error, ')}"
         case "extra_forbidden":
             return f"there is no setting {where}: known are {', '.join(_known_names(error['loc'][:-1]))}"
         case "missing":

@@ -14,7 +14,7 @@ from stagein.formats.errors import UsageError
 from stagein.formats.publish import publish_bytes
 from stagein.world import Communicator, World, connect, machine_name
 
-from .console import complain, say, seconds_text
+from .console import complain, count_text, say, seconds_text
 from .settings import DataSettings, OptimSettings, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -76,10 +76,6 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = Fa
     tell(f"model: {settings.model.name}, {parameters:,} parameters, {settings.train.precision}")
 
     collective = make_collective(settings.train.backend, communicator, device.type)
-    if dry_run:
-        collective.close()
-        tell("all of it fits together; nothing was trained")
-        return
     try:
         trainer = Trainer(
             model,
@@ -99,6 +95,9 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = Fa
             log_every_steps=settings.train.log_every_steps,
             say=tell,
         )
+        if dry_run:
+            tell("all of it fits together; nothing was trained")
+            return
         summary = trainer.fit(
             train, settings.optim.epochs, validation=test, target_accuracy=settings.optim.target_accuracy
         )
@@ -223,7 +222,7 @@ def _report(summary: Summary, run_folder: Path | None, as_json: bool) -> None:
         return
     accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.2%}"
     say(
-        f"done: {summary.epochs} epochs, {summary.steps} steps in {seconds_text(summary.seconds)}{accuracy}; "
+        f"done: {count_text(summary.epochs, 'epoch')}, {count_text(summary.steps, 'step')} in {seconds_text(summary.seconds)}{accuracy}; "
         f"{summary.images_per_second:.0f} images/s, data wait {summary.data_wait_share:.1%} "
         f"(without it x{summary.speedup_without_data_wait:.2f}), allreduce {summary.allreduce_share:.1%}"
     )

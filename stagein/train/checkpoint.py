@@ -23,8 +23,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     path = folder / f"step-{step:08d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with publish_file(path) as part:
-            torch.save({"format": FORMAT, **state}, part)
+        with publish_file(path) as part, part.open("wb") as file:
+            try:
+                torch.save({"format": FORMAT, **state}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # on which torch stumbles once more before it is heard of
+                    raise error.__context__ from None
+                raise
         for old in find_checkpoints(folder)[:-keep]:
             old.unlink()
     except OSError as error:

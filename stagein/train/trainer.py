@@ -19,6 +19,7 @@ import torch
 
 from stagein.collectives import Collective
 from stagein.formats.errors import InterruptedRunError, SourceError, StageinError, UsageError
+from stagein.formats.publish import refuse_unwritable
 from stagein.stop_signals import StopSignals
 
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
@@ -60,7 +61,8 @@ class Trainer:
     checkpoint_folder  on a file system that all ranks see; None: no checkpoints. `fit` resumes from the newest one in it.
     run_folder    where log.jsonl is kept; None: nowhere.
 
-    Making one is collective: parameters and buffers become those of rank 0. An error on one rank is raised on all.
+    Making one is collective: parameters and buffers become those of rank 0. An error on one rank is raised on all, so is a folder
+    that cannot be written.
     """
 
     def __init__(
@@ -121,6 +123,10 @@ class Trainer:
         """Of the step before: time after an allreduce counts towards the next one, where ranks wait for each other."""
         self._epoch_loss = MeanLoss()
 
+        with collective.communicator.together():
+            if self.world.rank == 0:
+                refuse_unwritable(checkpoint_folder, "writing checkpoints to")
+                refuse_unwritable(run_folder, "writing the run's log to")
         end_job_on_uncaught_error(collective.communicator)
         copy_from_rank_0(model, collective)
 
