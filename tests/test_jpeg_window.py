@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -226,3 +227,17 @@ def test_nothing_is_kept_from_one_image_to_the_next(decoder):
     for cut in range(start, start + 300, 7):
         decoder.decode(as_record(bytes(other[:cut]) + b"\xff\xd9"), window)
         assert np.array_equal(decoder.decode(as_record(good), window), expected)
+
+
+def test_samples_are_kept_of_a_few_rows_only_however_high_a_window_is(decoder):
+    height, width = 4000, 64
+    record, own = as_record(pillow_jpeg(picture(height, width), quality=80)), WindowDecoder()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        pixels = own.decode(record, np.array([0, 0, height, width]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert pixels is not None
+    assert peak - before < pixels.nbytes + record.nbytes + 200_000

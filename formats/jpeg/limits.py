@@ -18,6 +18,8 @@ MCU_BLOCKS = 6
 """Four of luma, and two of chroma."""
 MCU_PIXELS = 16
 """Of a side, at most."""
+BAND_ROWS = 2
+"""Rows of MCUs of which samples are kept: the last rows of pixels of one take chroma from the next."""
 BLOCK_WORDS = 8
 """That say what a block of an MCU is."""
 LOOKED_UP_BITS = 10

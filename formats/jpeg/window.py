@@ -9,6 +9,7 @@ from stagein.formats.native_code import NativeKernel
 
 from .header import BLOCK_PIXELS
 from .limits import (
+    BAND_ROWS,
     BLOCK_COEFFICIENTS,
     BLOCK_WORDS,
     HEADER_WORDS,
@@ -57,7 +58,7 @@ class WindowDecoder:
             return None
         row_pixels = (width // MCU_PIXELS + 3) * MCU_PIXELS + 4 * VECTOR_PIXELS
         self._plain = _at_least(self._plain, len(record) + PADDING_BYTES)
-        self._planes = _at_least(self._planes, 3 * (height // MCU_PIXELS + 3) * MCU_PIXELS * row_pixels)
+        self._planes = _at_least(self._planes, 3 * BAND_ROWS * MCU_PIXELS * row_pixels)
         self._rows = _at_least(self._rows, 2 * row_pixels)
         self._columns = _at_least(self._columns, row_pixels)
         self._pixels = _at_least(self._pixels, 3 * (height * width + VECTOR_PIXELS))

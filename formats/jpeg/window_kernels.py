@@ -1,7 +1,8 @@
 """The kernel of `window`: from a JPEG to the pixels of a window of it.
 
 Blocks in front of the window, and beside it, are walked over; those of the window, and one more on every side, from which chroma is
-interpolated, become samples; nothing behind the window is looked at.
+interpolated, become samples; nothing behind the window is looked at. A row of MCUs becomes pixels as soon as the one below it is there:
+samples are kept of two rows, which stay in the level 2 cache.
 """
 
 import numpy as np
@@ -9,9 +10,9 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .bits import copy_bytes, unstuff, word_at
+from .bits import INVALID, copy_bytes, unstuff, word_at
 from .header import BLOCK_PIXELS
-from .limits import BLOCK_COEFFICIENTS, LOOKED_UP_BITS, MAX_CODE_BITS, VECTOR_PIXELS
+from .limits import BAND_ROWS, BLOCK_COEFFICIENTS, LOOKED_UP_BITS, MAX_CODE_BITS, VECTOR_PIXELS
 from .vectors import interpolate, to_rgb, to_samples
 from .window_header import (
     AC_TABLE,
@@ -44,7 +45,7 @@ _NOT_INTERPOLATED = 4
 _WORD_BITS = 64
 _COMPONENT, _DC_TABLE, _AC_TABLE, _FACTORS, _PLACE, _RIGHT_BYTES, _DOWN_BYTES, _ROW_BYTES = range(8)
 """Of a block of an MCU in a plan, int64 [MCU_BLOCKS, BLOCK_WORDS]: its component, tables, where its quantisation factors are, where
-its samples go in the first MCU that is seen, how far from there in the next one and the one below, and bytes of a row of them."""
+its samples go in the first MCU of the planes, how far from there in the next one and the one below, and bytes of a row of them."""
 _NO_COLOUR = 128
 
 
@@ -95,26 +96,43 @@ def decode_window(
     first_column = max(left - _MARGIN_SAMPLES * header[HORIZONTAL], 0) // mcu_width
     stop_column = min((left + width + _MARGIN_SAMPLES * header[HORIZONTAL] - 1) // mcu_width + 1, mcu_columns)
     row_bytes = (stop_column - first_column) * mcu_width
-    plane_bytes = (stop_row - first_row) * mcu_height * row_bytes
+    plane_bytes = BAND_ROWS * mcu_height * row_bytes
     needed_bytes = plane_bytes + 2 * (plane_bytes // (header[VERTICAL] * header[HORIZONTAL]))
     if needed_bytes + VECTOR_PIXELS > len(planes):
         return False
     if header[COMPONENTS] > 1 and header[HORIZONTAL] == 2 and header[WIDTH] <= _NOT_INTERPOLATED:
         return False
     num_blocks = _plan_blocks(header, row_bytes, plane_bytes, plan)
-    first = (first_row * mcu_columns + first_column) // interval
-    for segment in range(first, num_segments):
-        start = segment * interval
-        if start // mcu_columns >= stop_row:
-            break
-        end = segments[segment + 1] if segment + 1 < num_segments else filled
-        if not _decode_segment(
-            plain, segments[segment], end, start, min(start + interval, mcu_columns * mcu_rows), mcu_columns,
-            first_row, stop_row, first_column, stop_column, zigzag, quantization, look, limit, delta, symbols,
-            block, planes, plan, num_blocks, dc,
-        ):  # fmt: skip
-            return False
-    _paint(window, header, first_row, first_column, row_bytes, plane_bytes, planes, columns, rows, pixels)
+    for sample in range(len(rows)):
+        rows[sample] = _NO_COLOUR
+    mcu = (first_row * mcu_columns + first_column) // interval * interval
+    byte, end, word, bits = signed(0), signed(0), np.uint64(0), signed(0)
+    painted = top
+    for row in range(mcu // mcu_columns, stop_row):
+        row_start = row * mcu_columns
+        row_stop = row_start + (mcu_columns if row < stop_row - 1 else stop_column)
+        while mcu < row_stop:
+            segment = mcu // interval
+            if mcu == segment * interval:
+                byte, word, bits = segments[segment], np.uint64(0), signed(0)
+                end = segments[segment + 1] if segment + 1 < num_segments else filled
+                for component in range(len(dc)):
+                    dc[component] = 0
+            stop = min((segment + 1) * interval, row_stop)
+            byte, word, bits = _decode_mcus(
+                plain, byte, end, word, bits, mcu - row_start, stop - row_start, row, first_column,
+                stop_column if row >= first_row else first_column, zigzag, quantization, look, limit, delta, symbols,
+                block, planes, plan, num_blocks, dc,
+            )  # fmt: skip
+            if byte < 0:
+                return False
+            mcu = stop
+        if row >= first_row:
+            stop = min((row + 1) * mcu_height - (header[VERTICAL] - 1), top + height)
+            if row == stop_row - 1:
+                stop = top + height
+            _paint(window, header, painted, stop, first_column, row_bytes, plane_bytes, planes, columns, rows, pixels)
+            painted = max(painted, stop)
     return True
 
 
@@ -139,15 +157,15 @@ def _plan_blocks(header: NDArray[np.int64], row_bytes: int, plane_bytes: int, pl
 
 
 @kernel
-def _decode_segment(
+def _decode_mcus(
     plain: NDArray[np.uint8],
     byte: int,
     end: int,
-    first_mcu: int,
-    stop_mcu: int,
-    mcu_columns: int,
-    first_row: int,
-    stop_row: int,
+    word: np.uint64,
+    bits: int,
+    column: int,
+    stop: int,
+    row: int,
     first_column: int,
     stop_column: int,
     zigzag: NDArray[np.uint8],
@@ -161,34 +179,29 @@ def _decode_segment(
     plan: NDArray[np.int64],
     num_blocks: int,
     dc: NDArray[np.int64],
-) -> bool:
-    """The samples of what a restart segment has of the window. It lies in `plain[byte:end]`, and there is padding behind `plain`."""
-    last_mcu = min(stop_mcu, (stop_row - 1) * mcu_columns + stop_column)
-    word, bits = np.uint64(0), 0
-    for component in range(len(dc)):
-        dc[component] = 0
-    row, column = first_mcu // mcu_columns, first_mcu % mcu_columns
-    for _ in range(first_mcu, last_mcu):
-        is_seen = row >= first_row and first_column <= column < stop_column
+) -> tuple[int, np.uint64, int]:
+    """Read MCUs `column` to `stop` of a row; those from `first_column` to `stop_column` become samples.
+
+    Returns where the bits behind them are, as `_decode_block` does; INVALID for the byte where they are damaged. The restart segment
+    that they are in lies in `plain` up to `end`, and there is padding behind `plain`.
+    """
+    for each in range(column, stop):
+        is_seen = first_column <= each < stop_column
         for number in range(num_blocks):
             byte, word, bits, difference, is_block = _decode_block(
                 plain, byte, word, bits, plan[number, _DC_TABLE], plan[number, _AC_TABLE], is_seen, zigzag, look, limit,
                 delta, symbols, block,
             )  # fmt: skip
             if not is_block or 8 * byte - bits > 8 * end:
-                return False
+                return INVALID, word, bits
             component = plan[number, _COMPONENT]
             dc[component] += difference
             if is_seen:
                 block[0] = dc[component]
-                place = plan[number, _PLACE] + (row - first_row) * plan[number, _DOWN_BYTES]
-                place += (column - first_column) * plan[number, _RIGHT_BYTES]
+                place = plan[number, _PLACE] + row % BAND_ROWS * plan[number, _DOWN_BYTES]
+                place += (each - first_column) * plan[number, _RIGHT_BYTES]
                 to_samples(block, quantization, plan[number, _FACTORS], planes, place, plan[number, _ROW_BYTES])
-        column += 1
-        if column == mcu_columns:
-            column = 0
-            row += 1
-    return True
+    return byte, word, bits
 
 
 @inlined_kernel
@@ -284,7 +297,8 @@ def _long_entry(
 def _paint(
     window: NDArray[np.int64],
     header: NDArray[np.int64],
-    first_row: int,
+    start: int,
+    stop: int,
     first_column: int,
     row_bytes: int,
     plane_bytes: int,
@@ -293,21 +307,20 @@ def _paint(
     rows: NDArray[np.uint8],
     pixels: NDArray[np.uint8],
 ) -> None:
-    """The pixels of the window from its samples, of which the planes begin with this row and column of MCUs."""
-    top, left, height, width = window
+    """Rows `start` to `stop` of the image, as far as the window has them, from the samples in the planes, which begin with this
+    column of MCUs."""
+    top, left, _, width = window
     horizontal, vertical = header[HORIZONTAL], header[VERTICAL]
-    plane_top, plane_left = first_row * BLOCK_PIXELS * vertical, first_column * BLOCK_PIXELS * horizontal
+    plane_left, band_height = first_column * BLOCK_PIXELS * horizontal, BAND_ROWS * BLOCK_PIXELS * vertical
     red_at = len(rows) // 2
-    for byte in range(len(rows)):
-        rows[byte] = _NO_COLOUR
-    for y in range(top, top + height):
+    for y in range(start, stop):
         if header[COMPONENTS] > 1:
             near, far = y // vertical, y // vertical
             if vertical == 2:
                 last = (header[HEIGHT] - 1) // 2
                 far = min(near + 1, last) if y & 1 else max(near - 1, 0)
-            near_at = plane_bytes + (near - plane_top // vertical) * (row_bytes // horizontal)
-            far_at = plane_bytes + (far - plane_top // vertical) * (row_bytes // horizontal)
+            near_at = plane_bytes + near % (band_height // vertical) * (row_bytes // horizontal)
+            far_at = plane_bytes + far % (band_height // vertical) * (row_bytes // horizontal)
             chroma_bytes = plane_bytes // (horizontal * vertical)
             for colour in range(2):
                 if horizontal == 2:
@@ -322,7 +335,7 @@ def _paint(
                     _blend_rows(planes, near_at, far_at, row_bytes, bias, rows, colour * red_at)
                 near_at += chroma_bytes
                 far_at += chroma_bytes
-        luma_at = (y - plane_top) * row_bytes + left - plane_left
+        luma_at = y % band_height * row_bytes + left - plane_left
         for x in range(0, width, VECTOR_PIXELS):
             chroma_at = left - plane_left + x
             to_rgb(planes, luma_at + x, rows, chroma_at, red_at + chroma_at, pixels, 3 * ((y - top) * width + x))
