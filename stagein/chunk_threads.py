@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from stagein.formats.errors import StageinError
 
 from .chunk_io import ChunkReader, ChunkWriter
-from .stage_plan import ChunkTable
+from .stage_plan import MINIMUM_BUFFERS, ChunkTable
 
 READER_THREADS = 4
 """Reads under way at once: a parallel file system serves one client from several servers."""
@@ -25,7 +25,10 @@ Task: TypeAlias = Literal["read", "write"]
 
 
 class Buffers:
-    """A fixed set of page-aligned buffers of one chunk each, and who still uses them. Only the main thread takes and releases."""
+    """Page-aligned buffers of one chunk each, and who still uses them. Only the main thread takes and releases.
+
+    Few are in circulation at first: memory that is used again and again stays in the caches, and fresh memory costs page faults.
+    """
 
     def __init__(self, number: int, buffer_bytes: int) -> None:
         # Private, as the kernel gives huge pages to shared memory on few systems; with them, faults are few and copies faster.
@@ -37,10 +40,16 @@ class Buffers:
         self._buffer_bytes = buffer_bytes
         self._free = list(range(number))  # the one freed last is taken first: it may still be in a CPU cache
         self._uses = [0] * number
+        self.circulating = min(number, MINIMUM_BUFFERS)
+        """How many may be used at once."""
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self.circulating - len(self._uses) + len(self._free)
+
+    def circulate_more(self) -> None:
+        """Let one more be used at once, if there is one."""
+        self.circulating = min(self.circulating + 1, len(self._uses))
 
     def take(self) -> int:
         """A free buffer, with one use."""

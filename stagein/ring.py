@@ -8,8 +8,8 @@ A chunk is checked before it is passed on. One that was damaged on the way is re
 costs one more read of that chunk and goes no further.
 
 Why it cannot lock up, with buffers that do not grow with the number of nodes: the last node that gets a chunk tells the one
-that read it; and no rank has more chunks under way than half its buffers. So there is always a free buffer somewhere on the
-ring, and the chunk to the left of it can move on.
+that read it; and no rank has more chunks under way than half the buffers that it uses. So there is always a free buffer
+somewhere on the ring, and the chunk to the left of it can move on.
 
 A file of the source that turns out bad costs the others nothing: an empty message takes the place of each of its chunks, so that all
 bad files can be told at the end, and what is good is kept for the next run.
@@ -36,7 +36,9 @@ from .neighbours import Arrival, Neighbours, Pulse, Sent
 from .stage_plan import BLOCK_BYTES, ChunkTable, Flags, RankWork, buffers_within
 
 _MOST_POSTED_RECEIVES = 4
-_FIRST_WINDOW = 2
+_LOOK_SECONDS = 5e-3
+_HELD_BACK_SHARE = 0.25
+"""A rank that had too few buffers for so much of the time, while its disk had nothing to do, gets another one."""
 _MOST_DAMAGED_CHUNKS = 64
 """A rank that gets more of them gives up: a network or memory that bad should be taken out of the job."""
 _MOST_BAD_FILES = 20
@@ -109,13 +111,11 @@ class Engine:
         buffer_bytes = -(-longest_bytes // BLOCK_BYTES) * BLOCK_BYTES
         number = buffers_within(memory_bytes, buffer_bytes, sum(map(len, passing)))
         self._buffers = Buffers(number, buffer_bytes)
-        self._most_under_way = number // 2
-        self._most_receives = min(_MOST_POSTED_RECEIVES, number // 2)
         self._under_way = 0
         """Chunks that this rank reads, or has read, for the ring and that have not been everywhere."""
-        self._window = _FIRST_WINDOW
-        """How many of them may be past the reading: buffers that are used again and again stay in the caches, fresh ones cost
-        page faults. It grows while it holds this rank back."""
+        self._looks_since = self._last_turn = time.monotonic()
+        self._is_held_back, self._held_back_seconds = False, 0.0
+        """Whether more buffers would let this rank do more just now, and for how long they would have `_looks_since`."""
         self._reading: dict[int, bool] = {}  # chunks being read: do they travel?
         self._mending: dict[int, int] = {}  # chunks that came damaged, being read, and their origin
         self._turns: dict[int, deque[int]] = defaultdict(deque)  # chunks in the order in which they go on, by origin
@@ -143,6 +143,7 @@ class Engine:
             moved += self._handle_been_everywhere()
             self._post_receives()
             moved += self._start_reads()
+            self._circulate_more()
             self._end_stream()
             if self._stop_requested() and not self._failed:
                 self._fail(
@@ -364,7 +365,8 @@ class Engine:
         neighbours = self._neighbours
         if neighbours is None or neighbours.left_ended:
             return
-        while len(neighbours.receives) < min(self._most_receives, neighbours.to_receive + 1) and self._buffers.free:
+        most = min(_MOST_POSTED_RECEIVES, self._buffers.circulating // 2, neighbours.to_receive + 1)
+        while len(neighbours.receives) < most and self._buffers.free:
             buffer = self._buffers.take()
             neighbours.post_receive(buffer, self._buffers.view(buffer))
 
@@ -375,7 +377,7 @@ class Engine:
         """
         started = 0
         while self._buffers.free and len(self._reading) < READER_THREADS:
-            if self._own and self._may_send_more():
+            if self._own and self._under_way < self._buffers.circulating // 2:
                 self._under_way += 1
                 self._read(self._own.popleft(), travels=True)
             elif self._local and not self._own:
@@ -385,11 +387,18 @@ class Engine:
             started += 1
         return started
 
-    def _may_send_more(self) -> bool:
-        past_reading = self._under_way - len(self._reading)
-        if past_reading >= self._window and not self._threads.outstanding:
-            self._window += 1  # nothing to do here but to wait for chunks on their way round
-        return past_reading < self._window and self._under_way < self._most_under_way
+    def _circulate_more(self) -> None:
+        """Bring another buffer into use where too few of them hold this rank back, and not its disk."""
+        now = time.monotonic()
+        self._held_back_seconds += (now - self._last_turn) * self._is_held_back
+        self._last_turn, seconds = now, now - self._looks_since
+        if seconds > _LOOK_SECONDS and self._held_back_seconds > _HELD_BACK_SHARE * seconds:
+            self._buffers.circulate_more()
+            self._looks_since, self._held_back_seconds = now, 0.0
+        is_writing = self._threads.outstanding > len(self._reading) + len(self._mending)
+        could_read = len(self._reading) < READER_THREADS and bool(self._own or self._local)
+        could_receive = self._neighbours is not None and self._neighbours.to_receive > 0 == len(self._neighbours.receives)
+        self._is_held_back = not is_writing and (could_read or could_receive)
 
     def _read(self, chunk: int, travels: bool) -> None:
         buffer = self._buffers.take()

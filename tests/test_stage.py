@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from disks import small_disk
 from mpi import run_ranks, start_ranks
@@ -33,7 +34,7 @@ from stagein.formats.errors import (
 from stagein.formats.manifest import Manifest
 from stagein.probes import direct_is_faster
 from stagein.receipt import Receipt
-from stagein.stage_plan import PlanSummary
+from stagein.stage_plan import MINIMUM_BUFFERS, PlanSummary
 from stagein.staging import plan_stage, stage
 from stagein.tools.stage import run as run_command
 from stagein.world import Communicator
@@ -457,6 +458,22 @@ def test_past_the_page_cache_the_bytes_are_the_same(
     assert set(modes) == ({os.O_RDONLY, os.O_WRONLY} if direct else set())
 
 
+def test_a_disk_that_is_slow_gets_no_more_memory(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same four buffers are used again and again, as long as chunks wait to be written."""
+    write_dataset(tmp_path / "source", [40 * CHUNK_BYTES], ())
+    write, addresses = chunk_io.ChunkWriter.write, set()
+
+    def slow_write(writer: chunk_io.ChunkWriter, chunk: int, buffer: memoryview) -> None:
+        addresses.add(np.frombuffer(buffer, np.uint8).ctypes.data)
+        time.sleep(0.01)
+        write(writer, chunk, buffer)
+
+    monkeypatch.setattr(chunk_io.ChunkWriter, "write", slow_write)
+    stage_alone(tmp_path / "source", to)
+    assert_staged(tmp_path / "source", to)
+    assert len(addresses) == MINIMUM_BUFFERS
+
+
 def test_the_faster_way_is_found(to: Path) -> None:
     for seconds_past, seconds_through in ((1.0, 2.0), (2.0, 1.0)):
         way = chunk_io.WayChoice()
@@ -690,6 +707,16 @@ def test_the_memory_of_each_rank_stays_within_its_budget(tmp_path: Path, node_di
     result, report = stage_over_ranks(tmp_path / "large", node_disks, "abc", *words)
     assert report is not None, result.stderr
     assert max(report["grown_bytes"]) < 16 << 20
+
+
+@pytest.mark.mpi
+def test_reads_that_take_long_get_more_memory(tmp_path: Path, node_disks: str) -> None:
+    """Two chunks under way at a rank are too few there: more than the first four buffers come into use."""
+    write_dataset(tmp_path / "large", [16 << 20] * 4, (), chunk_bytes=4 << 20)
+    words = ["--policy", "replicate", "--memory-bytes", 64 << 20, "--slow-seconds", "0.05"]
+    result, report = stage_over_ranks(tmp_path / "large", node_disks, "ab", *words)
+    assert report is not None, result.stderr
+    assert min(report["grown_bytes"]) >= 24 << 20
 
 
 @pytest.mark.mpi
