@@ -1,6 +1,6 @@
 """How far a stage-in is, node by node, while it runs: every rank sends the first one a word now and then, which waits for none.
 
-The words are two numbers a second from each rank, on a communicator of their own.
+The words are two numbers a second from each rank, by a tag of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .neighbours import PROGRESS_TAG
 from .world import Communicator, World
 
 if TYPE_CHECKING:
@@ -79,10 +80,12 @@ Watch: TypeAlias = Callable[[LiveView], None]
 class Live:
     """The words of one stage-in. `watch` is called on the first rank, about once a second and at the begin of each phase."""
 
-    def __init__(self, communicator: Communicator, worlds: Sequence[World], watch: Watch | None) -> None:
-        self._all, self._watch = communicator, watch
+    def __init__(
+        self, communicator: Communicator, words: Communicator, worlds: Sequence[World], watch: Watch | None
+    ) -> None:
+        """The words go over `words`, by a tag of their own; `worlds` are the places of all ranks."""
+        self._all, self._words, self._watch = communicator, words, watch
         self._worlds = worlds
-        self._apart = communicator.duplicate()
         self._progress: NDArray[np.int64] = np.zeros((len(worlds), 2), dtype=np.int64)
         """Bytes done and in all, of each rank."""
         self._word = np.zeros(2, dtype=np.int64)
@@ -106,9 +109,9 @@ class Live:
         self._waits_for = holder
         self.look()
 
-    def expect(self, total_bytes: int) -> None:
-        """Called by all ranks with what each has to do: one that is not heard of afterwards is seen to have done none of it."""
-        self._progress[:, 1] = self._all.gather_all(total_bytes)
+    def expect(self, total_bytes: Sequence[int]) -> None:
+        """Told what each rank has to do: one that is not heard of afterwards is seen to have done none of it."""
+        self._progress[:, 1] = total_bytes
 
     def note(self, done_bytes: int, total_bytes: int) -> None:
         """What this rank has done, and has to do. Raises what `watch` raised, if it did."""
@@ -129,18 +132,18 @@ class Live:
             self._show()
 
     def _send(self) -> None:
-        if self._apart.mpi is None or (self._sending is not None and not self._sending.Test()):
+        if self._words.mpi is None or (self._sending is not None and not self._sending.Test()):
             return
         self._word[:] = self._progress[self._all.world.rank]
-        self._sending = self._apart.mpi.Isend(self._word, dest=0)
+        self._sending = self._words.mpi.Isend(self._word, dest=0, tag=PROGRESS_TAG)
         self._sent += 1
 
     def _receive(self) -> None:
         from mpi4py import MPI
 
         status, word = MPI.Status(), np.zeros(2, dtype=np.int64)
-        while self._apart.mpi is not None and self._apart.mpi.Iprobe(status=status):
-            self._apart.mpi.Recv(word, source=status.Get_source())
+        while self._words.mpi is not None and self._words.mpi.Iprobe(tag=PROGRESS_TAG, status=status):
+            self._words.mpi.Recv(word, source=status.Get_source(), tag=PROGRESS_TAG)
             self._progress[status.Get_source()] = word
             self._received += 1
 
@@ -164,4 +167,3 @@ class Live:
             self._receive()
         if self._sending is not None:
             self._sending.Wait()
-        self._apart.free()

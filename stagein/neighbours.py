@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _PULSE_SECONDS = 0.05
 
+_EVERYWHERE_TAG, PROGRESS_TAG = 0, 1
+"""Of words beside the ring: a chunk has arrived at its last place; how far a rank is (`live.py`)."""
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -105,7 +108,7 @@ class Neighbours:
     def send_been_everywhere(self, origin: int) -> None:
         """Tell the rank that read a chunk that it has arrived here, its last place."""
         rank = self._ring[origin].rank
-        self._sends.append((self._words.Isend([b"", self._MPI.BYTE], dest=rank), Sent()))
+        self._sends.append((self._words.Isend([b"", self._MPI.BYTE], dest=rank, tag=_EVERYWHERE_TAG), Sent()))
 
     def next_sent(self) -> Sent | None:
         """The oldest send, if it is complete."""
@@ -119,7 +122,9 @@ class Neighbours:
     def next_been_everywhere(self) -> bool:
         """Whether another of this rank's chunks has arrived at its last place."""
         if self._word is None:
-            self._word = self._words.Irecv([bytearray(), self._MPI.BYTE], source=self._MPI.ANY_SOURCE)
+            self._word = self._words.Irecv(
+                [bytearray(), self._MPI.BYTE], source=self._MPI.ANY_SOURCE, tag=_EVERYWHERE_TAG
+            )
         if not self._word.Test():
             return False
         self._word = None

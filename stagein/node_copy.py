@@ -71,10 +71,11 @@ class NodeCopy:
     @contextlib.contextmanager
     def lease(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Hold this data set's lease on every node; `on_wait` is called now and then with who has it, until he gives it back."""
-        with self._all.together():
+        with self._all.together() as jobs:
+            jobs.mine = uuid.uuid4().hex
             if self._leads:
                 self.store.make_folder()
-        self._refuse_shared_folder()
+        self._refuse_shared_folder(jobs.all[0])
         lease = self._wait_for_lease(on_wait)
         try:
             yield
@@ -82,11 +83,10 @@ class NodeCopy:
             if lease is not None:
                 lease.close()
 
-    def _refuse_shared_folder(self) -> None:
-        """Two nodes that write to one folder would spoil each other's files. Raises UsageError."""
+    def _refuse_shared_folder(self, job: str) -> None:
+        """Two nodes that write to one folder would spoil each other's files. `job` is a name of its own. Raises UsageError."""
         if self._world.nodes == 1:
             return
-        job = self._all.broadcast(uuid.uuid4().hex)
         with contextlib.ExitStack() as marks:
             with self._all.together():
                 if self._leads:
@@ -98,7 +98,6 @@ class NodeCopy:
                         f"the nodes {', '.join(sharing[:_LISTED_NODES])} share the destination {self.store.to}: name a node-local "
                         "folder, or put {node} into its name"
                     )
-            self._all.barrier()
 
     def _wait_for_lease(self, on_wait: Callable[[str], None]) -> WriterLease | None:
         """Take the lease on all nodes or on none, so that two jobs never wait for each other.
@@ -108,11 +107,12 @@ class NodeCopy:
         seen_bytes, seen_at = -1, time.monotonic()
         while True:
             lease = None
-            with self._all.together():
+            with self._all.together() as reports:
                 self._raise_if_stopped()
-                lease = self.store.try_lease() if self._leads else None
-            lacks = self._leads and lease is None
-            lacking = [report for report in self._all.gather_all(self._describe_lease() if lacks else None) if report]
+                if self._leads:
+                    lease = self.store.try_lease()
+                    reports.mine = self._describe_lease() if lease is None else None
+            lacking = [report for report in reports.all if report]
             if not lacking:
                 return lease
             if lease is not None:
@@ -173,12 +173,15 @@ class NodeCopy:
     def _in_slices(self, items: Sequence[int], action: Callable[[int], None]) -> None:
         """Run `action` on each of this rank's items, and hear from the other ranks every few seconds."""
         left = deque(items)
-        while any(self._all.gather_all(bool(left))):
-            with self._all.together():
+        some_left = self._all.gather_all(bool(left))
+        while any(some_left):
+            with self._all.together() as words:
                 end = time.monotonic() + _SLICE_SECONDS
                 while left and time.monotonic() < end:
                     self._raise_if_stopped()
                     action(left.popleft())
+                words.mine = bool(left)
+            some_left = words.all
 
     def _raise_if_stopped(self) -> None:
         if self._stop_requested():

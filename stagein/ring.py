@@ -397,7 +397,9 @@ class Engine:
             self._looks_since, self._held_back_seconds = now, 0.0
         is_writing = self._threads.outstanding > len(self._reading) + len(self._mending)
         could_read = len(self._reading) < READER_THREADS and bool(self._own or self._local)
-        could_receive = self._neighbours is not None and self._neighbours.to_receive > 0 == len(self._neighbours.receives)
+        could_receive = self._neighbours is not None and self._neighbours.to_receive > 0 == len(
+            self._neighbours.receives
+        )
         self._is_held_back = not is_writing and (could_read or could_receive)
 
     def _read(self, chunk: int, travels: bool) -> None:

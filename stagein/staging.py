@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from stagein.formats.errors import (
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 
 from . import inventory
-from .bad_files import refuse_bad_files
+from .bad_files import bad_files_word, refuse_bad_files
 from .cache import Store, check_destination, expand_node, mount_of, refuse_odd_mounts
 from .chunk_io import ChunkReader, ChunkWriter, describe_changed_file
 from .finding import note_destination, note_use
@@ -244,9 +244,14 @@ class StageJob:
                 direct = direct_is_faster(self._store.to, _DIRECT_PROBE_SECONDS, self._store.free_bytes() // 2)
         return bool(here.broadcast(direct))
 
+    @cached_property
+    def _worlds(self) -> list[World]:
+        """The places of all ranks; collective when it is first asked for."""
+        return self._all.gather_all(self._world)
+
     def _ring(self) -> list[World]:
         """The ranks that pass chunks on with this one, by their place."""
-        mates = [world for world in self._all.gather_all(self._world) if world.local_rank == self._world.local_rank]
+        mates = [world for world in self._worlds if world.local_rank == self._world.local_rank]
         return sorted(mates, key=lambda world: self.plan.ring.index(world.node))
 
     def run(self, memory_bytes: int, progress: Progress | None = None, watch: Watch | None = None) -> Receipt:
@@ -268,17 +273,20 @@ class StageJob:
         nothing = np.zeros(len(self._table), dtype=np.bool_)
         if self._copy.complete(here):
             return self._make_receipt(Transfer(), nothing, phases)
-        live = Live(self._all, self._all.gather_all(self._world), watch)
+        words = self._all.duplicate()
+        live = Live(self._all, words, self._worlds, watch)
         with self._copy.lease(live.wait):
             if self._copy.complete(here):  # another job had the lease before us and did the work
                 live.close()
+                words.free()
                 return self._make_receipt(Transfer(), nothing, phases)
             live.begin("preparing")
             missing = self._copy.find_missing(here)
             phases.prepare_seconds = time.monotonic() - self._start
             live.begin("moving")
-            transfer = self._move(here, missing, memory_bytes, progress, live)
+            transfer = self._move(here, words, missing, memory_bytes, progress, live)
             live.close()
+            words.free()
             live.begin("publishing")
             phases.transfer_seconds = time.monotonic() - self._start - phases.prepare_seconds
             self._copy.publish(str(self._source.absolute()))
@@ -286,13 +294,11 @@ class StageJob:
             return self._make_receipt(transfer, missing, phases)
 
     def _load_manifest(self) -> Manifest:
-        content = None
-        with self._all.together():
+        with self._all.together() as contents:
             if self._world.rank == 0:
                 manifest = Manifest.load(self._source)
-                content = manifest.to_bytes()
-        content = self._all.broadcast(content)
-        return manifest if self._world.rank == 0 else Manifest.parse(content, self._source / MANIFEST_NAME)
+                contents.mine = manifest.to_bytes()
+        return manifest if self._world.rank == 0 else Manifest.parse(contents.all[0], self._source / MANIFEST_NAME)
 
     def _check_source(self) -> None:
         """Find files that are missing or changed before anything is moved; each rank looks at its share of them.
@@ -300,7 +306,7 @@ class StageJob:
         A folder of the data set may be a link to another place in it, but not to one outside: what lies there is not its own.
         """
         bad: dict[int, StageinError] = {}
-        with self._all.together():
+        with self._all.together() as reports:
             root, resolve = self._source.resolve(), cache(Path.resolve)
             for file in range(self._world.rank, len(self._table.files), self._world.size):
                 entry = self._table.files[file]
@@ -317,18 +323,18 @@ class StageJob:
                         f"{path} lies outside the data set, in {resolve(path.parent)}: a link on its way leads there; put the "
                         "files themselves in its place"
                     )
-        refuse_bad_files(bad, self._all)
+            reports.mine = bad_files_word(bad)
+        refuse_bad_files(reports.all, self._world.rank)
 
     def _look_at_destination(self) -> list[NodeSpace]:
         """The room on every node, as its first rank sees it."""
-        space = None
-        with self._all.together():
+        with self._all.together() as spaces:
             if self._leads:
                 node = self._world.node_name
                 check_destination(self._store.to, self._source, node, must_be_local=self._has_real_nodes)
                 free_bytes, held_bytes = self._store.free_bytes(), self._store.held_bytes()
-                space = NodeSpace(self._world.node_name, self._world.local_size, free_bytes, held_bytes)
-        return [space for space in self._all.gather_all(space) if space is not None]
+                spaces.mine = NodeSpace(node, self._world.local_size, free_bytes, held_bytes)
+        return [space for space in spaces.all if space is not None]
 
     @property
     def _has_real_nodes(self) -> bool:
@@ -357,9 +363,17 @@ class StageJob:
                 self._evicted_bytes = sum(entry.disk_bytes for entry in evicted)
 
     def _move(
-        self, here: Communicator, missing: Flags, memory_bytes: int, progress: Progress | None, live: Live
+        self,
+        here: Communicator,
+        words: Communicator,
+        missing: Flags,
+        memory_bytes: int,
+        progress: Progress | None,
+        live: Live,
     ) -> Transfer:
         """Move the missing chunks. Where a disk gets full, the work of that node is removed; elsewhere it can be resumed.
+
+        `words` is where the ranks send each other what is no chunk.
 
         Bad files of the source do not keep the others from being moved: they are listed at the end.
         """
@@ -377,14 +391,14 @@ class StageJob:
         work = rank_work(self.plan, self._table, self._world, self._all.any_rank(missing))
         direct = self._choose_direct_writes(here, missing)
         ring = self._ring()
-        chunks_apart, words_apart = self._all.duplicate(), self._all.duplicate()
+        chunks = self._all.duplicate()
         neighbours = None
-        if chunks_apart.mpi is not None and words_apart.mpi is not None and work.by_origin:
-            neighbours = Neighbours(chunks_apart.mpi, words_apart.mpi, ring, work)
+        if chunks.mpi is not None and words.mpi is not None and work.by_origin:
+            neighbours = Neighbours(chunks.mpi, words.mpi, ring, work)
         transfer, disk_is_full = Transfer(), False
         try:
             with contextlib.ExitStack() as stack:
-                with self._all.together():
+                with self._all.together() as to_finish_bytes:
                     journal = (
                         stack.enter_context(self._store.journal(self._world.local_rank)) if missing.any() else None
                     )
@@ -399,24 +413,25 @@ class StageJob:
                         stop_requested=stop_requested,
                         progress=note,
                         neighbours=neighbours,
-                        pulse=Pulse(words_apart.mpi) if words_apart.mpi is not None else None,
+                        pulse=Pulse(words.mpi) if words.mpi is not None else None,
                     )
-                live.expect(engine.to_finish_bytes)
-                with self._all.together():
+                    to_finish_bytes.mine = engine.to_finish_bytes
+                live.expect(to_finish_bytes.all)
+                with self._all.together() as reports:
                     try:
                         transfer = engine.run()
                     except NoSpaceError:
                         disk_is_full = True
                         raise
-                refuse_bad_files(engine.bad_files, self._all)
+                    reports.mine = bad_files_word(engine.bad_files)
+                refuse_bad_files(reports.all, self._world.rank)
         except WatchdogError:
             raise
         except StageinError:
             if any(here.gather_all(disk_is_full)) and self._leads:
                 self._store.discard_work()
             raise
-        chunks_apart.free()
-        words_apart.free()
+        chunks.free()
         return transfer
 
     def _make_receipt(self, transfer: Transfer, missing: Flags, phases: Phases) -> Receipt:
@@ -444,18 +459,19 @@ class StageJob:
             policy=self.plan.policy,
             copies=self.plan.copies,
             dataset_bytes=self.manifest.nbytes,
-            moved_nothing=not self._all.any_rank(missing).any(),
+            moved_nothing=all(node.reused_bytes == node.nbytes for node in nodes),
             seconds=time.monotonic() - self._start,
             bound=find_bound(nodes),
             nodes=nodes,
         )
-        with self._all.together():
+        with self._all.together() as receipts:
+            receipts.mine = receipt if self._world.rank == 0 else None
             if self._leads:
                 note_destination(self._store.to, self._world.node_name)
                 note_use(self._store.final)
                 if self._copy.lacks_something:
                     self._store.write_receipt(receipt.to_bytes())
-        receipt = self._all.broadcast(receipt)
+        receipt = receipts.all[0]
         assert isinstance(receipt, Receipt)
         return receipt
 

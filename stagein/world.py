@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -131,6 +131,14 @@ class _Word:
         return self._long
 
 
+@dataclass
+class Words:
+    """What the ranks tell each other at the end of a block that they run together: this rank's word, and then all of them by rank."""
+
+    mine: Any = None
+    all: list[Any] = field(default_factory=list)
+
+
 class Communicator:
     """The ranks of a job and the small things they tell each other. All methods but `abort` and `within` are collective.
 
@@ -219,16 +227,19 @@ class Communicator:
         return [pickle.loads(gathered[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Iterator[Words]:
         """Run a block that every rank runs alone; when it failed on any rank, it fails on all of them.
+
+        What the block sets as `mine` of the words that it is given is in `all` of every rank's words behind it.
 
         The block must not communicate. Each failing rank raises its own error, which names rank and node where there are
         several nodes; the others raise the same kind of error, naming the first rank that failed and its node. A rank that is
         done waits for the others.
         """
+        words = Words()
         failure: StageinError | None = None
         try:
-            yield
+            yield words
         except WatchdogError:
             raise  # some rank is lost: there is nobody to agree with
         except StageinError as error:
@@ -241,12 +252,14 @@ class Communicator:
             report = type(failure), f"rank {self.world.rank} on {self.world.node_name}: {failure}"
             if self.world.nodes > 1:  # the same path is another disk on each of them
                 failure.args = report[1:]
-        failed = [(rank, report) for rank, report in enumerate(self.gather_all(report)) if report is not None]
+        told = self.gather_all((report, words.mine if failure is None else None))
+        failed = [(rank, report) for rank, (report, _) in enumerate(told) if report is not None]
         if failed:
             rank, (kind, sentence) = failed[0]
             reported = failure or kind(sentence)
             reported.reported_by_peer = self.world.rank != rank
             raise reported
+        words.all = [mine for _, mine in told]
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every rank of the job at once, with this exit code. For failures in the middle of a collective."""
