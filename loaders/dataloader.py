@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 import torch.utils.data
@@ -541,8 +541,8 @@ def _positive(batch_size: int) -> int:
 def _refuse_misplaced(loader: DataLoader, dataset: object, drop_last: bool) -> None:
     """Raise UsageError for arguments of ours that have no meaning for this data set or transform."""
     seed, tail = loader.seed, loader.tail
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed={seed} is not a seed: it is from 0 to 2**64 - 1")
+    if not isinstance(seed, SupportsIndex) or not 0 <= seed < 2**64:
+        raise UsageError(f"seed={seed!r} is not a seed: it is from 0 to 2**64 - 1")
     if tail not in ("share", "pad"):
         raise UsageError(f"tail={tail!r} is not known: it is 'share' or 'pad'; drop_last=True drops the last samples")
     if tail == "pad" and drop_last:
@@ -592,6 +592,10 @@ def _delivery_device(device: torch.device | str | None) -> torch.device:
     wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if wanted.type not in ("cpu", "cuda"):
         raise UsageError(f"device={str(wanted)!r} is not supported: batches are delivered on 'cpu' or on 'cuda'")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device={str(wanted)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
     if wanted.type == "cuda" and wanted.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return wanted

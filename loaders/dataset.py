@@ -49,6 +49,8 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         *,
         as_tuples: bool = False,
     ) -> None:
+        if isinstance(fields, str):
+            raise UsageError(f"fields={fields!r} is one name: write a list of them, [{fields!r}]")
         self.as_tuples = as_tuples
         self.records, self._lease = _open(Path(path), staged)
         self.fields = tuple(self.records.fields if fields is None else fields)
@@ -79,7 +81,15 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([range(len(self))[index]])[0]
+        if isinstance(index, slice):
+            raise TypeError(
+                "a RecordDataset is asked for one sample or for a list, by __getitems__; its .records take slices"
+            )
+        try:
+            number = range(len(self))[index]
+        except IndexError:
+            raise IndexError(f"there is no sample {index}: {self.records.path} has {len(self)}") from None
+        return self.__getitems__([number])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several samples with one call, as torch's own loader asks for them."""

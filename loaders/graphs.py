@@ -129,6 +129,10 @@ class ImageOutput:
 
     def build(self, nodes: Nodes, view: "ViewNodes", decode_device: DecodeDevice) -> Nodes:
         """The field of a batch that these views of its images are."""
+        if self.field not in nodes:
+            raise UsageError(
+                f"there is no field {self.field!r} with images: DALI was given {', '.join(nodes)}; name the right one with field="
+            )
         window = decode_window(nodes[self.field], view.window, decode_device, import_dali().types.RGB)
         mirror = {} if view.mirror is None else {"mirror": view.mirror}
         return {self.field: self.normalise(self.resize(window, **view.region), **mirror)}

@@ -447,6 +447,8 @@ def test_torchs_arguments_stand_in_torchs_order():
         ({"device": "meta"}, "device='meta' is not supported"),
         ({"decode_threads": 0}, "decode_threads=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": "7"}, "seed='7' is not a seed"),
+        ({"device": "cuda:99"}, "device='cuda:99' is not there: torch sees . CUDA devices"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(numbered, arguments, sentence):
@@ -595,6 +597,17 @@ def test_fields_are_chosen_by_name(jpeg_dataset_path):
     assert sorted(next(iter(make_loader(dataset)))) == ["image"]
     with pytest.raises(UsageError, match="has no field 'depth': it has image, label, hw"):
         RecordDataset(jpeg_dataset_path, fields=["depth"], staged=None)
+
+
+def test_what_is_no_sample_and_no_list_of_fields_is_told(jpeg_dataset_path):
+    records = RecordDataset(jpeg_dataset_path)
+    for index in (85, -86):
+        with pytest.raises(IndexError, match=rf"there is no sample {index}: .* has 85"):
+            records[index]
+    with pytest.raises(TypeError, match=r"by __getitems__; its \.records take slices"):
+        records[:2]
+    with pytest.raises(UsageError, match=r"fields='image' is one name: write a list of them, \['image'\]"):
+        RecordDataset(jpeg_dataset_path, "image")
 
 
 def test_a_data_set_is_picklable_and_works_in_torchs_worker_processes(numbered):

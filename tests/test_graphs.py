@@ -135,6 +135,11 @@ def test_a_data_set_without_image_sizes_is_refused_by_the_field_name(pictures):
         loaded(pictures, transform=image_train(size_column="size_of_image"))
 
 
+def test_a_data_set_without_the_field_of_images_is_refused_by_its_name(pictures):
+    with pytest.raises(UsageError, match=r"there is no field 'picture' with images: DALI was given image, .* field="):
+        loaded(pictures, transform=image_train(field="picture"))
+
+
 def test_a_plain_function_of_nodes_is_a_graph(pictures):
     from nvidia.dali import fn
 
