@@ -238,7 +238,7 @@ def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_
     for name, total in (("second", "'none'"), ("third", "0"), ("fourth", "0")):
         noted = SUMMING.replace("sums", name).replace("total = 0", f"total = {total}")
         (kernels / f"{name}.py").write_text(
-            f"import os\nprint('{name}', os.getpid(), file=open('begun', 'a'))\n{noted}"
+            f"import os\nprint('{name}', os.getpid(), os.nice(0), file=open('begun', 'a'))\n{noted}"
         )
     script = IN_BACKGROUND + (
         "later = [NativeKernel(name, name) for name in ('second', 'third', 'fourth')]\n"
@@ -254,8 +254,9 @@ def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_
     process = _start(kernels, script)
     assert _result(process) == f"{RESULT} False" and process.returncode == 0
     begun = [line.split() for line in (kernels / "begun").read_text().splitlines()]
-    assert [name for name, _ in begun] == ["second", "third", "fourth"]
-    assert len({compiler for _, compiler in begun} | {str(_compiler(kernels))}) == 2
+    assert [name for name, *_ in begun] == ["second", "third", "fourth"]
+    assert len({compiler for _, compiler, _ in begun} | {str(_compiler(kernels))}) == 2
+    assert all(int(niceness) > os.nice(0) for *_, niceness in begun)
     assert not list((kernels / "cache").glob("*.lock"))
 
 
@@ -318,6 +319,33 @@ def test_a_compiler_ends_with_the_process_that_started_it_and_not_with_its_forks
     )
     assert _result(_start(kernels, script)) == "0 (0, 0)"
     assert not Path(f"/proc/{_compiler(kernels)}").exists()
+
+
+def test_a_fork_waits_for_the_compiler_of_its_parent(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(COUNTED.partition("\n")[0] + HELD + SUMMING)
+    script = IN_BACKGROUND + (
+        "sums.prepare(*arguments)\n"
+        "while not os.path.exists('compiler'): time.sleep(0.01)\n"
+        "if (fork := os.fork()) == 0:\n"
+        "    assert not sums.is_ready(*arguments)\n"
+        "    open('go', 'w').close()\n"
+        "    print(sums(*arguments), squares.tolist(), 'numba' in sys.modules)\n"
+        "else:\n"
+        "    os.waitpid(fork, 0)\n"
+    )
+    assert _result(_start(kernels, script)) == f"{RESULT} False"
+    assert (kernels / "compilers").read_text() == "one "
+
+
+def test_a_compiler_that_hangs_is_ended_and_numba_runs_the_kernel(kernels: Path) -> None:
+    (kernels / "summing.py").write_text(
+        HELD.replace("while not", "while len(sys.argv) > 1 and not").replace("os,", "os, sys,") + SUMMING
+    )
+    script = "from stagein.formats import native_jobs\nnative_jobs._COMPILE_SECONDS = 2\n" + USE
+    process = _start(kernels, script)
+    hanging = _compiler(kernels)
+    assert _result(process) == f"{RESULT} True"
+    assert not Path(f"/proc/{hanging}").exists()
 
 
 def test_machine_code_is_kept_among_temporary_files_where_no_folder_is_to_be_had(kernels: Path) -> None:
