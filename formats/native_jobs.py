@@ -169,20 +169,15 @@ _compilers = _Compilers()
 def main() -> None:
     """What a compiler does: the jobs of its last argument."""
     gc.disable()  # a tenth of the time; there is little to collect
-    jobs = [(Path(path), lock, about) for path, lock, *about in json.loads(sys.argv[-1])]
-    try:
-        from .native_compiler import compile_kernel
+    for path, lock, *about in json.loads(sys.argv[-1]):
+        try:
+            from .native_compiler import compile_kernel
 
-        for path, lock, about in jobs:
-            try:
-                if read(path) is None:
-                    write(path, compile_kernel(*about))
-            except Exception:  # whoever calls it learns why; there are others
-                continue
-            finally:
-                remove_lock(path)
-                if lock is not None:
-                    os.close(lock)
-    finally:  # where numba cannot be imported, or memory ends
-        for path, _, _ in jobs:
-            remove_lock(path)
+            if read(Path(path)) is None:
+                write(Path(path), compile_kernel(*about))
+        except Exception:  # whoever calls it learns why; there are others
+            continue
+        finally:
+            remove_lock(Path(path))
+            if lock is not None:
+                os.close(lock)
