@@ -101,12 +101,7 @@ class _Compiler:
             stderr=subprocess.DEVNULL,
             pass_fds=[lock.descriptor for _, lock in locked if lock.descriptor is not None],
         )
-        weakref.finalize(self, _end, self._process)
-        renew_in_forks(self)
-
-    def renew(self) -> None:
-        """Leave it to the parent."""
-        self._process.returncode = 0  # or it were ended with this process
+        weakref.finalize(self, _end, self._process)  # forks are not its parent, and cannot
 
     @property
     def is_at_work(self) -> bool:

@@ -183,7 +183,10 @@ def _start(folder: Path, script: str) -> "subprocess.Popen[str]":
 
 
 def _result(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=100)
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
     return output.strip()
 
 
@@ -192,9 +195,9 @@ def _kept(folder: Path) -> list[str]:
     return [file.name.partition("-")[0] + file.suffix for file in (folder / "cache").glob("sums-*")]
 
 
-def _compiler(folder: Path) -> int:
+def _compiler(folder: Path, name: str = "compiler") -> int:
     """The process that compiles a module with HELD before it, once it is at it."""
-    told, until = folder / "compiler", time.monotonic() + 60
+    told, until = folder / name, time.monotonic() + 60
     while not told.exists() and time.monotonic() < until:
         time.sleep(0.01)
     return int(told.read_text())
@@ -233,13 +236,23 @@ def test_a_kernel_is_compiled_while_its_caller_goes_on(kernels: Path) -> None:
     assert _kept(kernels) == ["sums.o"]
 
 
+def _write_noting(folder: Path, name: str, head: str = "", total: str = "0") -> None:
+    """A module with the kernel `name`: who compiles it says so in the file `begun`, and how nice it is."""
+    note = f"import os\nprint('{name}', os.getpid(), os.nice(0), file=open('begun', 'a'))\n"
+    source = SUMMING.replace("sums", name).replace("total = 0", f"total = {total}")
+    (folder / f"{name}.py").write_text(note + head + source)
+
+
+def _begun(folder: Path) -> list[tuple[str, int, int]]:
+    lines = [line.split() for line in (folder / "begun").read_text().splitlines()]
+    return [(name, int(compiler), int(niceness)) for name, compiler, niceness in lines]
+
+
 def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_process(kernels: Path) -> None:
     (kernels / "summing.py").write_text(HELD + SUMMING)
-    for name, total in (("second", "'none'"), ("third", "0"), ("fourth", "0")):
-        noted = SUMMING.replace("sums", name).replace("total = 0", f"total = {total}")
-        (kernels / f"{name}.py").write_text(
-            f"import os\nprint('{name}', os.getpid(), os.nice(0), file=open('begun', 'a'))\n{noted}"
-        )
+    _write_noting(kernels, "second", total="'none'")
+    _write_noting(kernels, "third")
+    _write_noting(kernels, "fourth", HELD.replace("compiler", "second compiler").replace("go", "go on"))
     script = IN_BACKGROUND + (
         "later = [NativeKernel(name, name) for name in ('second', 'third', 'fourth')]\n"
         "def are_ready(): return [kernel.is_ready(*arguments) for kernel in later]\n"
@@ -248,26 +261,51 @@ def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_
         "while time.monotonic() < until or not os.path.exists('compiler'): assert not any(are_ready())\n"
         "assert not os.path.exists('begun')\n"
         "open('go', 'w').close()\n"
-        "print(sums(*arguments), squares.tolist(), 'numba' in sys.modules)\n"
-        "while are_ready() != [False, True, True]: pass\n"
+        "print(sums(*arguments), squares.tolist(), 'numba' in sys.modules, flush=True)\n"
+        "while are_ready() != [False, True, True]: time.sleep(0.01)\n"
     )
     process = _start(kernels, script)
+    second_compiler = _compiler(kernels, "second compiler")
+    assert _use(kernels, USE.replace("summing", "third").replace("sums", "third")) == f"{RESULT} False"
+    (kernels / "go on").touch()
     assert _result(process) == f"{RESULT} False" and process.returncode == 0
-    begun = [line.split() for line in (kernels / "begun").read_text().splitlines()]
-    assert [name for name, *_ in begun] == ["second", "third", "fourth"]
-    assert len({compiler for _, compiler, _ in begun} | {str(_compiler(kernels))}) == 2
-    assert all(int(niceness) > os.nice(0) for *_, niceness in begun)
+    begun = _begun(kernels)
+    assert [(name, compiler) for name, compiler, _ in begun] == [
+        (name, second_compiler) for name in ("second", "third", "fourth")
+    ]
+    assert all(niceness > os.nice(0) for *_, niceness in begun) and _compiler(kernels) != second_compiler
     assert not list((kernels / "cache").glob("*.lock"))
 
 
+def test_what_somebody_waits_for_is_compiled_beside_what_nobody_does(kernels: Path) -> None:
+    _write_noting(kernels, "second", HELD)
+    _write_noting(kernels, "third")
+    _write_noting(kernels, "fourth")
+    script = IN_BACKGROUND + (
+        "second, third, fourth = (NativeKernel(name, name) for name in ('second', 'third', 'fourth'))\n"
+        "while not os.path.exists('compiler'): assert not second.is_ready(*arguments)\n"
+        "assert not fourth.is_ready(*arguments)\n"
+        "print(third(*arguments), squares.tolist(), 'numba' in sys.modules, second.is_ready(*arguments))\n"
+        "open('go', 'w').close()\n"
+        "while not (second.is_ready(*arguments) and fourth.is_ready(*arguments)): time.sleep(0.01)\n"
+    )
+    process = _start(kernels, script)
+    assert _result(process) == f"{RESULT} False False" and process.returncode == 0
+    assert {name: niceness > os.nice(0) for name, _, niceness in _begun(kernels)} == {
+        "second": True,
+        "third": False,
+        "fourth": True,
+    }
+
+
 NO_NUMBA = """
-import os, sys
+import os, sys, time
 if len(sys.argv) > 1:
     open("compilers", "a").write("one ")
     with open("compiler", "w") as told:
         told.write(str(os.getpid()))
     while not os.path.exists("go"):
-        pass
+        time.sleep(0.01)
 raise ImportError("it is broken")
 """
 """A numba that cannot be imported, and keeps those who wait for a compiler waiting."""
