@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,11 @@ from .errors import UsageError, destination_error
 from .index import ROW_FIELD, index_fields
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, Origin, ShardEntry
 from .payload import FieldContent, packed_starts
+from .payload_file import PayloadFile
 from .publish import PART_SUFFIX, check_writable, fsync_file, fsync_folder, publish_bytes
 from .schema import Field, column_chunk_path
-from .shards import ShardContent, ShardFile, ShardLayout
+from .shard_writing import ShardFile
+from .shards import ShardContent, ShardLayout, ShardPlan
 from .source import RefusedRecord
 from .zarr_view import (
     GROUP_DOCUMENT,
@@ -82,35 +84,46 @@ class FinishedShard:
 
 
 class GrowingShard:
-    """Shard `number` of the data set growing in `folder`: its files are laid out when this is made, then written, then published;
-    the latter two in any thread. One without records has no files. All raise OSError as the file system does.
+    """Shard `number` of the data set growing in `folder`: its files are written, then published, in any thread. One without records
+    has no files. All raise OSError as the file system does; on leaving the `with` block, nothing is left of what is not published.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        number: int,
-        first: int,
-        content: ShardContent,
-        layout: ShardLayout,
-        skipped: tuple[RefusedRecord, ...] = (),
-        counts: Mapping[str, int] | None = None,
-    ) -> None:
-        names = content.large_fields if content.records else ()
-        self._files = {name: ShardFile(folder, number, first, name, content, layout) for name in names}
-        self._content = content
-        self._skipped = skipped
-        self._counts = dict(counts or {})
+    def __init__(self, folder: Path, number: int, first: int, layout: ShardLayout) -> None:
+        self._files = {name: ShardFile(folder, number, first, name, layout) for name in layout.schema.large_fields}
+        self._layout = layout
 
-    def write(self) -> None:
-        """Write the large fields; the memory of their payloads is not needed any more then."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for file in self._files.values():
-            file.write()
+            file.discard()
 
-    def publish(self) -> FinishedShard:
+    def lay_out(self, plan: ShardPlan) -> dict[str, PayloadFile]:
+        """Begin with files whose place for the payload is known before the records are: those of a field without codec, unless columns
+        of unknown size stand before it. Returns them: payloads may be written to them as they come."""
+        schema = self._layout.schema
+        if not plan.records:
+            return {}
+        expected = ShardContent.expected(schema, plan)
+        return {
+            name: self._files[name].lay_out(expected)
+            for name, field in schema.large_fields.items()
+            if field.codec is None and not (name == schema.primary and schema.ragged_columns)
+        }
+
+    def write(self, content: ShardContent) -> None:
+        """Write all that is not written; the memory of the payloads is not needed any more then."""
+        self._content = content
+        for file in self._files.values() if content.records else ():
+            file.write(content)
+
+    def publish(
+        self, skipped: tuple[RefusedRecord, ...] = (), counts: Mapping[str, int] | None = None
+    ) -> FinishedShard:
         """Have all of it on the disk, under its names."""
         content, large = self._content, {}
-        for name, file in self._files.items():
+        for name, file in self._files.items() if content.records else ():
             entry, offset = file.publish()
             field = content.large_fields[name]
             large[name] = FinishedField(entry, field.payload_bytes, offset, field.nbytes, field.crc32c)
@@ -120,7 +133,7 @@ class GrowingShard:
             if content.records
         }
         columns = dict(content.columns) if content.records else {}
-        return FinishedShard(content.records, large, ragged, columns, self._skipped, self._counts)
+        return FinishedShard(content.records, large, ragged, columns, skipped, dict(counts or {}))
 
 
 def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, layout: ShardLayout) -> FinishedShard:
@@ -139,9 +152,12 @@ def rewrite_field(folder: Path, number: int, shard: FinishedShard, name: str, la
     }
     mine = {name: FieldContent([payload], old.payload_bytes, in_payload, old.nbytes, old.crc32c)}
     content = ShardContent(shard.records, mine, ragged, shard.columns)
-    file = ShardFile(folder, number, old.entry.first, name, content, layout)
-    file.write()
-    entry, offset = file.publish()
+    file = ShardFile(folder, number, old.entry.first, name, layout)
+    try:
+        file.write(content)
+        entry, offset = file.publish()
+    finally:
+        file.discard()
     rewritten = FinishedField(entry, old.payload_bytes, offset, old.nbytes, old.crc32c)
     return replace(shard, large_fields={**shard.large_fields, name: rewritten})
 

@@ -9,6 +9,7 @@ Three traps shape this file (all tried with HDF5 1.14):
 """
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
 import numpy as np
 from numpy.typing import NDArray
 
+from .checksums import pread_exactly
 from .errors import StageinError
 
 if TYPE_CHECKING:
@@ -47,9 +49,10 @@ class _Hdf5File(io.FileIO):
 
 
 @contextmanager
-def _open(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
-    """A session with a file to write to, closed when the block ends. Raises the OSError of the first write that failed."""
-    with _Hdf5File(path, "w+" if mode == "w" else mode) as raw:
+def _open(file: Path | int, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """A session with a file, or its descriptor, to write to, closed when the block ends. Raises the OSError of the first write that
+    failed."""
+    with _Hdf5File(file, "w+" if mode == "w" else mode, closefd=isinstance(file, Path)) as raw:
         try:
             with h5py.File(
                 raw,
@@ -57,8 +60,8 @@ def _open(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
                 libver=("v110", "v110"),
                 alignment_threshold=_ALIGN_ABOVE_BYTES,
                 alignment_interval=_ALIGNMENT_BYTES,
-            ) as file:
-                yield file
+            ) as opened:
+                yield opened
         finally:
             if raw.failure is not None:
                 raise raw.failure
@@ -100,6 +103,13 @@ class Hdf5Structure:
     attributes: Mapping[str, object]
     dtypes: Mapping[str, str]
 
+    def is_like(self, other: "Hdf5Structure") -> bool:
+        """Whether the file of another shard of the same field differs in nothing but the values of small data sets."""
+        kinds, others = (
+            {name: (values.dtype, values.shape) for name, values in each.small.items()} for each in (self, other)
+        )
+        return kinds == others and self.payload_shape == other.payload_shape
+
     def write(self, file: h5py.File) -> None:
         """Write the attributes and the small data sets."""
         file.attrs.update(self.attributes)
@@ -112,19 +122,68 @@ class Hdf5Structure:
             file[name].attrs["dtype"] = dtype
 
 
-def create_skeleton(path: Path, structure: Hdf5Structure) -> int:
-    """Write all of a shard but its payload, for which room is left; returns the offset of that room in bytes."""
-    with _open(path, "w") as file:
-        structure.write(file)
-        payload = _create_contiguous(
-            file,
-            structure.payload_name,
-            structure.payload_shape,
-            structure.payload_dtype,
-            h5py.h5d.ALLOC_TIME_EARLY,
-        )
-        structure.name_dtypes(file)
-        return int(payload.get_offset())
+@dataclass(frozen=True)
+class Skeleton:
+    """The bytes of a shard file before its payload and behind it; the Zarr index, if it has one, are the last `index_bytes`."""
+
+    head: bytearray
+    payload_bytes: int
+    tail: bytearray
+    index_bytes: int
+    places: Mapping[str, int]
+    """Where the small data sets start in the file."""
+
+    @property
+    def payload_offset(self) -> int:
+        return len(self.head)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file."""
+        return len(self.head) + self.payload_bytes + len(self.tail)
+
+    def fill(self, small: Mapping[str, NDArray[np.generic]]) -> None:
+        """Give the small data sets other values, of the same types and shapes."""
+        for name, values in small.items():
+            if values.size:
+                self._put(self.places[name], values.tobytes())
+
+    def fill_index(self, index: bytes) -> None:
+        """Give the Zarr index its content."""
+        self.tail[len(self.tail) - self.index_bytes :] = index
+
+    def _put(self, offset: int, content: bytes) -> None:
+        part = self.head
+        if offset >= len(self.head):
+            part, offset = self.tail, offset - len(self.head) - self.payload_bytes
+        part[offset : offset + len(content)] = content
+
+
+def create_skeleton(structure: Hdf5Structure, index_bytes: int) -> Skeleton:
+    """All of a shard but its payload, and with room for a Zarr index of so many bytes, if any."""
+    descriptor = os.memfd_create("shard")
+    try:
+        with _open(descriptor, "w") as file:
+            structure.write(file)
+            places = {name: file[name].id.get_offset() for name in structure.small}
+            payload = _create_contiguous(
+                file,
+                structure.payload_name,
+                structure.payload_shape,
+                structure.payload_dtype,
+                h5py.h5d.ALLOC_TIME_EARLY,
+            )
+            structure.name_dtypes(file)
+            offset, payload_bytes = int(payload.get_offset()), int(payload.get_storage_size())
+        if index_bytes:
+            append_zarr_index_room(descriptor, index_bytes)
+        head, end = bytearray(offset), offset + payload_bytes
+        tail = bytearray(os.fstat(descriptor).st_size - end)
+        pread_exactly(descriptor, memoryview(head), 0)
+        pread_exactly(descriptor, memoryview(tail), end)
+    finally:
+        os.close(descriptor)
+    return Skeleton(head, payload_bytes, tail, index_bytes, places)
 
 
 def create_chunked(
@@ -167,17 +226,17 @@ def chunk_places(path: Path, name: str) -> NDArray[np.uint64]:
     return places
 
 
-def append_zarr_index_room(path: Path, nbytes: int) -> int:
-    """Leave room for the Zarr shard index as the last bytes of the file; returns its offset in bytes."""
-    with _open(path, "r+") as file:
-        _create_contiguous(file, _ZARR_INDEX, (nbytes,), "uint8", h5py.h5d.ALLOC_TIME_LATE)
-    with _open(path, "r+") as file:
-        index = file[_ZARR_INDEX]
+def append_zarr_index_room(file: Path | int, nbytes: int) -> int:
+    """Leave room for the Zarr shard index as the last bytes of a file, or of that of a descriptor; returns its offset in bytes."""
+    with _open(file, "r+") as opened:
+        _create_contiguous(opened, _ZARR_INDEX, (nbytes,), "uint8", h5py.h5d.ALLOC_TIME_LATE)
+    with _open(file, "r+") as opened:
+        index = opened[_ZARR_INDEX]
         index[...] = 0
         offset = int(index.id.get_offset())
-    if offset + nbytes != path.stat().st_size:
+    if offset + nbytes != os.stat(file).st_size:  # noqa: PTH116 (it may be a descriptor)
         raise StageinError(
-            f"HDF5 did not place the Zarr index at the end of {path}: report this with the version of h5py"
+            "HDF5 did not place the Zarr index at the end of a shard: report this with the version of h5py"
         )
     return offset
 

@@ -1,7 +1,8 @@
-"""The bytes of a field in a shard, one record behind the other: collected, summed, and where each record is.
+"""The bytes of a field in a shard, one record behind the other, until they are written, and where each record is.
 
-Large records that come as `bytes` stay where they are until they are written; all others are copied, or read, to their places
-in memory that is used for one shard after the other.
+Where the file of the shard is there already, they are written as they come, and there are never many in memory. Else they are
+collected: large records that come as `bytes` stay where they are, all others are copied, or read, to memory that is used for one
+shard after the other.
 """
 
 import contextlib
@@ -9,22 +10,19 @@ import mmap
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import zarr_view
-from .checksums import crc32c, crc32c_unlocked
+from .checksums import crc32c, record_sums
 from .errors import SourceError
+from .payload_file import PayloadFile
 from .schema import Field
-from .source import ReadField
 
-_SUMMED_BYTES = 512 << 10
-"""Summed at a time, at least: many records by one call, which are still in the second-level cache."""
-_WORTHWHILE_RECORDS = 64
-"""Fewer records are summed one by one."""
+_STREAMED_BYTES = 1 << 20
+"""Written at a time, at least, where payloads are written as they come: it is in the second-level cache."""
 _KEPT_BYTES = 16 << 10
 """Smaller records are copied: to write each from where it is would cost more."""
 
@@ -59,7 +57,7 @@ class FieldContent:
     """A field in a shard: its payload as it is stored, and for each record where in it its bytes are, and their crc32c.
 
     The payload is in pieces, one behind the other, each of whole records or padding: `payload_bytes` in all. There are none any
-    more when they have been written.
+    more when they have been written. What is not compressed is summed then: until then `crc32c` is zeros.
     """
 
     pieces: list[bytes | memoryview]
@@ -90,74 +88,7 @@ def packed_starts(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return np.cumsum(nbytes, dtype=np.uint64) - nbytes
 
 
-class _Places:
-    """The records of a field, one behind the other: those in `room`, those kept elsewhere, the size and the sum of each."""
-
-    def __init__(self, room: memoryview) -> None:
-        self._room = room
-        self.used_bytes = 0
-        """Of the room."""
-        self._sizes = array("I")
-        self._sums = array("I")
-        self._summed_bytes = self._cut_bytes = 0
-        """How far the room is summed, and how far it is in pieces."""
-        self._pieces: list[bytes | memoryview] = []
-
-    def add(self, nbytes: int) -> None:
-        """A record of so many bytes is in the room, behind all that is used of it."""
-        self._sizes.append(nbytes)
-        self.used_bytes += nbytes
-        if self.used_bytes - self._summed_bytes >= _SUMMED_BYTES:
-            self._sum_up()
-
-    def extend(self, added: ReadField) -> None:
-        """Several records are in the room, with their sums."""
-        self._sum_up()
-        self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
-        self._sums.frombytes(added.crc32c.tobytes())
-        self.used_bytes += int(added.nbytes.sum())
-        self._summed_bytes = self.used_bytes
-
-    def keep(self, record: bytes) -> None:
-        """A record that stays where it is comes next."""
-        self._sum_up()
-        self._cut()
-        self._pieces.append(record)
-        self._sizes.append(len(record))
-        self._sums.append(crc32c_unlocked(record))
-
-    def content(self) -> FieldContent:
-        self._sum_up()
-        self._cut()
-        return FieldContent.packed(self._pieces, np.array(self._sizes, np.uint32), np.array(self._sums, np.uint32))
-
-    def _sum_up(self) -> None:
-        """Sum the records in the room that are not yet: the last of them are still in the processor's cache."""
-        sizes = np.array(self._sizes[len(self._sums) :], np.uint32)
-        if len(sizes):
-            content = np.asarray(self._room[self._summed_bytes : self.used_bytes])
-            self._sums.frombytes(record_sums(content, sizes).tobytes())
-            self._summed_bytes = self.used_bytes
-
-    def _cut(self) -> None:
-        if self.used_bytes > self._cut_bytes:
-            self._pieces.append(self._room[self._cut_bytes : self.used_bytes])
-            self._cut_bytes = self.used_bytes
-
-
-def record_sums(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The crc32c of records of these sizes that lie one behind the other."""
-    if len(nbytes) >= _WORTHWHILE_RECORDS:
-        from .write_kernels import sum_records  # numba takes a third of a second to load
-
-        sums = np.empty(len(nbytes), np.uint32)
-        sum_records(content, nbytes, sums)
-        return sums
-    edges = [0, *np.cumsum(nbytes, dtype=np.int64).tolist()]
-    return np.array([crc32c(content[start:end]) for start, end in pairwise(edges)], np.uint32)
-
-
-class PayloadBuilder:
+class PayloadCollector:
     """Collects the records of a large field in a shard."""
 
     def __init__(self, name: str, field: Field, buffer: PayloadBuffer, payload_bytes: int) -> None:
@@ -166,47 +97,140 @@ class PayloadBuilder:
         self._codec = field.codec
         self._room = buffer.view(payload_bytes)
         self._record = memoryview(bytearray(field.record_bytes if self._codec else 0))
-        self._places = _Places(self._room)
+        self._used_bytes = self._cut_bytes = 0
+        """How far the room is used, and how far it is in pieces."""
+        self._pieces: list[bytes | memoryview] = []
+        self._sizes = array("I")
 
     def room(self, nbytes: int) -> memoryview:
         return self._record if self._codec else self.batch_room(nbytes)
 
     def batch_room(self, nbytes: int) -> memoryview:
         """Room for several records, which is there when they are not compressed."""
-        start = self._places.used_bytes
+        start = self._used_bytes
         if start + nbytes > len(self._room):
-            raise SourceError(
-                f"field {self._name!r} has more bytes than were planned: did the source change meanwhile?"
-            )
+            raise _more_than_planned(self._name)
         return self._room[start : start + nbytes]
 
-    def extend(self, added: ReadField) -> None:
-        self._places.extend(added)
+    def extend(self, nbytes: NDArray[np.int64]) -> None:
+        """Records of these sizes are in the room."""
+        self._sizes.frombytes(nbytes.astype(np.uint32).tobytes())
+        self._used_bytes += int(nbytes.sum())
 
     def add(self, nbytes: int) -> None:
+        """A record of this size is in the room."""
         if self._codec:
             self.put(self._record)
         else:
-            self._places.add(nbytes)
+            self._sizes.append(nbytes)
+            self._used_bytes += nbytes
 
     def put(self, record: bytes | memoryview) -> None:
         """Add a record of which the bytes are elsewhere."""
         if self._codec:
             record = bytes(self._codec.encode(record, self._field.stored_dtype.itemsize))
-        start, nbytes = self._places.used_bytes, len(record)
+        start, nbytes = self._used_bytes, len(record)
+        self._sizes.append(nbytes)
         grew = self._codec and start + nbytes > len(self._room)  # what cannot be compressed has more bytes than before
         if isinstance(record, bytes) and (nbytes >= _KEPT_BYTES or grew):
-            self._places.keep(record)
-            return
-        self._room[start : start + nbytes] = record
-        self._places.add(nbytes)
+            self._cut()
+            self._pieces.append(record)
+        else:
+            self._room[start : start + nbytes] = record
+            self._used_bytes += nbytes
 
     def content(self) -> FieldContent:
-        content = self._places.content()
+        self._cut()
+        sizes = np.array(self._sizes, np.uint32)
+        content = FieldContent.packed(self._pieces, sizes, np.zeros(len(sizes), np.uint32))
         if self._codec:
-            return content
-        padding = zarr_view.padded_bytes(self._field, content.payload_bytes) - content.payload_bytes
-        return replace(content, pieces=[*content.pieces, bytes(padding)], payload_bytes=content.payload_bytes + padding)
+            return replace(content, crc32c=np.array([crc32c(record) for record in content.records()], np.uint32))
+        padding = _padding(self._field, content.payload_bytes)
+        return replace(content, pieces=[*content.pieces, padding], payload_bytes=content.payload_bytes + len(padding))
+
+    def _cut(self) -> None:
+        if self._used_bytes > self._cut_bytes:
+            self._pieces.append(self._room[self._cut_bytes : self._used_bytes])
+            self._cut_bytes = self._used_bytes
+
+
+class PayloadStream:
+    """Writes the records of a large field in a shard as they come; they are not compressed."""
+
+    def __init__(self, name: str, field: Field, buffer: PayloadBuffer, payload_bytes: int, file: "PayloadFile") -> None:
+        self._name = name
+        self._field = field
+        self._buffer = buffer
+        self._file = file
+        self._left_bytes = payload_bytes
+        """What may come and is not written yet."""
+        self._room = buffer.view(_STREAMED_BYTES)
+        self._used_bytes = self._asked_bytes = 0
+        """How far the room is used, and how much was asked for behind that."""
+        self._sizes = array("I")
+        self._sums: list[NDArray[np.uint32]] = []
+        self._summed = 0
+        """How many records are written."""
+
+    def room(self, nbytes: int) -> memoryview:
+        return self.batch_room(nbytes)
+
+    def batch_room(self, nbytes: int) -> memoryview:
+        """Room for several records."""
+        if self._used_bytes + nbytes > self._left_bytes:
+            raise _more_than_planned(self._name)
+        if self._used_bytes + nbytes > len(self._room):
+            asked = bytes(self._room[self._used_bytes : self._used_bytes + self._asked_bytes])
+            self._write()
+            self._room = self._buffer.view(max(nbytes, _STREAMED_BYTES))
+            self._room[: len(asked)] = asked  # asked for again, it is as if it were the same place
+        self._asked_bytes = nbytes
+        return self._room[self._used_bytes : self._used_bytes + nbytes]
+
+    def extend(self, nbytes: NDArray[np.int64]) -> None:
+        """Records of these sizes are in the room."""
+        self._sizes.frombytes(nbytes.astype(np.uint32).tobytes())
+        self._use(int(nbytes.sum()))
+
+    def add(self, nbytes: int) -> None:
+        """A record of this size is in the room."""
+        self._sizes.append(nbytes)
+        self._use(nbytes)
+
+    def put(self, record: bytes | memoryview) -> None:
+        """Add a record of which the bytes are elsewhere."""
+        self.room(len(record))[:] = record
+        self.add(len(record))
+
+    def content(self) -> FieldContent:
+        self._write()
+        sizes = np.array(self._sizes, np.uint32)
+        content = FieldContent.packed([], sizes, np.concatenate([np.empty(0, np.uint32), *self._sums]))
+        nbytes = int(sizes.sum(dtype=np.int64))
+        padding = _padding(self._field, nbytes)
+        self._file.append([padding], np.empty(0, np.uint32))
+        return replace(content, payload_bytes=nbytes + len(padding))
+
+    def _use(self, nbytes: int) -> None:
+        self._used_bytes += nbytes
+        self._asked_bytes = 0
+        if self._used_bytes >= _STREAMED_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is in the room."""
+        sizes = np.array(self._sizes[self._summed :], np.uint32)
+        self._sums.append(self._file.append([self._room[: self._used_bytes]], sizes))
+        self._left_bytes -= self._used_bytes
+        self._summed, self._used_bytes = len(self._sizes), 0
+
+
+def _more_than_planned(name: str) -> SourceError:
+    return SourceError(f"field {name!r} has more bytes than were planned: did the source change meanwhile?")
+
+
+def _padding(field: Field, nbytes: int) -> bytes:
+    return bytes(zarr_view.padded_bytes(field, nbytes) - nbytes)
 
 
 class RaggedColumnBuilder:
@@ -224,9 +248,9 @@ class RaggedColumnBuilder:
     def batch_room(self, nbytes: int) -> memoryview:
         return self.room(nbytes)
 
-    def extend(self, added: ReadField) -> None:
-        self._records.append(self._room[: int(added.nbytes.sum())])
-        self._sizes.frombytes(added.nbytes.astype(np.uint32).tobytes())
+    def extend(self, nbytes: NDArray[np.int64]) -> None:
+        self._records.append(self._room[: int(nbytes.sum())])
+        self._sizes.frombytes(nbytes.astype(np.uint32).tobytes())
 
     def add(self, nbytes: int) -> None:
         self.put(self._room)
@@ -239,5 +263,4 @@ class RaggedColumnBuilder:
     def content(self) -> FieldContent:
         """All of it, in one piece."""
         payload, sizes = b"".join(self._records), np.array(self._sizes, np.uint32)
-        sums = record_sums(np.frombuffer(payload, np.uint8), sizes)
-        return FieldContent.packed([payload], sizes, sums)
+        return FieldContent.packed([payload], sizes, record_sums([payload], sizes))

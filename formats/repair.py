@@ -9,7 +9,7 @@ from .checksums import chunk_sum, pread_exactly, pwrite_all
 from .errors import ChecksumError, SourceError, UsageError, destination_error
 from .manifest import FileEntry, Manifest, ShardEntry
 from .publish import publish_file
-from .shards import SHARD_MODE
+from .shard_writing import SHARD_MODE
 
 _FILE_MODE = 0o644
 

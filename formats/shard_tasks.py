@@ -46,13 +46,13 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     finished = resume_shard(task.folder, number, mark, task.layout.chunk_bytes)
     if finished is not None:
         return ShardResult(task.plan, finished, reused=True)
-    builder = ShardBuilder(task.layout.schema, buffers, task.plan.payload_bytes)
-    bad, counts = _fill(builder, task)
-    if bad and not task.skip_bad:
-        return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
-    growing = GrowingShard(task.folder, number, task.plan.first, builder.content(), task.layout, tuple(bad), counts)
-    growing.write()
-    shard = growing.publish()
+    with GrowingShard(task.folder, number, task.plan.first, task.layout) as growing:
+        builder = ShardBuilder(task.layout.schema, buffers, task.plan.payload_bytes, growing.lay_out(task.plan))
+        bad, counts = _fill(builder, task)
+        if bad and not task.skip_bad:
+            return ShardResult(task.plan, None, reused=False, bad=tuple(bad))
+        growing.write(builder.content())
+        shard = growing.publish(tuple(bad), counts)
     journal_shard(task.folder, number, mark, shard)
     return ShardResult(task.plan, shard, reused=False)
 

@@ -1,35 +1,32 @@
-"""Shards: how records are dealt to them (pure), and how one is written.
+"""Shards: how records are dealt to them (pure), and how those of one are taken.
 
-A shard is a run of consecutive records, and a file for each large field of them. It is assembled in memory at its final
-layout, so that its bytes are touched once: summed, hashed, written.
+A shard is a run of consecutive records, and a file for each large field of them.
 """
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hdf5_shard, zarr_view
-from .checksums import chunk_sums, pread_exactly, pwrite_all
+from . import zarr_view
 from .errors import SourceError, UsageError
-from .manifest import FORMAT_VERSION, MIN_CHUNK_BYTES, Container, ShardEntry
-from .payload import FieldContent, PayloadBuffer, PayloadBuilder, RaggedColumnBuilder, ShardBuffers
-from .publish import publish_file
-from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema
+from .manifest import MIN_CHUNK_BYTES, Container
+from .payload import (
+    FieldContent,
+    PayloadBuffer,
+    PayloadCollector,
+    PayloadStream,
+    RaggedColumnBuilder,
+    ShardBuffers,
+)
+from .payload_file import PayloadFile
+from .schema import MAX_RECORD_BYTES, Field, Schema
 from .source import RecordBatch
 from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
 
 DEFAULT_SHARD_BYTES = 256 << 20
-SHARD_MODE = 0o444
-_WRITE_BYTES = 16 << 20
-_WORTHWHILE_BYTES = 32 << 20
-"""A smaller file is not worth a call off the GIL."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,17 @@ class ShardContent:
     ragged_columns: Mapping[str, FieldContent]
     columns: Mapping[str, NDArray[np.generic]]
 
+    @classmethod
+    def expected(cls, schema: Schema, plan: ShardPlan) -> "ShardContent":
+        """What a planned shard will be, in all but values: these are zeros. There must be no ragged columns, whose sizes none knows."""
+        places, sizes = np.zeros(plan.records, np.uint64), np.zeros(plan.records, np.uint32)
+        large = {name: FieldContent([], plan.payload_bytes[name], places, sizes, sizes) for name in schema.large_fields}
+        columns = {
+            name: np.zeros((plan.records, *field.fixed_shape), field.stored_dtype)
+            for name, field in schema.columns.items()
+        }
+        return cls(plan.records, large, {}, columns)
+
     def rows(self, name: str, field: Field) -> int:
         """Rows of a large field, those included with which it is padded."""
         return self.large_fields[name].payload_bytes // field.row_bytes if field.is_variable else self.records
@@ -195,18 +203,25 @@ class _ColumnValues:
 
 
 class ShardBuilder:
-    """Collects the records of one shard in memory at their places: read into `room`, then added, then written."""
+    """Takes the records of one shard: read into `room`, then added. Large fields that have files are written as they come."""
 
-    def __init__(self, schema: Schema, buffers: ShardBuffers, payload_bytes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        buffers: ShardBuffers,
+        payload_bytes: Mapping[str, int],
+        files: Mapping[str, PayloadFile] | None = None,
+    ) -> None:
         """Room for records of `payload_bytes` in all of each large field, before compression.
 
         `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
         """
         self._schema = schema
-        self._builders: dict[str, PayloadBuilder | RaggedColumnBuilder] = {
-            name: PayloadBuilder(name, field, buffers.setdefault(name, PayloadBuffer()), payload_bytes[name])
-            for name, field in schema.large_fields.items()
-        }
+        self._builders: dict[str, PayloadCollector | PayloadStream | RaggedColumnBuilder] = {}
+        for name, field in schema.large_fields.items():
+            place = name, field, buffers.setdefault(name, PayloadBuffer()), payload_bytes[name]
+            file = (files or {}).get(name)
+            self._builders[name] = PayloadCollector(*place) if file is None else PayloadStream(*place, file)
         self._builders |= {name: RaggedColumnBuilder() for name in schema.ragged_columns}
         self._columns = {name: _ColumnValues(name, field) for name, field in schema.columns.items()}
         self._asked: dict[str, memoryview] = {}
@@ -242,9 +257,9 @@ class ShardBuilder:
             column.extend(batch.columns[name])
         records = 0
         for name, builder in self._builders.items():
-            added = batch.read[name]
-            records = len(added.nbytes)
-            builder.extend(added)
+            nbytes = batch.nbytes[name]
+            records = len(nbytes)
+            builder.extend(nbytes)
         self.records += records
 
     def put(self, stored: Sequence[bytes | memoryview]) -> None:
@@ -289,7 +304,7 @@ class ShardBuilder:
         return np.frombuffer(self._asked[name], field.stored_dtype).reshape(field.fixed_shape)
 
     def content(self) -> ShardContent:
-        """What has been added, padded as it is stored."""
+        """What has been added, padded as it is stored; asked for once."""
         content = {name: builder.content() for name, builder in self._builders.items()}
         columns = {name: column.content() for name, column in self._columns.items()}
         return ShardContent(
@@ -298,198 +313,6 @@ class ShardBuilder:
             {name: content[name] for name in self._schema.ragged_columns},
             columns,
         )
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """Where things are in the file of a shard, in bytes; `payload_offset` None: HDF5 has written the payload, in chunks."""
-
-    offset: NDArray[np.uint64]
-    payload_offset: int | None
-    index_offset: int | None
-
-    @property
-    def data_offset(self) -> int:
-        return int(self.offset.min()) if self.payload_offset is None else self.payload_offset
-
-
-class ShardFile:
-    """The file of the large field `name` in shard `number` of the data set at `folder`: laid out when it is made, then written,
-    then published; the latter two in any thread, mostly off the GIL.
-
-    All three raise OSError as the file system does; nothing is left under the final name then.
-    """
-
-    def __init__(
-        self, folder: Path, number: int, first: int, name: str, content: ShardContent, layout: ShardLayout
-    ) -> None:
-        self._relative = shard_path(number, name, layout.schema, layout.container)
-        self._first = first
-        self._name = name
-        self._content = content
-        self._layout = layout
-        self._sums = ""
-        self._nbytes = 0
-        path = folder / self._relative
-        path.parent.mkdir(exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            self._part = stack.enter_context(publish_file(path, mode=SHARD_MODE))
-            self._placement = _lay_out(self._part, name, content, layout)
-            self._publication = stack.pop_all()
-
-    def write(self) -> None:
-        """Write the payload, of which the memory is not needed any more then."""
-        placement, layout, mine = self._placement, self._layout, self._content.large_fields[self._name]
-        with contextlib.ExitStack() as failed:
-            failed.push(self._publication)
-            descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                if placement.index_offset is not None:
-                    index = layout.zarr_index(
-                        self._name, placement.data_offset, mine.payload_bytes, placement.offset, mine.nbytes
-                    )
-                    pwrite_all(descriptor, index, placement.index_offset)
-                self._nbytes = os.fstat(descriptor).st_size
-                offset = placement.payload_offset
-                self._sums = _write_payload(descriptor, self._nbytes, offset, mine.pieces, layout.chunk_bytes).hex()
-                mine.pieces.clear()
-            finally:
-                os.close(descriptor)
-            failed.pop_all()
-
-    def publish(self) -> tuple[ShardEntry, NDArray[np.uint64]]:
-        """Have the file on the disk, and give it its name. Returns its manifest entry and the offset of every record in it."""
-        self._publication.close()
-        entry = ShardEntry(
-            file=self._relative,
-            nbytes=self._nbytes,
-            xxh3_128=self._sums,
-            field=self._name,
-            records=self._content.records,
-            first=self._first,
-            data_offset=self._placement.data_offset,
-        )
-        return entry, self._placement.offset
-
-
-def _lay_out(part: Path, name: str, content: ShardContent, layout: ShardLayout) -> _Placement:
-    """Write the HDF5 structure, if any, with a compressed payload; leave room for an uncompressed one and the Zarr index."""
-    mine = content.large_fields[name]
-    if layout.container == "zarr":
-        return _Placement(mine.offset, 0, mine.payload_bytes)
-    structure = _hdf5_structure(name, content, layout)
-    payload_offset = None
-    if layout.schema.fields[name].codec is None:
-        payload_offset = hdf5_shard.create_skeleton(part, structure)
-        offset = mine.offset + np.uint64(payload_offset)
-    else:
-        offset = _write_chunked(part, layout.schema.fields[name], mine, structure)
-    if layout.container == "hdf5":
-        return _Placement(offset, payload_offset, None)
-    room = zarr_view.index_nbytes(layout.inner_chunks(name))
-    return _Placement(offset, payload_offset, hdf5_shard.append_zarr_index_room(part, room))
-
-
-def _write_chunked(
-    part: Path, field: Field, content: FieldContent, structure: hdf5_shard.Hdf5Structure
-) -> NDArray[np.uint64]:
-    assert field.codec is not None
-    hdf5_filter = field.codec.hdf5_filter(field.stored_dtype.itemsize, field.record_bytes)
-    return hdf5_shard.create_chunked(part, structure, hdf5_filter, content.records())
-
-
-def _hdf5_structure(name: str, content: ShardContent, layout: ShardLayout) -> hdf5_shard.Hdf5Structure:
-    """The file of a large field; the columns stand in that of the primary one."""
-    schema, field, mine = layout.schema, layout.schema.fields[name], content.large_fields[name]
-    small: dict[str, NDArray[np.generic]] = {f"{name}/crc32c": mine.crc32c, **_hdf5_places(name, field, mine)}
-    data_names = {name: f"{name}/data"}
-    if name == schema.primary:
-        small |= dict(content.columns)
-        data_names |= {column: column for column in content.columns}
-        for column, values in content.ragged_columns.items():
-            declared = schema.fields[column]
-            data_names[column] = f"{column}/data"
-            small[data_names[column]] = np.frombuffer(values.pieces[0], declared.stored_dtype).reshape(
-                -1, *declared.row_shape
-            )
-            small |= _hdf5_places(column, declared, values)
-    attributes = shard_attributes(schema, name, content.records)
-    dtypes = {path: BFLOAT16 for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16}
-    return hdf5_shard.Hdf5Structure(
-        f"{name}/data",
-        (content.rows(name, field), *field.row_shape),
-        field.stored_dtype.name,
-        small,
-        attributes,
-        dtypes,
-    )
-
-
-def shard_attributes(schema: Schema, name: str, records: int) -> dict[str, object]:
-    """The HDF5 attributes of a shard file of the field `name`."""
-    return {
-        "stagein_format": "stagein-shard",
-        "stagein_version": np.asarray(FORMAT_VERSION, dtype=np.uint16),
-        "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
-        "field": name,
-        "num_records": np.uint64(records),
-        "checksum": "crc32c",
-    }
-
-
-def _hdf5_places(name: str, field: Field, content: FieldContent) -> dict[str, NDArray[np.generic]]:
-    """Where the records of a field are in its data set, and how long, in rows; of bytes it is their number."""
-    if not field.is_variable:
-        return {}
-    row_bytes = np.uint64(field.row_bytes)
-    return {
-        f"{name}/offset": content.offset // row_bytes,
-        hdf5_count_name(name, field): content.nbytes.astype(np.uint64) // row_bytes,
-    }
-
-
-def hdf5_count_name(name: str, field: Field) -> str:
-    """The data set with the rows of every record of a field whose records differ in size."""
-    return f"{name}/{'count' if field.kind == 'ragged' else 'nbytes'}"
-
-
-def _write_payload(
-    descriptor: int,
-    nbytes: int,
-    payload_offset: int | None,
-    payload: Sequence[bytes | memoryview],
-    chunk_bytes: int,
-) -> bytes:
-    """Write the payload of a shard file, where HDF5 has not, and return the sums of all chunks of the file.
-
-    All else is in the file; it has `nbytes` in the end. Raises OSError.
-    """
-    if payload_offset is None:
-        starts = range(0, nbytes, _WRITE_BYTES)
-        pieces = (_read_piece(descriptor, start, min(_WRITE_BYTES, nbytes - start)) for start in starts)
-        return b"".join(chunk_sums(pieces, chunk_bytes))
-    end = payload_offset + sum(map(len, payload))
-    head, tail = _read_piece(descriptor, 0, payload_offset), _read_piece(descriptor, end, nbytes - end)
-    if nbytes < _WORTHWHILE_BYTES:
-        for piece in payload:
-            pwrite_all(descriptor, piece, payload_offset)
-            payload_offset += len(piece)
-        return b"".join(chunk_sums((head, *payload, tail), chunk_bytes))
-    from .write_kernels import write_and_sum  # numba takes a third of a second to load
-
-    arrays = [np.frombuffer(piece, np.uint8) for piece in (head, *payload, tail)]
-    addresses, sizes = np.array([array.ctypes.data for array in arrays]), np.array([len(array) for array in arrays])
-    sums = np.empty((-(-nbytes // chunk_bytes), 2), np.uint64)
-    trouble = write_and_sum(descriptor, addresses, sizes, chunk_bytes, sums)
-    if trouble:
-        raise OSError(trouble, os.strerror(trouble))
-    return sums.astype(">u8").tobytes()
-
-
-def _read_piece(descriptor: int, offset: int, nbytes: int) -> bytearray:
-    piece = bytearray(nbytes)
-    pread_exactly(descriptor, memoryview(piece), offset)
-    return piece
 
 
 def refuse_sizes(shard_bytes: int, chunk_bytes: int) -> None:

@@ -58,19 +58,11 @@ Asked again for the same field before the batch is yielded, it gives a place tha
 
 
 @dataclass(frozen=True)
-class ReadField:
-    """A field of several records that was read into room: its size in each, in bytes, and the crc32c of these bytes."""
-
-    nbytes: NDArray[np.int64]
-    crc32c: NDArray[np.uint32]
-
-
-@dataclass(frozen=True)
 class RecordBatch:
-    """Several records: the fields that are in the room asked for, the small fields of fixed size as arrays with one row a record,
-    and what would have been among these records and is none."""
+    """Several records: the bytes in each of the fields that are in the room asked for, the small fields of fixed size as arrays with
+    one row a record, and what would have been among these records and is none."""
 
-    read: Mapping[str, ReadField]
+    nbytes: Mapping[str, NDArray[np.int64]]
     columns: Mapping[str, NDArray[np.generic]]
     refused: tuple[RefusedRecord, ...] = ()
 

@@ -19,7 +19,8 @@ from .errors import ChecksumError, SourceError, StageinError
 from .index import ROW_FIELD, RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
 from .schema import Field, column_chunk_path
-from .shards import ShardLayout, hdf5_count_name, shard_attributes
+from .shard_writing import hdf5_count_name, shard_attributes
+from .shards import ShardLayout
 
 _READ_BYTES = 16 << 20
 

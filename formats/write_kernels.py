@@ -1,4 +1,4 @@
-"""Filling shards, many records by one call off the GIL: files read whole, records summed, sizes of images found."""
+"""Filling shards, many records by one call off the GIL: files read whole, sizes of images found, payloads written and summed."""
 
 import errno
 
@@ -21,13 +21,13 @@ from .native_calls import (
     xxh3_reset,
     xxh3_update,
 )
-from .read_kernels import read_ahead_where_cold, read_and_sum
+from .read_kernels import read_ahead_where_cold, read_exactly
 
 CHANGED = -4
 """What is wrong with a file, where no error number (above 0) says it: its size is not what it was."""
 
 _PIECE_BYTES = 256 << 10
-"""Read or written, and summed, at a time: it is still in the second-level cache when it is summed."""
+"""Written and summed at a time: it is still in the second-level cache when it is summed."""
 _MOST_PARTS = 64
 """Gathered for one call, at most: those of a piece that is made of smaller ones."""
 _DISK_BYTES = 8 << 20
@@ -36,15 +36,19 @@ _SYNC_FILE_RANGE_WRITE = 2
 _EINTR, _ENOMEM = errno.EINTR, errno.ENOMEM
 _O_RDONLY_CLOEXEC = 0o2000000
 _START_OF_SCAN = 0xDA
+_OFFSET, _SUMMED_FROM, _SENT, _STATE = range(4)
+"""What `write_and_sum` keeps from call to call."""
 
 
 def load() -> None:
     """Have the kernels in memory, for the types of arguments that filling shards gives them: they run on nothing."""
     content, frozen, sizes = np.empty(0, np.uint8), np.frombuffer(b"", np.uint8), np.empty(0, np.int64)
     sum_records(content, np.empty(0, np.uint32), np.empty(0, np.uint32))
-    read_files(-1, frozen, sizes, sizes, content, np.empty(0, np.uint32))
+    read_files(-1, frozen, sizes, sizes, content)
     jpeg_sizes(content, sizes, np.empty((0, 2), np.int32))
-    write_and_sum(-1, sizes, sizes, 1, np.empty((0, 2), np.uint64))
+    progress, counts, sums = np.zeros(4, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint32)
+    write_and_sum(-1, sizes, sizes, counts, sums, 1, progress, np.empty((0, 2), np.uint64))
+    end_sums(progress)
 
 
 @kernel
@@ -61,60 +65,107 @@ def write_and_sum(
     descriptor: int,
     addresses: NDArray[np.int64],
     nbytes: NDArray[np.int64],
+    record_nbytes: NDArray[np.uint32],
+    record_sums: NDArray[np.uint32],
     chunk_bytes: int,
-    sums: NDArray[np.uint64],
-) -> int:
-    """Write a file from pieces that lie at `addresses`, and sum its chunks; the first and the last piece are in it already.
+    progress: NDArray[np.int64],
+    chunk_sums: NDArray[np.uint64],
+) -> tuple[int, int]:
+    """Write pieces that lie at `addresses` to a file, one behind the other, and sum them.
 
-    sums  becomes the xxh3_128 of every `chunk_bytes` of the file, [chunks, 2]: upper half, lower half.
+    record_nbytes  of the records in them, one behind the other; what comes behind the last is padding.
+    record_sums    becomes the crc32c of every record.
+    progress       kept for the next call, [4]: where to write; the first byte of the first chunk to sum; how much was sent to the
+                   disk; the sum of the last chunk, which goes on (`end_sums` ends it), 0 to begin with.
+    chunk_sums     becomes the xxh3_128 of every chunk that is full, [chunks, 2]: upper half, lower half.
 
-    Returns 0 or an error number. What was just written is summed, so that it comes from memory once.
+    Returns 0 or an error number, and how many chunks became full. What was just written is summed: it comes from memory once.
     """
-    state = xxh3_create()
-    if state == 0:
-        return _ENOMEM
-    xxh3_reset(state)
+    if progress[_STATE] == 0:
+        progress[_STATE] = xxh3_create()
+        if progress[_STATE] == 0:
+            return _ENOMEM, 0
+        xxh3_reset(progress[_STATE])
     parts = np.empty((_MOST_PARTS, 2), np.int64)
-    trouble, chunk, filled, offset, sent, count, gathered = 0, 0, 0, 0, 0, 0, 0
-    last = len(nbytes) - 1
+    trouble, chunk, count, gathered, record, summed = 0, 0, 0, 0, 0, 0
+    found = np.uint32(0)
     for number in range(len(nbytes)):
         address, left = addresses[number], nbytes[number]
         while left > 0 and trouble == 0:
-            part_bytes = min(_PIECE_BYTES - gathered, chunk_bytes - filled, left)
+            behind = progress[_OFFSET] + gathered
+            part_bytes = min(_PIECE_BYTES - gathered, chunk_bytes - behind % chunk_bytes, left)
             parts[count, 0], parts[count, 1] = address, part_bytes
-            address, left, filled = address + part_bytes, left - part_bytes, filled + part_bytes
+            address, left = address + part_bytes, left - part_bytes
             count, gathered = count + 1, gathered + part_bytes
-            if gathered == _PIECE_BYTES or filled == chunk_bytes or count == _MOST_PARTS:
-                trouble = _write_parts(descriptor, state, parts[:count], offset, 0 < number < last)
-                offset, count, gathered = offset + gathered, 0, 0
-                if 0 < number < last and offset - sent >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
-                    sync_file_range(descriptor, sent, offset - sent, _SYNC_FILE_RANGE_WRITE)
-                    sent = offset
-            if filled == chunk_bytes:
-                sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
-                xxh3_reset(state)
-                chunk, filled = chunk + 1, 0
-        if count > 0 and trouble == 0 and (number == 0 or number >= last - 1):
-            trouble = _write_parts(descriptor, state, parts[:count], offset, 0 < number < last)
-            offset, count, gathered = offset + gathered, 0, 0
-    if filled > 0 and trouble == 0:
-        sums[chunk, 1], sums[chunk, 0] = xxh3_digest(state)
-    xxh3_free(state)
-    return trouble
+            is_full = (behind + part_bytes) % chunk_bytes == 0
+            is_last = left == 0 and number == len(nbytes) - 1
+            if gathered == _PIECE_BYTES or is_full or count == _MOST_PARTS or is_last:
+                trouble = _write_parts(descriptor, parts[:count], progress)
+                record, summed, found = _sum_records(parts[:count], record_nbytes, record, summed, found, record_sums)
+                count, gathered = 0, 0
+                if is_full and progress[_OFFSET] > progress[_SUMMED_FROM]:
+                    chunk_sums[chunk, 1], chunk_sums[chunk, 0] = xxh3_digest(progress[_STATE])
+                    xxh3_reset(progress[_STATE])
+                    chunk += 1
+    while record < len(record_nbytes) and trouble == 0:  # empty ones
+        record_sums[record] = found
+        record, found = record + 1, np.uint32(0)
+    return trouble, chunk
 
 
 @kernel
-def _write_parts(descriptor: int, state: int, parts: NDArray[np.int64], offset: int, is_written: bool) -> int:
-    """Write parts, [parts, (address, nbytes)], one behind the other if they are to be written, and add them to the sum; returns 0
-    or an error number."""
-    if is_written and pwritev(descriptor, parts.ctypes.data, len(parts), offset) != parts[:, 1].sum():
+def end_sums(progress: NDArray[np.int64]) -> tuple[int, int]:
+    """End what `write_and_sum` keeps: the upper and the lower half of the sum of the last chunk, of what is of it, [uint64]."""
+    lower, upper = xxh3_digest(progress[_STATE])
+    xxh3_free(progress[_STATE])
+    progress[_STATE] = 0
+    return upper, lower
+
+
+@kernel
+def _sum_records(
+    parts: NDArray[np.int64],
+    record_nbytes: NDArray[np.uint32],
+    record: int,
+    summed: int,
+    found: np.uint32,
+    record_sums: NDArray[np.uint32],
+) -> tuple[int, int, np.uint32]:
+    """Add parts of records that follow one another, [parts, (address, nbytes)], to their crc32c.
+
+    Of the record of number `record` so many bytes are `summed`, to `found`: the three as they are afterwards, too.
+    """
+    for number in range(len(parts)):
+        address, left = parts[number, 0], parts[number, 1]
+        while record < len(record_nbytes) and (left > 0 or record_nbytes[record] == summed):
+            some = min(left, signed(record_nbytes[record]) - summed)
+            found = crc32c_extend(found, address, some)
+            address, left, summed = address + some, left - some, summed + some
+            if summed == record_nbytes[record]:
+                record_sums[record] = found
+                record, summed, found = record + 1, 0, np.uint32(0)
+    return record, summed, found
+
+
+@kernel
+def _write_parts(descriptor: int, parts: NDArray[np.int64], progress: NDArray[np.int64]) -> int:
+    """Write parts, [parts, (address, nbytes)], one behind the other, add them to the sum of their chunk, if it is to be summed, and
+    have so much of the file that was written sent to the disk; returns 0 or an error number."""
+    start, nbytes = progress[_OFFSET], parts[:, 1].sum()
+    if pwritev(descriptor, parts.ctypes.data, len(parts), start) != nbytes:
+        offset = start
         for number in range(len(parts)):  # not all of it: one by one, which says why
             trouble = _write_exactly(descriptor, parts[number, 0], parts[number, 1], offset)
             if trouble != 0:
                 return trouble
             offset += parts[number, 1]
-    for number in range(len(parts)):
-        xxh3_update(state, parts[number, 0], parts[number, 1])
+    if start >= progress[_SUMMED_FROM]:
+        for number in range(len(parts)):
+            xxh3_update(progress[_STATE], parts[number, 0], parts[number, 1])
+    progress[_OFFSET] = start + nbytes
+    if progress[_OFFSET] - progress[_SENT] >= _DISK_BYTES:  # a hint: what goes wrong, fsync says
+        sync_file_range(descriptor, progress[_SENT], progress[_OFFSET] - progress[_SENT], _SYNC_FILE_RANGE_WRITE)
+        progress[_SENT] = progress[_OFFSET]
     return 0
 
 
@@ -138,9 +189,8 @@ def read_files(
     path_starts: NDArray[np.int64],
     nbytes: NDArray[np.int64],
     target: NDArray[np.uint8],
-    sums: NDArray[np.uint32],
 ) -> tuple[int, int]:
-    """Read whole files to `target`, one behind the other; `sums` become their crc32c.
+    """Read whole files to `target`, one behind the other.
 
     folder       the descriptor of the folder that `paths` count from.
     paths        names that end in a zero byte, one behind the other; `path_starts` says where each starts.
@@ -163,13 +213,12 @@ def read_files(
     beyond = np.empty(1, np.uint8)
     position = target.ctypes.data
     while read < opened:
-        wrong, found = read_and_sum(descriptors[read], position, nbytes[read], 0, np.uint32(0), _PIECE_BYTES)
+        wrong = read_exactly(descriptors[read], position, nbytes[read], 0)
         if wrong < 0 or (wrong == 0 and pread(descriptors[read], beyond.ctypes.data, 1, nbytes[read]) > 0):
             wrong = CHANGED
         if wrong != 0:
             trouble = wrong
             break
-        sums[read] = found
         position += nbytes[read]
         read += 1
     for number in range(opened):

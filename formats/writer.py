@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from .schema import Schema
 from .shards import (
     DEFAULT_SHARD_BYTES,
     ShardBuilder,
+    ShardContent,
     ShardLayout,
     refuse_codecs,
     refuse_container,
@@ -36,12 +37,12 @@ from .zarr_view import padded_bytes
 
 Rows: TypeAlias = dict[str, NDArray[np.generic]]
 
-_SHARDS_IN_MEMORY = 2
-"""One fills while the others are written."""
 _SHARDS_ON_THE_WAY = 4
 """Those that are written, or waited for until the disk has them: it is not to fall behind by more."""
 _TRIED_BYTES = 64 << 20
 """When the first records have so many bytes, they are enough to settle what is not yet."""
+_DONE: Future[None] = Future()
+_DONE.set_result(None)
 
 
 class Writer:
@@ -232,10 +233,12 @@ class _ShardWriter:
         self._growing = growing
         self._layout = layout
         self._shard_bytes = shard_bytes
-        self._buffers: deque[ShardBuffers] = deque({} for _ in range(_SHARDS_IN_MEMORY))
-        self._writing = ThreadPoolExecutor(_SHARDS_IN_MEMORY - 1, thread_name_prefix="stagein writer")
+        self._buffers: list[ShardBuffers] = [{}, {}]
+        """Of the shard that fills, and of the last one that the other thread was given."""
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="stagein writer")
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="stagein publisher")
-        self._unwritten: deque[Future[None]] = deque()
+        self._written = _DONE
+        """Done when the other thread is."""
         self._unpublished: deque[Future[FinishedShard]] = deque()
         self._finished: list[FinishedShard] = []
         self._shards = self._records = 0
@@ -307,19 +310,25 @@ class _ShardWriter:
         if last and not self._shards:  # the only one: a full shard would have a much larger Zarr index
             rows = {name: content.rows(name, field) for name, field in self.schema.large_fields.items()}
             self._layout = replace(self._layout, capacity=rows)
-        with self._os_errors_as_sentences():
-            shard = GrowingShard(self._growing.folder, self._shards, self._records, content, self._layout)
-            while len(self._unwritten) >= _SHARDS_IN_MEMORY - 1:
-                self._unwritten.popleft().result()
+        shard = GrowingShard(self._growing.folder, self._shards, self._records, self._layout)
         while len(self._unpublished) >= _SHARDS_ON_THE_WAY:
             self._await_shard()
-        written = self._writing.submit(shard.write)
-        self._unwritten.append(written)
-        self._unpublished.append(self._publishing.submit(_publish, written, shard))
+        self._unpublished.append(self._publishing.submit(_publish, shard, self._write(shard, content)))
         self._shards += 1
         self._records += content.records
-        self._buffers.rotate(-1)
         self._builder = self._new_builder()
+
+    def _write(self, shard: GrowingShard, content: ShardContent) -> Future[None]:
+        """Write a shard: another thread does while the next one fills, this one where the other is not done with the last."""
+        if self._written.done():
+            self._written = self._writing.submit(shard.write, content)
+            self._buffers.reverse()
+            return self._written
+        with self._os_errors_as_sentences(), ExitStack() as failed:
+            failed.push(shard)
+            shard.write(content)
+            failed.pop_all()
+        return _DONE
 
     def _await_shards(self) -> None:
         while self._unpublished:
@@ -342,9 +351,10 @@ def _refuse_no_record(record: object) -> None:
         raise UsageError(f"a record is a {type(record).__name__}: make it a dict, with every field by its name")
 
 
-def _publish(written: Future[None], shard: GrowingShard) -> FinishedShard:
-    written.result()
-    return shard.publish()
+def _publish(shard: GrowingShard, written: Future[None]) -> FinishedShard:
+    with shard:
+        written.result()
+        return shard.publish()
 
 
 def _row_bytes(record: Rows, schema: Schema) -> Sequence[Stored]:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -19,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stagein.formats import Dataset, Field, Schema, Writer, shards, verify
-from stagein.formats.checksums import chunk_sums
+from stagein.formats import Dataset, Field, Schema, Writer, payload_file, verify
+from stagein.formats.checksums import chunk_sums, crc32c
 from stagein.formats.codecs import LZ4, WORK_BYTES, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, NoSpaceError, UsageError
 from stagein.formats.manifest import Container
+from stagein.formats.payload_file import PayloadFile
 from stagein.formats.read_kernels import decode_record
 from stagein.formats.shards import plan_shards
 
@@ -283,33 +283,52 @@ def test_lz4_blocks_are_equal_and_small(record_bytes: int) -> None:
     assert block_bytes <= 65536 or block_bytes == record_bytes
 
 
+@pytest.mark.parametrize("worthwhile_bytes", [0, 1 << 40], ids=["by kernels", "by Python"])
 @pytest.mark.parametrize(
     ("payload_bytes", "offset", "tail_bytes", "chunk_bytes"),
-    [(100_000, 4096, 70, 4096), (1 << 20, 0, 0, 65536), (3 << 20, 8192, 1004, 8 << 20), (0, 100, 0, 4096)],
+    [
+        (100_000, 4096, 70, 4096),
+        (100_000, 4096 * 3, 70, 5000),
+        (1 << 20, 0, 0, 65536),
+        (3 << 20, 8192, 1004, 8 << 20),
+        (1 << 20, 4096, (1 << 20) - 4096, 1 << 20),
+        (0, 100, 0, 4096),
+    ],
 )
-def test_a_large_file_is_written_and_summed_as_a_small_one(
+def test_a_payload_is_written_and_summed_in_any_pieces(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     payload_bytes: int,
     offset: int,
     tail_bytes: int,
     chunk_bytes: int,
+    worthwhile_bytes: int,
 ) -> None:
-    payload = np.random.default_rng(0).bytes(payload_bytes)
-    pieces = [payload[:70_000], memoryview(payload)[70_000:70_001], b"", payload[70_001:]]
-    expected = b"h" * offset + payload + b"t" * tail_bytes
-    for worthwhile_bytes in (0, 1 << 40):
-        monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", worthwhile_bytes)
-        path = tmp_path / f"{worthwhile_bytes}"
-        with open(path, "w+b", buffering=0) as file:
-            os.pwrite(file.fileno(), b"h" * offset, 0)
-            os.pwrite(file.fileno(), b"t" * tail_bytes, offset + payload_bytes)
-            sums = shards._write_payload(file.fileno(), len(expected), offset, pieces, chunk_bytes)
-        assert path.read_bytes() == expected
-        assert sums == b"".join(chunk_sums([expected], chunk_bytes))
+    monkeypatch.setattr(payload_file, "_WORTHWHILE_BYTES", worthwhile_bytes)
+    random = np.random.default_rng(0)
+    records = [b"", *(random.bytes(size) for size in (70_000, 1, 0, 7) if size <= payload_bytes)]
+    records += [random.bytes(payload_bytes - sum(map(len, records))), b""]
+    head, tail, padding = random.bytes(offset), random.bytes(tail_bytes), bytes(9)
+    expected = head + b"".join(records) + padding + tail
+    with open(tmp_path / "x", "w+b", buffering=0) as file:
+        payload = PayloadFile(file.fileno(), offset, payload_bytes, chunk_bytes)
+        sums = []
+        for pieces in ([records[0], b"".join(records[1:4])], records[4:], [padding]):
+            count = {2: 4, 1: 0}.get(len(pieces), len(records) - 4)
+            sizes = np.array([len(record) for record in records[len(sums) : len(sums) + count]], np.uint32)
+            sums += payload.append(pieces, sizes).tolist()
+        chunks = payload.finish(head, tail)
+        payload.close()
+    assert (tmp_path / "x").read_bytes() == expected
+    assert sums == [crc32c(record) for record in records]
+    assert chunks == b"".join(chunk_sums([expected], chunk_bytes))
+
+
+@pytest.mark.parametrize("worthwhile_bytes", [0, 1 << 40], ids=["by kernels", "by Python"])
+def test_a_payload_that_finds_no_space_says_so(monkeypatch: pytest.MonkeyPatch, worthwhile_bytes: int) -> None:
+    monkeypatch.setattr(payload_file, "_WORTHWHILE_BYTES", worthwhile_bytes)
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
-        monkeypatch.setattr(shards, "_WORTHWHILE_BYTES", 0)
-        shards._write_payload(full.fileno(), 4096, 0, [bytes(4096)], chunk_bytes)
+        PayloadFile(full.fileno(), 0, 4096, 4096).append([bytes(4096)], np.array([4096], np.uint32))
 
 
 @pytest.mark.parametrize("codec", [None, "blosc-lz4"])

@@ -16,7 +16,7 @@ from stagein.formats.checksums import pread_exactly
 from stagein.formats.errors import SourceError
 from stagein.formats.images import IMAGE_SUFFIXES, BadImageError, read_header
 from stagein.formats.schema import Field, Schema
-from stagein.formats.source import BatchRoom, ReadField, RecordBatch, RefusedRecord, Room, SourceRecord
+from stagein.formats.source import BatchRoom, RecordBatch, RefusedRecord, Room, SourceRecord
 
 _BATCH_FILES = 64
 _BATCH_BYTES = 16 << 20
@@ -89,8 +89,8 @@ class ImageFiles:
                 names = [os.fsencode(path) + b"\0" for path in self.paths[run]]
                 ends = np.cumsum([len(name) for name in names])
                 starts, blob = np.concatenate(([0], ends[:-1])), np.frombuffer(b"".join(names), np.uint8)
-                content, sums = room("image", nbytes[run]), np.empty(len(names), np.uint32)
-                done, trouble = read_files(root, blob, starts, nbytes[run], content, sums)
+                content = room("image", nbytes[run])
+                done, trouble = read_files(root, blob, starts, nbytes[run], content)
                 if trouble:
                     self._raise_unreadable(self.paths[run][done], trouble)
                 sizes = np.empty((len(names), 2), np.int32)
@@ -100,7 +100,7 @@ class ImageFiles:
                 if refused:
                     _close_gaps(content, nbytes[run], kept)
                 columns: dict[str, NDArray[np.generic]] = {"label": labels[run][kept], "hw": sizes[kept]}
-                yield RecordBatch({"image": ReadField(nbytes[run][kept], sums[kept])}, columns, tuple(refused))
+                yield RecordBatch({"image": nbytes[run][kept]}, columns, tuple(refused))
         finally:
             os.close(root)
 
