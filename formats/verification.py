@@ -23,6 +23,8 @@ from .shard_writing import hdf5_count_name, shard_attributes
 from .shards import ShardLayout
 
 _READ_BYTES = 16 << 20
+_LISTED = 20
+"""An error names so many problems; the report has all of them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ class VerifyReport:
         if not self.problems:
             return None
         kind = ChecksumError if any(problem.damage for problem in self.problems) else SourceError
-        listed = "".join(f"\n  {problem}" for problem in self.problems)
+        listed = "".join(f"\n  {problem}" for problem in self.problems[:_LISTED])
+        more = f"\n  and {len(self.problems) - _LISTED:,} more" if len(self.problems) > _LISTED else ""
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return kind(f"{path} has {count}: restore what is named below from a good copy, or convert it again{listed}")
+        return kind(
+            f"{path} has {count}: mend it by `stagein verify --repair --from GOOD_COPY`, or convert it again{listed}{more}"
+        )
 
 
 def verify(

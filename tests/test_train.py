@@ -250,8 +250,16 @@ def test_a_checkpoint_of_another_model_or_batch_size_is_refused(tmp_path: Path) 
         collective=make_collective("single", Communicator()),
         checkpoint_folder=tmp_path,
     )
-    with pytest.raises(SourceError, match="of another model or optimizer"):
+    with pytest.raises(SourceError, match=r"of another model or optimizer \(Error.* Missing key.*\): use its settings"):
         trainer.fit(Samples(Communicator().world), 1)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    make_trainer(Communicator(), "single", checkpoint_folder=tmp_path).fit(Samples(Communicator().world), 1)
+    trainer = make_trainer(Communicator(), "single", checkpoint_folder=tmp_path)
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match="with the optimizer SGD, this one has AdamW"):
+        trainer.fit(Samples(Communicator().world), 2)
 
 
 def test_old_checkpoints_are_removed_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -110,6 +110,21 @@ def test_a_fifo_in_the_place_of_a_shard_is_not_waited_for(copy: Path) -> None:
         Dataset(copy).read_records([0])
 
 
+def test_a_long_list_of_problems_is_cut(copy: Path) -> None:
+    for column in [*(copy / "index").rglob("*"), *(copy / "label").rglob("*"), *(copy / "shards").iterdir()]:
+        if column.is_file():
+            column.unlink()
+    number = len(problems(copy))
+    result = run("verify", copy)
+    assert number > 20 and result.returncode == 3
+    lines = result.stderr.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("stagein: "))
+    assert lines[first].endswith(
+        f"has {number} problems: mend it by `stagein verify --repair --from GOOD_COPY`, or convert it again"
+    )
+    assert len(lines) == first + 22 and lines[-1] == f"  and {number - 20} more"
+
+
 def test_a_missing_shard_alone_is_a_source_error(copy: Path) -> None:
     (copy / Manifest.load(copy).shards[0].file).unlink()
     result = run("verify", copy, "--json")

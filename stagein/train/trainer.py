@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ Precision = Literal["fp32", "bf16"]
 
 _LOSS, _SAMPLES, _FAILED, _STOP = range(4)
 """The words that travel behind the gradients: summed losses and samples, and how many ranks failed or were told to stop."""
+_SHOWN_CHARACTERS = 200
+"""Of what torch says about a checkpoint that does not fit; all of it names every parameter."""
 
 
 class Batches(Protocol):
@@ -371,6 +374,7 @@ class Trainer:
                 state = {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
+                    "optimizer_kind": type(self.optimizer).__name__,
                     "steps": self.steps,
                     "epoch": self.epoch,
                     "batches_done": self._batches_done,
@@ -400,13 +404,18 @@ class Trainer:
                 f"{path} is of a run with {state['batches_in_epoch']} batches an epoch, this one has {self._batches_in_epoch}: "
                 "use the same data and global batch size, or another checkpoint folder"
             )
+        kind, own_kind = state.get("optimizer_kind"), type(self.optimizer).__name__
+        if kind not in (None, own_kind):  # torch would take up the state, and miss some of it in the next step
+            raise UsageError(
+                f"{path} is of a run with the optimizer {kind}, this one has {own_kind}: use its settings, or another checkpoint folder"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
+            first_trouble = shorten(" ".join(str(error).splitlines()[:2]), _SHOWN_CHARACTERS, placeholder=" ...")
             raise SourceError(
-                f"{path} is of another model or optimizer ({first_line}): use its settings, or another checkpoint folder"
+                f"{path} is of another model or optimizer ({first_trouble}): use its settings, or another checkpoint folder"
             ) from error
         self.steps, self.epoch, self._batches_done = state["steps"], state["epoch"], state["batches_done"]
         self.validation = None if state["validation"] is None else Validation(**state["validation"])
