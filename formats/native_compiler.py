@@ -105,7 +105,7 @@ def _argument(context: Any, builder: Any, frame: _Frame, kind: Any) -> Any:
     if not isinstance(kind, types.Array):
         word = frame.take()
         return word if kind == types.int64 else builder.trunc(word, context.get_value_type(kind))
-    data, shape = frame.take(), [frame.take() for _ in range(kind.ndim)]
+    data, shape = _data_and_shape(builder, frame.take(), kind.ndim)
     strides = [ir.Constant(_WORD, kind.dtype.bitwidth // 8)]
     for extent in shape[:0:-1]:
         strides.insert(0, builder.mul(strides[0], extent))
@@ -119,6 +119,17 @@ def _argument(context: Any, builder: Any, frame: _Frame, kind: Any) -> Any:
         meminfo=None,
     )
     return array._getvalue()
+
+
+def _data_and_shape(builder: Any, fields: Any, dimensions: int) -> tuple[Any, list[Any]]:
+    """Of an array whose fields begin there: the address of its data, the number of dimensions, and the address of these."""
+
+    def load(address: Any, number: int) -> Any:
+        words = builder.inttoptr(address, _WORD.as_pointer())
+        return builder.load(builder.gep(words, [ir.Constant(_WORD, number)]))
+
+    extents = load(fields, 2)
+    return load(fields, 0), [load(extents, number) for number in range(dimensions)]
 
 
 def _results(builder: Any, kind: Any, result: Any) -> list[tuple[Any, Any]]:
