@@ -52,7 +52,7 @@ class ObjectFile:
         if self.content is not None:
             return True
         if time.monotonic() > self._patient_until:
-            self._give_up()
+            self._lock.let_go()
             return True
         if self._job.compiler is not None:
             is_tried = not self._job.compiler.is_at_work
@@ -67,11 +67,6 @@ class ObjectFile:
             remove_lock(self._job.path)  # it may be one that we made after others had done it
         self._lock.let_go()
         return is_tried or self.content is not None
-
-    def _give_up(self) -> None:
-        if self._job.compiler is not None:
-            self._job.compiler.end()
-        self._lock.let_go()
 
 
 @dataclass(eq=False)
@@ -106,9 +101,6 @@ class _Compiler:
     @property
     def is_at_work(self) -> bool:
         return self._process.poll() is None
-
-    def end(self) -> None:
-        _end(self._process)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from disks import small_disk
@@ -298,6 +299,30 @@ def test_what_somebody_waits_for_is_compiled_beside_what_nobody_does(kernels: Pa
     }
 
 
+def test_what_others_have_made_meanwhile_is_not_made_again(kernels: Path) -> None:
+    _write_noting(kernels, "second", HELD)
+    _write_noting(kernels, "third")
+    _write_noting(kernels, "fourth")
+    script = IN_BACKGROUND + (
+        "second, third, fourth = (NativeKernel(name, name) for name in ('second', 'third', 'fourth'))\n"
+        "while not os.path.exists('compiler'): assert not second.is_ready(*arguments)\n"
+        "assert not third.is_ready(*arguments) and not fourth.is_ready(*arguments)\n"
+        "open('waits', 'w').close()\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\n"
+        "for kernel in (second, fourth, third):\n"
+        "    while not kernel.is_ready(*arguments): time.sleep(0.01)\n"
+    )
+    process = _start(kernels, script)
+    while not (kernels / "waits").exists():
+        time.sleep(0.01)
+    assert _use(kernels, USE.replace("summing", "third").replace("sums", "third")) == f"{RESULT} False"
+    (kernels / "go").touch()
+    _result(process)
+    assert process.returncode == 0
+    assert [name for name, *_ in _begun(kernels)] == ["second", "third", "fourth"]
+    assert not list((kernels / "cache").glob("*.lock"))
+
+
 NO_NUMBA = """
 import os, sys, time
 if len(sys.argv) > 1:
@@ -376,14 +401,15 @@ def test_a_fork_waits_for_the_compiler_of_its_parent(kernels: Path) -> None:
 
 
 def test_a_compiler_that_hangs_is_ended_and_numba_runs_the_kernel(kernels: Path) -> None:
-    (kernels / "summing.py").write_text(
-        HELD.replace("while not", "while len(sys.argv) > 1 and not").replace("os,", "os, sys,") + SUMMING
+    held_there = (
+        f"import sys\nif len(sys.argv) > 1:\n{indent(HELD, '    ')}"  # in the compiler, not where numba runs it
     )
-    script = "from stagein.formats import native_jobs\nnative_jobs._COMPILE_SECONDS = 2\n" + USE
-    process = _start(kernels, script)
-    hanging = _compiler(kernels)
-    assert _result(process) == f"{RESULT} True"
-    assert not Path(f"/proc/{hanging}").exists()
+    (kernels / "summing.py").write_text(held_there + SUMMING)
+    script = (
+        "import os\nfrom stagein.formats import native_jobs\nnative_jobs._COMPILE_SECONDS = 2\n"
+        f"{USE}print(os.path.exists('/proc/' + open('compiler').read()))"
+    )
+    assert _use(kernels, script).split("\n") == [f"{RESULT} True", "False"]
 
 
 def test_machine_code_is_kept_among_temporary_files_where_no_folder_is_to_be_had(kernels: Path) -> None:
