@@ -287,6 +287,17 @@ def test_seekable_images_are_read_whole_to_the_same_bits_while_kernels_are_compi
     assert int(found[0][1]) < 0.8 * int(found[1][1])
 
 
+def test_what_a_first_batch_waits_for_is_compiled_from_when_the_loader_is_made(photos, tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from stagein.loaders import DataLoader, RecordDataset, image_train\n"
+        "dataset = RecordDataset(sys.argv[1], staged=None)\n"
+        "loader = DataLoader(dataset, 8, transform=image_train(48), device='cpu')\n"
+        "while not list(Path(sys.argv[2]).glob('resize-*.o')): time.sleep(0.01)\n"
+    )
+    command = [sys.executable, "-c", script, str(photos / "plain.st"), str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}, check=True, timeout=100)
+
+
 def test_of_seekable_shards_less_is_read(photos):
     graph = image_train(48, area=(0.1, 0.3))
     read = []

@@ -251,9 +251,9 @@ def _begun(folder: Path) -> list[tuple[str, int, int]]:
 
 def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_process(kernels: Path) -> None:
     (kernels / "summing.py").write_text(HELD + SUMMING)
-    _write_noting(kernels, "second", total="'none'")
+    _write_noting(kernels, "second", HELD.replace("compiler", "second compiler").replace("go", "go on"), "'none'")
     _write_noting(kernels, "third")
-    _write_noting(kernels, "fourth", HELD.replace("compiler", "second compiler").replace("go", "go on"))
+    _write_noting(kernels, "fourth", HELD.replace("go", "go further"))
     script = IN_BACKGROUND + (
         "later = [NativeKernel(name, name) for name in ('second', 'third', 'fourth')]\n"
         "def are_ready(): return [kernel.is_ready(*arguments) for kernel in later]\n"
@@ -266,15 +266,19 @@ def test_what_nobody_waits_for_is_compiled_behind_what_somebody_does_and_by_one_
         "while are_ready() != [False, True, True]: time.sleep(0.01)\n"
     )
     process = _start(kernels, script)
-    second_compiler = _compiler(kernels, "second compiler")
-    assert _use(kernels, USE.replace("summing", "third").replace("sums", "third")) == f"{RESULT} False"
+    first_compiler, second_compiler = _compiler(kernels), _compiler(kernels, "second compiler")
+    other = _start(kernels, USE.replace("summing", "third").replace("sums", "third"))
+    while not _has_lock_open(other):
+        time.sleep(0.01)
     (kernels / "go on").touch()
+    assert _result(other) == f"{RESULT} False"
+    (kernels / "go further").touch()
     assert _result(process) == f"{RESULT} False" and process.returncode == 0
     begun = _begun(kernels)
     assert [(name, compiler) for name, compiler, _ in begun] == [
         (name, second_compiler) for name in ("second", "third", "fourth")
     ]
-    assert all(niceness > os.nice(0) for *_, niceness in begun) and _compiler(kernels) != second_compiler
+    assert all(niceness > os.nice(0) for *_, niceness in begun) and first_compiler != second_compiler
     assert not list((kernels / "cache").glob("*.lock"))
 
 
