@@ -21,7 +21,7 @@ from .values import from_rows
 
 if TYPE_CHECKING:
     from .jpeg.cut import CutJpegs
-    from .window_reader import WindowBuffers, WindowReader
+    from .window_reader import Memory, WindowReader
 
 Record: TypeAlias = dict[str, Any]
 """The fields of a record by name: `tensor` and `ragged` as arrays, `encoded` as the bytes of its file (uint8), `text` as str."""
@@ -154,11 +154,11 @@ class Dataset:
         records can be read meanwhile."""
         return self._window_reader.is_awaited()
 
-    def read_windows(
-        self, records: ArrayLike, windows: ArrayLike, buffers: "WindowBuffers | None" = None
-    ) -> "CutJpegs":
-        """Read of these images of the primary field what a crop window of each needs: see `WindowReader.read`."""
-        return self._window_reader.read(np.asarray(records, np.int64), np.asarray(windows, np.int64), buffers)
+    def read_windows(self, records: ArrayLike, windows: ArrayLike, memory: "Memory | None" = None) -> "CutJpegs":
+        """Read of these images of the primary field what a crop window of each needs, to fresh memory or that which `memory` gives:
+        see `WindowReader.read`."""
+        wanted = np.asarray(records, np.int64), np.asarray(windows, np.int64)
+        return self._window_reader.read(*wanted) if memory is None else self._window_reader.read(*wanted, memory)
 
     def read_tensors(self, records: Sequence[int], out: NDArray[np.generic] | None = None) -> NDArray[np.generic]:
         """These records of a `tensor` primary field, decoded: see `RecordReader.read_tensors`."""

@@ -128,7 +128,7 @@ class BatchReader:
         plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, records.schema, columns))
         reads_windows = len(ids) > 0 and records.is_seekable and not records.windows_are_awaited()
         if reads_windows and isinstance(graph, ImageGraph):
-            cut = records.read_windows(ids, graph.views(plan.fed).windows)
+            cut = records.read_windows(ids, graph.views(plan.fed).windows, self._memory)
             return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
         if isinstance(graph, InflateOnGpu):
             stored = records.read_records(ids)  # type: ignore[arg-type]
@@ -139,14 +139,12 @@ class BatchReader:
             return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
         if kind == "ragged":
             return self.dataset.rows(records.schema.primary, ids), plan
-        return self._read_files(ids), plan
+        memory = self._memory(int(records.index.nbytes[ids].sum()))
+        return records.read_records(ids, memoryview(memory)), plan  # type: ignore[arg-type]
 
-    def _read_files(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """The records as they are stored, in memory that is used for batch after batch."""
-        records = self.dataset.records
-        nbytes = int(records.index.nbytes[ids].sum())
-        buffer = self._ring.take((-(-nbytes // _BUFFER_GRAIN_BYTES) * _BUFFER_GRAIN_BYTES,), np.uint8)
-        return records.read_records(ids, memoryview(buffer))  # type: ignore[arg-type]
+    def _memory(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory that is used for batch after batch."""
+        return self._ring.take((-(-nbytes // _BUFFER_GRAIN_BYTES) * _BUFFER_GRAIN_BYTES,), np.uint8)
 
     def _failures(self, task: BatchTask, ids: NDArray[np.int64]) -> list[RowFailure]:
         """Read the samples one by one: those that cannot be."""
