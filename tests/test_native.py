@@ -305,25 +305,28 @@ def test_what_somebody_waits_for_is_compiled_beside_what_nobody_does(kernels: Pa
 
 def test_what_others_have_made_meanwhile_is_not_made_again(kernels: Path) -> None:
     _write_noting(kernels, "second", HELD)
-    _write_noting(kernels, "third")
-    _write_noting(kernels, "fourth")
+    for name in ("third", "fourth", "fifth"):
+        _write_noting(kernels, name)
     script = IN_BACKGROUND + (
-        "second, third, fourth = (NativeKernel(name, name) for name in ('second', 'third', 'fourth'))\n"
+        "second, third, fourth, fifth = (NativeKernel(name, name) for name in ('second', 'third', 'fourth', 'fifth'))\n"
         "while not os.path.exists('compiler'): assert not second.is_ready(*arguments)\n"
-        "assert not third.is_ready(*arguments) and not fourth.is_ready(*arguments)\n"
+        "assert not any(kernel.is_ready(*arguments) for kernel in (third, fourth, fifth))\n"
         "open('waits', 'w').close()\n"
-        "while not os.path.exists('go'): time.sleep(0.01)\n"
-        "for kernel in (second, fourth, third):\n"
+        "while not os.path.exists('made'): time.sleep(0.01)\n"
+        "while not third.is_ready(*arguments): time.sleep(0.01)\n"
+        "open('go', 'w').close()\n"
+        "for kernel in (second, fifth, fourth):\n"
         "    while not kernel.is_ready(*arguments): time.sleep(0.01)\n"
     )
     process = _start(kernels, script)
     while not (kernels / "waits").exists():
         time.sleep(0.01)
-    assert _use(kernels, USE.replace("summing", "third").replace("sums", "third")) == f"{RESULT} False"
-    (kernels / "go").touch()
+    for name in ("third", "fourth"):
+        assert _use(kernels, USE.replace("summing", name).replace("sums", name)) == f"{RESULT} False"
+    (kernels / "made").touch()
     _result(process)
     assert process.returncode == 0
-    assert [name for name, *_ in _begun(kernels)] == ["second", "third", "fourth"]
+    assert [name for name, *_ in _begun(kernels)] == ["second", "third", "fourth", "fifth"]
     assert not list((kernels / "cache").glob("*.lock"))
 
 
