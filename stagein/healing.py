@@ -137,8 +137,12 @@ class StagedCopies:
 
         source  where chunks come from that no node has; None: where the copy came from.
 
-        Raises ChecksumError or SourceError where that has no good one either, StageinError while another job stages the data set.
+        Raises ChecksumError or SourceError where that has no good one either, UsageError where it is another data set,
+        StageinError while another job stages this one.
         """
+        with self._all.together():
+            if source is not None and self._world.rank == 0:
+                self._refuse_another(source)
         source = source or Path(self._ready.source)
         suppliers: set[str] = set()
         lease = None
@@ -157,6 +161,12 @@ class StagedCopies:
             if lease is not None:
                 lease.close()
         return self._reports(tuple(sorted(suppliers)))
+
+    def _refuse_another(self, source: Path) -> None:
+        """Refuse what is well, but another data set; what is damaged has its chunks checked one by one."""
+        with contextlib.suppress(ChecksumError, SourceError):
+            if Manifest.load(source).id != self._manifest.id:
+                raise UsageError(f"{source} is not a copy of {self._path}: their ids differ, so nothing is repaired")
 
     def _make_without_sum(self) -> None:
         links = dict(self._store.links(self._path))
@@ -231,6 +241,10 @@ class StagedCopies:
         content = bytearray(int(self._table.nbytes[chunk]))
         with self._all.together():
             if self._world.rank == rank:
+                if not root.exists():
+                    raise SourceError(
+                        f"no node has a good copy of all files, and the source {root} is gone: say with --from where one is"
+                    )
                 reader = ChunkReader(root, self._table)
                 reader.read(chunk, memoryview(content))
                 reader.close()

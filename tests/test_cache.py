@@ -146,6 +146,18 @@ def test_the_commands_print_tables_and_json(sources: list[Path], to: Path, capsy
     assert f"evicted {ids[1][:12]}" in capsys.readouterr().out and set(entries(to)) == {ids[0], ids[2]}
 
 
+def test_a_node_with_two_copies_is_named_once(
+    sources: list[Path], to: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ssd").mkdir()
+    for place in (to, tmp_path / "ssd"):
+        stage_alone(sources[0], place)
+    run_status(None, as_json=False)
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if "complete" in line]
+    assert row.split().count(Communicator().world.node_name) == 1 and printed.count(f"is a copy of {sources[0]}") == 1
+
+
 # Evict
 
 

@@ -107,9 +107,21 @@ def test_a_source_that_is_damaged_too_is_not_believed(source: Path, copy: Path, 
 
 def test_a_source_that_is_gone_is_named(source: Path, copy: Path) -> None:
     flip_quietly(copy / "shards/00001.h5", 5)
-    (source / "shards/00001.h5").unlink()
+    (source / "shards/00001.h5").rename(source.parent / "shard")
     with pytest.raises(SourceError, match=r"shards/00001.h5"):
         verify_alone(copy, repairs=True)
+    (source.parent / "shard").rename(source / "shards/00001.h5")
+    source.rename(source.with_name("elsewhere"))
+    with pytest.raises(SourceError, match=rf"the source {source} is gone: say with --from where one is"):
+        verify_alone(copy, repairs=True)
+    verify_alone(copy, repairs=True, good=source.with_name("elsewhere"))
+
+
+def test_another_data_set_is_no_source(copy: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", SHARD_SIZES, (1000, 0), seed=7)
+    flip_quietly(copy / "shards/00000.h5", 5)
+    with pytest.raises(UsageError, match=r"other is not a copy of .*: their ids differ"):
+        verify_alone(copy, repairs=True, good=tmp_path / "other")
 
 
 def test_what_another_job_stages_is_not_touched(copy: Path) -> None:

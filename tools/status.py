@@ -74,7 +74,7 @@ def _table(caches: Sequence[CacheStatus]) -> Table:
             dataset_id[:12],
             state,
             _bytes_text(entries),
-            printable(_names_text([node for node, _ in places])),
+            printable(_names_text(list(dict.fromkeys(node for node, _ in places)))),
             printable(_users_text(entries)),
             f"{seconds_text(max(0.0, time.time() - max(entry.last_used for entry in entries)))} ago",
         )
