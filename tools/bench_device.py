@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from stagein.formats.errors import UsageError
+
 from .rates import print_rates, rate_of_batches
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ def run_device(work: Work, rounds: int, round_s: float) -> None:
     from stagein.loaders.device_bounds import from_memory, our_loader, some_rows
 
     device = torch.device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices here")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:

@@ -286,7 +286,10 @@ def demo(
 
 
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
-BenchFolder = Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a temporary one]")]
+BenchFolder = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, writable=True, help="Folder to write to.  [default: a temporary one]"),
+]
 
 
 @bench_app.command("convert")
@@ -359,7 +362,9 @@ RoundSeconds = Annotated[float, typer.Option(min=0.1, help="Seconds of a round."
 def bench_load(
     images: BenchImages = None,
     tensors: BenchTensors = None,
-    codec: Annotated[str | None, typer.Option(help="Codec of the tensors, such as blosc-lz4.")] = None,
+    codec: Annotated[
+        Literal["blosc-lz4", "lz4", "zstd"] | None, typer.Option(help="Codec of the tensors.  [default: none]")
+    ] = None,
     rounds: Rounds = 7,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples in a batch.  [default: 64, tensors: 8]")
@@ -392,7 +397,10 @@ def bench_load(
 def bench_device(
     images: BenchImages = None,
     tensors: BenchTensors = None,
-    codec: Annotated[str | None, typer.Option(help="Codec of the tensors: lz4 is inflated on a GPU.")] = None,
+    codec: Annotated[
+        Literal["blosc-lz4", "lz4", "zstd"] | None,
+        typer.Option(help="Codec of the tensors: lz4 is inflated on a GPU.  [default: none]"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where batches are wanted.  [default: cuda where there is one, else cpu]")
     ] = None,
@@ -418,7 +426,9 @@ def bench_device(
 @bench_app.command("stage")
 def bench_stage(
     dataset: Annotated[Path, path_argument("DATASET", "A data set.")],
-    work: Annotated[Path, typer.Option(help="Folder for the copies of all nodes; made, and removed at the end.")],
+    work: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the copies of all nodes; made, and removed at the end.")
+    ],
     rounds: Rounds = 5,
     source_rate: Annotated[
         int | None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stagein.formats.conversion import convert
-from stagein.formats.errors import StageinError, UsageError
+from stagein.formats.errors import StageinError, UsageError, destination_error
 from stagein.formats.sources.imagefolder import scan_imagefolder
 from stagein.loaders.synthetic import PATTERNS, make_image_folder
 from stagein.receipt import Receipt
@@ -78,12 +78,15 @@ def run(folder: Path, ranks: int) -> None:
 
 def _make_empty(folder: Path) -> None:
     """Remove what an earlier demo left, and nothing else."""
-    if folder.exists():
-        if not (folder / _MARKER).exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} exists and is not from an earlier demo: choose another with --folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / _MARKER).touch()
+    try:
+        if folder.exists():
+            if not folder.is_dir() or (not (folder / _MARKER).exists() and any(folder.iterdir())):
+                raise UsageError(f"{folder} exists and is not from an earlier demo: choose another with --folder")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / _MARKER).touch()
+    except OSError as error:
+        raise destination_error(error, "making", folder) from None
 
 
 def _convert(source: Path, target: Path) -> None:
