@@ -133,7 +133,7 @@ def verify(
 def extract(
     dataset: Annotated[Path, path_argument("DATASET", "A data set.")],
     record: Annotated[int, typer.Argument(metavar="RECORD", help="Number of the record, counted from 0.")],
-    to: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
+    to: Annotated[Path, typer.Option(help="Folder for the files; made where it is missing.")] = Path(),
 ) -> None:
     """Give a record back as files.
 
@@ -232,10 +232,12 @@ def evict(
     ] = None,
     to: To = None,
     free: Annotated[
-        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Evict until this much room is free.")
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Evict until this much room is free, such as 500GB."),
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(parser=parse_age, metavar="AGE", help="Evict only what was unused for so long.")
+        float | None,
+        typer.Option(parser=parse_age, metavar="AGE", help="Evict only what was unused for so long, as 12h or 7d."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be evicted, and keep it.")] = False,
     json: Json = False,
@@ -432,7 +434,9 @@ def bench_stage(
     rounds: Rounds = 5,
     source_rate: Annotated[
         int | None,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Bytes a second of the source.  [default: as it is]"),
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="Bytes a second of the source, as 400MB.  [default: as it is]"
+        ),
     ] = None,
 ) -> None:
     """Stage-in, beside a broadcast of chunks and cp on every node.
