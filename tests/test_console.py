@@ -100,6 +100,19 @@ def test_characters_that_an_encoding_lacks_are_no_reason_to_fail(encoding: str, 
     assert json.loads(result.stdout)["source"] == str(data)
 
 
+@pytest.mark.parametrize("command", ["info", "info --json", "verify"])
+def test_a_log_on_a_full_disk_is_told_in_a_sentence(command: str, jpeg_dataset_path: Path) -> None:
+    name, *options = command.split()
+    words = [sys.executable, "-m", "stagein.tools", name, jpeg_dataset_path, *options]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 4
+    assert result.stderr.splitlines()[-1].startswith(
+        "stagein: no space left while writing to standard output: free some room"
+    )
+    assert "Traceback" not in result.stderr
+
+
 def test_what_is_staged_and_a_plan_fit_a_terminal_of_80_columns(jpeg_dataset_path: Path, tmp_path: Path) -> None:
     local = tmp_path / ("long" * 20)
     local.mkdir()

@@ -1,12 +1,16 @@
 """Printing for people: bars with rate and time left on a terminal, plain lines in a job log, sentences for errors."""
 
 import json
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from stagein.formats.errors import destination_error
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,13 +25,24 @@ _UNDECODABLE = range(0xDC80, 0xDD00)
 
 
 def say(text: str) -> None:
-    """One plain line on standard output, at once even when it goes to a file."""
-    print(printable(text), flush=True)
+    """One plain line on standard output, at once even when it goes to a file. Raises StageinError when that is full."""
+    _print(printable(text))
 
 
 def say_json(content: Mapping[str, Any]) -> None:
-    """One JSON object in a line of ASCII on standard output, for programs."""
-    print(json.dumps(content), flush=True)
+    """One JSON object in a line of ASCII on standard output, for programs. Raises StageinError when that is full."""
+    _print(json.dumps(content))
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # or Python fails once more on what is left to write, when it ends
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        raise destination_error(error, "writing", "to standard output") from None
 
 
 def complain(text: str) -> None:
