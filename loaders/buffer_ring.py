@@ -4,13 +4,15 @@ A fresh batch of 38 MB costs 9,400 page faults, 19 ms of a core: as much as deco
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
+
+_PATIENCE_SECONDS = 0.1
 
 
 class BufferRing:
@@ -18,11 +20,18 @@ class BufferRing:
 
     max_idle  buffers kept for reuse; what a caller holds on to is not counted, and replaced by fresh memory.
     pinned    page-locked memory, from torch's own pool, which also waits for copies to a GPU that are under way.
+    num_enough  buffers with which callers are expected to do: when so many are in use, `take` waits for one of them. Only until
+              it once waited in vain: somebody holds on to them.
     """
 
-    def __init__(self, max_idle: int, pinned: bool = False) -> None:
-        self._pinned = pinned
-        self._idle: deque[NDArray[np.uint8]] = deque(maxlen=max_idle)
+    def __init__(self, max_idle: int, pinned: bool = False, num_enough: float = math.inf) -> None:
+        self._max_idle, self._pinned, self._num_enough = max_idle, pinned, num_enough
+        self._num_made = 0
+        self._idle: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+
+    def __reduce__(self) -> tuple[type["BufferRing"], tuple[int, bool, float]]:
+        """In another process it begins without memory."""
+        return BufferRing, (self._max_idle, self._pinned, self._num_enough)
 
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """An array, C-contiguous, of undefined content. Safe to call from several threads."""
@@ -30,13 +39,17 @@ class BufferRing:
         if self._pinned:
             memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
             return memory.view(dtype).reshape(shape)
-        lease = np.asarray(_Lease(self._memory(nbytes), self._idle))
+        lease = np.asarray(_Lease(self._memory(nbytes), self._idle, self._max_idle))
         return lease[:nbytes].view(dtype).reshape(shape)
 
     def _memory(self, nbytes: int) -> NDArray[np.uint8]:
+        patience_s = _PATIENCE_SECONDS if self._num_made >= self._num_enough else 0.0
         try:
-            memory = self._idle.pop()  # the one used last, which may still be in the cache
-        except IndexError:
+            memory = self._idle.get(timeout=patience_s)
+        except Empty:
+            if patience_s:
+                self._num_enough = math.inf
+            self._num_made += 1
             return np.empty(nbytes, np.uint8)
         return memory if len(memory) >= nbytes else np.empty(nbytes, np.uint8)
 
@@ -47,9 +60,10 @@ class _Lease:
     Not itself an array: numpy lets a view of a view refer to the first array that is none, and so past any other.
     """
 
-    def __init__(self, memory: NDArray[np.uint8], idle: deque[NDArray[np.uint8]]) -> None:
-        self._memory, self._idle = memory, idle
+    def __init__(self, memory: NDArray[np.uint8], idle: SimpleQueue[NDArray[np.uint8]], max_idle: int) -> None:
+        self._memory, self._idle, self._max_idle = memory, idle, max_idle
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
-        self._idle.append(self._memory)  # from any thread, at any moment: a deque needs no lock for it
+        if self._idle.qsize() < self._max_idle:
+            self._idle.put(self._memory)  # from any thread, at any moment: a SimpleQueue allows that

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from queue import SimpleQueue
 
 import numpy as np
@@ -25,6 +26,9 @@ from .stats import PhaseTimes
 _BATCHES_AHEAD = 2
 """Batches worked on ahead of the caller: threads that are done with one go on with the next."""
 _MAX_IDLE_BATCHES = 4
+_BATCHES_IN_MEMORY = 2
+"""The caller's, and the one that is made. The next one after it is begun before it is done, so that no thread has to wait, but only
+decoded: what was decoded first goes into the memory of the caller's batch, once that has the next."""
 
 
 class ImageEngine:
@@ -37,7 +41,7 @@ class ImageEngine:
     ) -> None:
         self._dataset, self._graph, self._options = dataset, graph, options
         self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=False)
-        self._ring = BufferRing(_MAX_IDLE_BATCHES, pinned=options.pin_memory)
+        self._ring = BufferRing(_MAX_IDLE_BATCHES, pinned=options.pin_memory, num_enough=_BATCHES_IN_MEMORY)
         resize.prepare()
 
     @property
@@ -61,7 +65,9 @@ class ImageEngine:
                         break
                     if batch is None:
                         break
-                    in_work.append(self._begin(batch, threads))
+                    if in_work:
+                        in_work[-1].claim_rows()  # before the next one may take what it waits for
+                    in_work.append(self._begin(batch, threads, partial(self._take_rows, batch)))
                 if not in_work:
                     break
                 yield self._finish(in_work.popleft(), threads)
@@ -70,10 +76,15 @@ class ImageEngine:
         if failure is not None:
             raise failure
 
-    def _begin(self, batch: HostBatch, threads: "_RowThreads") -> "_BatchInWork":
+    def _take_rows(self, batch: HostBatch) -> NDArray[np.float32]:
+        size = self._graph.output.size
+        return self._ring.take((batch.num_rows, 3, size, size), np.float32)
+
+    def _begin(
+        self, batch: HostBatch, threads: "_RowThreads", take: Callable[[], NDArray[np.float32]]
+    ) -> "_BatchInWork":
         output = self._graph.output
-        rows = self._ring.take((batch.num_rows, 3, output.size, output.size), np.float32)
-        work = _BatchInWork(batch, self._graph.views(batch.inputs), batch.inputs[output.field], rows)
+        work = _BatchInWork(batch, self._graph.views(batch.inputs), batch.inputs[output.field], take)
         threads.begin(work)
         return work
 
@@ -84,31 +95,45 @@ class ImageEngine:
             failures = [
                 RowFailure(row, SourceError(f"{place} cannot be decoded: {reason}")) for row, place, reason in places
             ]
-            work = self._begin(self._reader.repair(work.batch, failures), threads)
+            work = self._begin(self._reader.repair(work.batch, failures), threads, work.claim_rows)
             work.wait()
-        tensors = {self._graph.output.field: torch.from_numpy(work.rows)}
+        tensors = {self._graph.output.field: torch.from_numpy(work.claim_rows())}
         tensors |= {name: torch.as_tensor(rows) for name, rows in work.batch.ready.items()}
         return replace(work.batch, inputs={}), tensors  # or its records lived as long as its tensors
 
 
 @dataclass
 class _BatchInWork:
-    """A batch whose rows are being made; `failed` has the rows that cannot be, and why."""
+    """A batch whose rows are being made, in memory that `take` gives for them; `failed` has the rows that cannot be, and why."""
 
     batch: HostBatch
     views: ImageViews
     records: list[NDArray[np.uint8]]
-    rows: NDArray[np.float32]
+    take: Callable[[], NDArray[np.float32]]
     failed: list[tuple[int, str]] = field(default_factory=list)
-    _finished: "SimpleQueue[BaseException | PhaseTimes]" = field(default_factory=SimpleQueue)
+    _results: list[BaseException | PhaseTimes] = field(default_factory=list)
+    _is_finished: threading.Event = field(default_factory=threading.Event)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim_rows(self) -> NDArray[np.float32]:
+        """All rows. Who asks first waits until there is memory for them."""
+        with self._taking:
+            return self._rows
+
+    @cached_property
+    def _rows(self) -> NDArray[np.float32]:
+        return self.take()
 
     def finish_row(self, result: BaseException | PhaseTimes) -> None:
-        self._finished.put(result)
+        self._results.append(result)
+        if len(self._results) == self.batch.num_rows:
+            self._is_finished.set()  # once a batch: to wake the caller for every row would cost threads more than it
 
     def wait(self) -> None:
         """Until all rows are made. Raises what a thread met that is not the fault of a record."""
-        for _ in range(len(self.rows)):
-            result = self._finished.get()
+        if self.batch.num_rows:
+            self._is_finished.wait()
+        for result in self._results:
             if isinstance(result, BaseException):
                 raise result
             self.batch.times.add(result)
@@ -134,7 +159,8 @@ class _RowThreads:
             thread.start()
 
     def begin(self, work: _BatchInWork) -> None:
-        for row in range(len(work.rows)):
+        largest_first = sorted(range(work.batch.num_rows), key=lambda row: -len(work.records[row]))
+        for row in largest_first:  # so that threads are done at about the same time
             self._queue.put((work, row))
 
     def close(self) -> None:
@@ -161,19 +187,21 @@ def _make_rows(
             decoded = time.perf_counter()
             if not _lies_in(window, pixels):
                 raise ValueError(f"it has {len(pixels)} rows of {pixels.shape[1] // 3} pixels, less than its size says")
-            mirror = bool(work.views.mirrored[row])
-            resize.resize_into(pixels, window, region, output.antialias, mirror, scale, offset, work.rows[row])
+            mirror, out = bool(work.views.mirrored[row]), work.claim_rows()[row]
+            began_transform = time.perf_counter()
+            resize.resize_into(pixels, window, region, output.antialias, mirror, scale, offset, out)
             result = PhaseTimes(
                 decode_s=decoded - began,
                 bytes_decoded=pixels.nbytes,
-                transform_s=time.perf_counter() - decoded,
-                bytes_transformed=work.rows[row].nbytes,
+                transform_s=time.perf_counter() - began_transform,
+                bytes_transformed=out.nbytes,
             )
         except ValueError as reason:
             work.failed.append((row, " ".join(str(reason).split())))
         except BaseException as raised:  # whatever it is, it belongs to the caller
             result = raised
         work.finish_row(result)
+        out = None
         del item, work  # or the last batch would live on until the next one comes
 
 

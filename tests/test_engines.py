@@ -21,7 +21,7 @@ from stagein.formats.errors import ChecksumError
 from stagein.formats.schema import Field, Schema
 from stagein.formats.seekable_images import SeekableJpegs
 from stagein.formats.sources.images import change_images
-from stagein.loaders import DataLoader, RecordDataset, image_eval, image_train
+from stagein.loaders import DataLoader, RecordDataset, buffer_ring, image_eval, image_train
 from stagein.loaders.batches import BatchTask
 from stagein.loaders.buffer_ring import BufferRing
 from stagein.loaders.dali_engine import DaliEngine
@@ -158,7 +158,25 @@ def test_memory_that_is_too_small_is_replaced_and_idle_memory_is_bounded():
     large[:] = 7
     assert ring.take((1000,), np.float32).shape == (1000,)
     assert (large == 7).all()
-    assert len(ring._idle) <= 2
+    assert ring._idle.qsize() <= 2
+
+
+def test_memory_that_is_about_to_come_back_is_waited_for_until_that_was_once_in_vain(monkeypatch):
+    monkeypatch.setattr(buffer_ring, "_PATIENCE_SECONDS", 60)
+    ring = BufferRing(max_idle=4, num_enough=2)
+    arrays = [ring.take((100,), np.int64) for _ in range(2)]
+    addresses = {array.ctypes.data for array in arrays}
+    giving_back = threading.Timer(0.1, arrays.clear)
+    giving_back.start()
+    again = ring.take((100,), np.int64)
+    assert again.ctypes.data in addresses
+    giving_back.join()
+    held = [again, ring.take((100,), np.int64)]
+    monkeypatch.setattr(buffer_ring, "_PATIENCE_SECONDS", 0.01)
+    held.append(ring.take((100,), np.int64))
+    monkeypatch.setattr(buffer_ring, "_PATIENCE_SECONDS", 1e6)
+    held.append(ring.take((100,), np.int64))
+    assert len({array.ctypes.data for array in held}) == 4
 
 
 # --- rows that fail ---
@@ -346,6 +364,17 @@ def test_a_kept_batch_of_images_never_changes_and_no_thread_is_left(photos):
     del batches
     gc.collect()
     assert not any(thread.name.startswith("stagein") for thread in threading.enumerate())
+
+
+def test_batches_that_are_let_go_of_lie_in_two_places_of_memory(photos, monkeypatch):
+    monkeypatch.setattr(buffer_ring, "_PATIENCE_SECONDS", 60)
+    dataset = RecordDataset(photos / "plain.st", staged=None)
+    loader = DataLoader(dataset, 2, transform=image_train(64), device="cpu", num_workers=1, decode_threads=3)
+    places = set()
+    for _ in range(2):
+        for batch in loader:  # the last one is let go of when the next one is there
+            places.add(batch["image"].data_ptr())
+    assert len(places) <= 2
 
 
 @pytest.mark.parametrize("engine", [ImageEngine, DaliEngine])
