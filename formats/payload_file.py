@@ -1,14 +1,15 @@
 """The file of a shard while its payload is written: piece by piece, each summed while it is in the processor's caches."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all, record_sums
 
-_READ_BYTES = 16 << 20
+_READ_BYTES = 512 << 10
+"""Read and summed at a time: it is in the second-level cache."""
 _WORTHWHILE_BYTES = 32 << 20
 """A smaller payload is not worth calls off the GIL."""
 
@@ -79,13 +80,15 @@ def _sizes(arrays: Iterable[NDArray[np.uint8]]) -> NDArray[np.int64]:
     return np.array([len(array) for array in arrays], np.int64)
 
 
-def first_sums(descriptor: int, nbytes: int, chunk_bytes: int) -> Iterable[bytes]:
+def first_sums(descriptor: int, nbytes: int, chunk_bytes: int) -> Iterator[bytes]:
     """The xxh3_128 of every chunk of the first `nbytes` of a file. Raises OSError."""
-    starts = range(0, nbytes, _READ_BYTES)
-    return chunk_sums((_read(descriptor, start, min(_READ_BYTES, nbytes - start)) for start in starts), chunk_bytes)
+    return chunk_sums(_pieces(descriptor, nbytes), chunk_bytes)
 
 
-def _read(descriptor: int, offset: int, nbytes: int) -> bytearray:
-    piece = bytearray(nbytes)
-    pread_exactly(descriptor, memoryview(piece), offset)
-    return piece
+def _pieces(descriptor: int, nbytes: int) -> Iterator[memoryview]:
+    """The first `nbytes` of a file; each piece until the next one is taken."""
+    buffer = memoryview(bytearray(min(_READ_BYTES, nbytes)))
+    for start in range(0, nbytes, _READ_BYTES):
+        piece = buffer[: nbytes - start]
+        pread_exactly(descriptor, piece, start)
+        yield piece

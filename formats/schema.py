@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic import Field as pydantic_field
 
 from .codecs import Codec
+from .errors import UsageError
 
 FieldKind = Literal["encoded", "ragged", "tensor", "text"]
 Storage = Literal["column", "shards"]
@@ -30,6 +31,9 @@ BFLOAT16 = "bfloat16"
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NUMBERS = (*_INTEGERS, "float16", "float32", "float64", "complex64", "complex128", BFLOAT16)
 _RESERVED_NAMES = ("READY", "index", "journal", "shards", "zarr_index")
+_LONGEST_NAME, _LONGEST_NAME_BYTES = 100, 255
+_SHOWN_LETTERS = 40
+"""Of a name in an error, at most."""
 
 
 class Field(BaseModel):
@@ -261,8 +265,7 @@ def _default_primary(fields: Mapping[str, Field]) -> str:
 
 
 def _refuse_bad_field(name: str, field: Field, *, is_primary: bool) -> None:
-    if not name.isidentifier() or name in _RESERVED_NAMES or len(name) > 100:
-        raise ValueError(f"{name!r} cannot be the name of a field: take letters, digits and _")
+    _refuse_bad_name(name)
     if field.is_variable or is_primary:
         return
     if field.storage == "column" and field.record_bytes > SMALL_FIELD_BYTES:
@@ -273,6 +276,36 @@ def _refuse_bad_field(name: str, field: Field, *, is_primary: bool) -> None:
         raise ValueError(f"field {name!r} is a column, which is kept as it is: it has no codec")
     if field.storage == "shards" and field.record_bytes == 0:
         raise ValueError(f"field {name!r} has records of no bytes: it can only be a column")
+
+
+def _refuse_bad_name(name: str) -> None:
+    """It becomes the name of a folder."""
+    if len(name) > _LONGEST_NAME or len(name.encode(errors="replace")) > _LONGEST_NAME_BYTES:
+        raise ValueError(f"the name {name[:20] + '…'!r} of a field is too long: take at most {_LONGEST_NAME} letters")
+    if name in _RESERVED_NAMES:
+        raise ValueError(f"{name!r} cannot be the name of a field, as data sets use it themselves: take another")
+    if not name.isidentifier():
+        raise ValueError(
+            f"{name!r} cannot be the name of a field: take letters, digits and _, and no digit as the first of them"
+        )
+
+
+def make_schema(fields: Mapping[str, Field], primary: str) -> Schema:
+    """The schema of these fields. Raises UsageError, in a sentence, when they cannot be one."""
+    try:
+        return Schema(fields=dict(fields), primary=primary)
+    except ValidationError as error:
+        raise UsageError(
+            f"the fields {', '.join(str(name)[:_SHOWN_LETTERS] for name in fields)} make no data set: {reason_of(error)}"
+        ) from None
+
+
+def reason_of(error: ValidationError) -> str:
+    """What is wrong with a schema, in a sentence."""
+    first = error.errors()[0]
+    if first["loc"][-1:] == ("[key]",):
+        return f"{first['input']!r} cannot be the name of a field: take a string"
+    return first["msg"].removeprefix("Value error, ")
 
 
 def column_chunk_path(name: str, field: Field) -> str:

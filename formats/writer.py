@@ -20,7 +20,7 @@ from .codecs import Codec, CodecChoice, parse_codec
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .payload import ShardBuffers
-from .schema import Schema
+from .schema import Schema, reason_of
 from .shards import (
     DEFAULT_SHARD_BYTES,
     ShardBuilder,
@@ -164,8 +164,10 @@ class Writer:
                 raise UsageError(f"{self._growing.target}: nothing was written, so there is no schema: pass one")
             try:
                 schema = infer_schema(self._first_records)
-            except (BadValueError, ValidationError) as error:
+            except BadValueError as error:
                 raise UsageError(f"the first records make no data set: {error}") from None
+            except ValidationError as error:
+                raise UsageError(f"the first records make no data set: {reason_of(error)}") from None
         records = [self._checked(record, schema) for record in self._first_records]
         means = {
             name: sum(record[name].nbytes for record in records) / max(1, len(records))

@@ -33,6 +33,7 @@ from test_source_tfrecord import bytes_list, example, float_list, write
 from test_source_webdataset import write_tar
 
 from stagein.formats import Dataset
+from stagein.formats.errors import ExitCode
 from stagein.formats.publish import PART_SUFFIX
 from stagein.formats.sources.selection import permutation
 
@@ -199,6 +200,15 @@ def test_deepcam_in_one_file(tmp_path: Path, stagein: Callable[..., tuple[int, s
     rows = write_deepcam_single(tmp_path / "träin.h5", chunks=(3, 5, 7, 4), compression="gzip")
     assert stagein("convert", "hdf5", tmp_path / "träin.h5", tmp_path / "x.st", "--shard-bytes", "99kB")[0] == 0
     assert_rows(Dataset(tmp_path / "x.st"), rows)
+
+
+def test_a_limit_that_leaves_nothing_is_refused(
+    tmp_path: Path, jpeg_folder: Path, stagein: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, stderr = stagein("convert", "imagefolder", jpeg_folder, tmp_path / "x.st", "--limit", "0")
+    assert code == ExitCode.USAGE
+    assert "Invalid value for '--limit'" in stderr
+    assert not list(tmp_path.glob("x.st*"))
 
 
 def test_limit_and_shuffle(tmp_path: Path, jpeg_folder: Path, stagein: Callable[..., tuple[int, str, str]]) -> None:

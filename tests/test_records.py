@@ -632,6 +632,27 @@ def test_schemas_that_cannot_be(fields: dict[str, Field], primary: str, message:
         Schema(fields=fields, primary=primary)
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("", "'' cannot be the name of a field: take letters"),
+        ("a/b", "'a/b' cannot be the name of a field: take letters"),
+        ("..", "'..' cannot be the name of a field: take letters"),
+        ("index", "data sets use it themselves"),
+        ("a" * 10_000, "the name 'aaaaaaaaaaaaaaaaaaaa…' of a field is too long"),
+        ("漢" * 90, "of a field is too long"),
+        (3, "3 cannot be the name of a field: take a string"),
+    ],
+    ids=["empty", "a path", "the folder above", "reserved", "long", "long in bytes", "a number"],
+)
+def test_a_name_that_cannot_be_is_told_in_a_sentence(tmp_path: Path, name: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as raised, Writer(tmp_path / "x.st") as writer:
+        writer.write({name: b"abc"})
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 200
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("name", "value"), [("shard_bytes", 0), ("chunk_bytes", 1000)])
 def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"of {value} bytes"):

@@ -59,7 +59,7 @@ class ConvertOptions:
         int | None,
         typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that makes them smaller."),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=0, help="Take the first LIMIT records only.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first LIMIT records only.")] = None
     shuffle_seed: Annotated[
         int | None, typer.Option(min=0, help="Shuffle the records by this seed, before --limit takes the first.")
     ] = None

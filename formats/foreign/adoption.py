@@ -19,7 +19,7 @@ from stagein.formats.index import RecordIndex
 from stagein.formats.listing import files_below
 from stagein.formats.manifest import DEFAULT_CHUNK_BYTES, Manifest, Origin, ShardEntry
 from stagein.formats.record_reader import RecordReader
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, make_schema
 from stagein.formats.shards import ShardLayout
 
 from .layout import ForeignPart, ForeignRecords, ForeignShard
@@ -84,7 +84,7 @@ def adopt(
     All of them are read once, for their sums, and of each the first record is decoded. Raises UsageError where they cannot be
     linked into `target`, ChecksumError for a record that cannot be decoded.
     """
-    schema = Schema(fields={**records.large, **records.columns}, primary=records.primary).resolved({})
+    schema = make_schema({**records.large, **records.columns}, records.primary).resolved({})
     capacity = {name: max(len(shard.parts[name].offset) for shard in records.shards) for name in records.large}
     layout = ShardLayout(schema, "foreign", capacity, DEFAULT_CHUNK_BYTES)
     try:

@@ -1,14 +1,12 @@
 """The fields that sources make of what they find: images with their size, and columns whose values keep their meaning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import ValidationError
 
-from stagein.formats.errors import UsageError
 from stagein.formats.images import IMAGE_SUFFIXES, read_header
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field
 from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_schema
 
 from .files import most_common
@@ -51,15 +49,6 @@ def image_size(content: memoryview) -> tuple[int, int]:
     """Height and width of a complete image file, for the column `hw`. Raises BadImageError for anything else."""
     header = read_header(content)
     return header.height, header.width
-
-
-def make_schema(fields: Mapping[str, Field], primary: str) -> Schema:
-    """The schema of these fields. Raises UsageError, in a sentence, when they cannot be one."""
-    try:
-        return Schema(fields=dict(fields), primary=primary)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the fields {', '.join(fields)} make no data set: {reason}") from None
 
 
 def number_array(value: ArrayLike) -> NDArray[np.generic]:

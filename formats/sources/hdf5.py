@@ -15,10 +15,9 @@ import h5py
 import numpy as np
 
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import Room, SourceRecord
 
-from .fields import make_schema
 from .files import SourceFile, find_files
 from .tensors import (
     BadTensorError,

@@ -13,11 +13,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from stagein.formats.errors import SourceError, UsageError, source_error
 from stagein.formats.images import BadImageError
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import BadValueError, Value, infer_schema
 
@@ -157,11 +156,7 @@ def scan_lmdb(
     images = [name for name, each in declared.items() if each.encoding in _IMAGES]
     if images and "hw" not in declared:
         declared["hw"] = SIZE_FIELD
-    try:
-        schema = Schema(fields=declared, primary=primary or (images[0] if images else ""))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the fields {', '.join(declared)} make no data set: {reason}") from None
+    schema = make_schema(declared, primary or (images[0] if images else ""))
     variable = {name: each for name, each in described.items() if each.field.is_variable}
     return LmdbRecords(
         name=source_name(source),

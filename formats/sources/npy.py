@@ -13,10 +13,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 from stagein.formats.errors import SourceError, UsageError, source_error
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 
-from .fields import make_schema
 from .files import find_files
 from .npy_files import (
     array_field,

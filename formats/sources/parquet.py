@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import BadImageError
 from stagein.formats.listing import files_below
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, reason_of
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import BadValueError, Value
 
@@ -306,8 +306,9 @@ def _make_fields(
     try:
         return columns, Schema(fields=declared, primary=primary or (images[0] if images else ""))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the columns {', '.join(columns)} make no data set: {reason}; choose by --field") from None
+        raise UsageError(
+            f"the columns {', '.join(columns)} make no data set: {reason_of(error)}; choose by --field"
+        ) from None
 
 
 def _is_struct(arrow_type: Any) -> bool:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from stagein.formats.errors import SourceError, UsageError, source_error
 from stagein.formats.images import BadImageError
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import BadValueError, Value, row_bytes, to_rows
 
-from .fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size, make_schema
+from .fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size
 from .files import most_common
 from .tensors import copy_little_endian
 

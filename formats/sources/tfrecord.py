@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from stagein.formats.checksums import Buffer, crc32c
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import BadImageError
-from stagein.formats.schema import Field, Schema
+from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, Value, to_rows
 
-from .fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size, make_schema
+from .fields import LABEL_FIELD, SIZE_FIELD, column_value, file_field, image_field, image_size
 from .files import SCAN_THREADS, SourceFile, find_files, source_name, used_files
 from .read_order import read_in_order
 from .tf_example import BadExampleError, Fetch, Span, feature_spans, feature_values, fetch_from, single_bytes

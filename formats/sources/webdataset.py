@@ -16,12 +16,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from stagein.formats.checksums import pread_exactly
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import IMAGE_SUFFIXES, BadImageError
-from stagein.formats.schema import SMALL_FIELD_BYTES, Field, Schema
+from stagein.formats.schema import SMALL_FIELD_BYTES, Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, Value, as_array
 
@@ -220,11 +219,7 @@ def _schema(members: Sequence[MemberField], encodings: set[str], primary: str | 
         fields[member.name] = member.field
         if member.content == "image":
             fields |= {"image": image_field(encodings.pop() if len(encodings) == 1 else "image"), "hw": SIZE_FIELD}
-    try:
-        return Schema(fields=fields, primary=primary or ("image" if "image" in fields else ""))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the fields {', '.join(fields)} make no data set: {reason}") from None
+    return make_schema(fields, primary or ("image" if "image" in fields else ""))
 
 
 @dataclass(frozen=True)
