@@ -128,8 +128,9 @@ def test_the_help_lists_commands_on_a_line_each(command: list[str]) -> None:
     assert len(listed) >= 8 and not any(line.endswith("...") for line in listed), shown
 
 
-def test_what_fails_at_once_shows_no_bar(path: Path, tmp_path: Path) -> None:
+def test_what_fails_at_once_shows_no_bar(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "x.png").write_bytes(png(4, 4))
-    shown = on_a_terminal("convert", "imagefolder", tmp_path / "images", path / "manifest.json" / "new.st")
+    (tmp_path / "new.st.part").write_text("in the way")
+    shown = on_a_terminal("convert", "imagefolder", tmp_path / "images", tmp_path / "new.st")
     assert [line.partition(" ")[0] for line in shown.splitlines()] == [f"{tmp_path / 'images'}:", "stagein:"]

@@ -77,7 +77,8 @@ def _insert_restarts(
     source: NDArray[np.uint8], frame: Frame, dc_definitions: list[bytes], interval: int
 ) -> SeekableJpeg:
     scan = frame.scans[0]
-    dc_tables, ac_tables = stack_tables(dc_definitions), stack_tables(list(scan.ac_tables), to_skip=True)
+    source_tables, target_tables = stack_tables(list(scan.dc_tables)), stack_tables(dc_definitions)
+    ac_tables = stack_tables(list(scan.ac_tables), to_skip=True)
     header = sequential_header(frame, dc_definitions, list(scan.ac_tables), interval)
     mcus = frame.mcu_columns * frame.mcu_rows
     source_interval = scan.restart_interval or mcus
@@ -95,7 +96,8 @@ def _insert_restarts(
         frame.mcu_columns,
         frame.mcu_rows,
         np.array(frame.mcu_components, np.int64),
-        dc_tables,
+        source_tables,
+        target_tables,
         ac_tables,
         target,
         piece_ends,
@@ -115,15 +117,17 @@ def _copy_with_restarts(
     mcu_columns: int,
     mcu_rows: int,
     mcu_components: NDArray[np.int64],
-    dc_tables: HuffmanTables,
+    source_tables: HuffmanTables,
+    target_tables: HuffmanTables,
     ac_tables: HuffmanTables,
     target: NDArray[np.uint8],
     piece_ends: NDArray[np.uint32],
 ) -> int:
     """Copy a scan of all components to `target` from `piece_ends[0]` on, with a restart marker every `interval` MCUs.
 
-    Only DC codes whose prediction changes are written anew; all between them is copied bit by bit without a look at
-    its values. Returns the bytes that `target` then has, INVALID when the scan is damaged.
+    Only DC codes whose prediction changes are written anew, by `target_tables`: `source_tables` with codes for what they have
+    none for. All between them is copied bit by bit without a look at its values. Returns the bytes that `target` then has,
+    INVALID when the scan is damaged.
     """
     mcus = mcu_columns * mcu_rows
     plain = np.empty(stop - start + PADDING_BYTES, np.uint8)
@@ -163,7 +167,7 @@ def _copy_with_restarts(
         column += 1
         for component in mcu_components:
             window = peek32(plain, position)
-            found = find_code(window >> 16, dc_tables, component)
+            found = find_code(window >> 16, source_tables, component)
             bits, size = found >> 8, found & 0xFF
             if bits == 0 or size >= DC_SIZES:
                 return INVALID
@@ -178,8 +182,8 @@ def _copy_with_restarts(
                 size = bit_size(new_change)
                 if size >= DC_SIZES:
                     return INVALID
-                bits = signed(dc_tables.length[component, size])
-                code = signed(dc_tables.code[component, size]) << size
+                bits = signed(target_tables.length[component, size])
+                code = signed(target_tables.code[component, size]) << size
                 raw = new_change if new_change >= 0 else new_change + (1 << size) - 1
                 filled, pending, pending_bits = put(target, filled, pending, pending_bits, code | raw, bits + size)
                 copied = position
