@@ -36,7 +36,7 @@ class ObjectFile:
         self._job, self._lock = _Job(path, about), Lock(path)
         self.content = read(path)
         """What is in it; None as long as it is not there."""
-        self._patient_until = time.monotonic() + _COMPILE_SECONDS
+        self._patient_until: float | None = None
         renew_in_forks(self)
 
     def renew(self) -> None:
@@ -51,22 +51,26 @@ class ObjectFile:
         """
         if self.content is not None:
             return True
-        if time.monotonic() > self._patient_until:
-            self._lock.let_go()
-            return True
         if self._job.compiler is not None:
             is_tried = not self._job.compiler.is_at_work
         elif self._lock.take():
             is_tried = self._lock.is_removed
         else:
-            return False
+            return self._takes_too_long()
         self.content = read(self._job.path)  # after that look: it may have come since the last one
         if self.content is None and self._job.compiler is None and not is_tried:
             return not _compilers.compile(self._job, self._lock, is_urgent=is_urgent)
         if self.content is not None:
             remove_lock(self._job.path)  # it may be one that we made after others had done it
         self._lock.let_go()
-        return is_tried or self.content is not None
+        return is_tried or self.content is not None or self._takes_too_long()
+
+    def _takes_too_long(self) -> bool:
+        """Whether it has been made for longer than is waited for, since that was first seen: nobody may have asked for hours before."""
+        now = time.monotonic()
+        if self._patient_until is None:
+            self._patient_until = now + _COMPILE_SECONDS
+        return now > self._patient_until
 
 
 @dataclass(eq=False)

@@ -161,7 +161,7 @@ def test_restart_markers_out_of_order_are_refused() -> None:
 
 @settings(deadline=None, max_examples=300)
 @example(name="16-bit quantisation", flips=[(0.9999, 16)], keep=1.0, header_only=True)
-@example(name="4:2:0 optimal tables", flips=[(0.75, 1)], keep=1.0, header_only=False)  # a DC code that its table has not
+@example(name="4:2:0 optimal tables", flips=[(0.75, 1)], keep=1.0, header_only=False)  # a code not in its table
 @given(
     name=st.sampled_from(sorted(VARIANTS)),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),

@@ -419,6 +419,22 @@ def test_a_compiler_that_hangs_is_ended_and_numba_runs_the_kernel(kernels: Path)
     assert _use(kernels, script).split("\n") == [f"{RESULT} True", "False"]
 
 
+@pytest.mark.parametrize("module", [SUMMING, HELD + SUMMING], ids=["made meanwhile", "not made yet"])
+def test_who_asks_again_after_a_long_time_gets_what_was_asked_for(kernels: Path, module: str) -> None:
+    (kernels / "summing.py").write_text(module)
+    script = IN_BACKGROUND + (
+        "from stagein.formats import native_jobs\nnative_jobs._COMPILE_SECONDS = 20\n"
+        "assert not sums.is_ready(*arguments)\n"
+        "clock = time.monotonic\ntime.monotonic = lambda: clock() + 30\n"
+        "while not (Path('compiler').exists() or any(Path('cache').glob('*.o'))): time.sleep(0.01)\n"
+        "Path('go').touch()\n"
+        "until = clock() + 60\n"
+        "while not sums.is_ready(*arguments): assert clock() < until; time.sleep(0.01)\n"
+        "print(sums(*arguments), squares.tolist(), 'numba' in sys.modules)\n"
+    )
+    assert _use(kernels, script) == f"{RESULT} False"
+
+
 def test_machine_code_is_kept_among_temporary_files_where_no_folder_is_to_be_had(kernels: Path) -> None:
     nowhere = {"NUMBA_CACHE_DIR": "/dev/null/cache", "TMPDIR": str(kernels)}
     assert _use(kernels, **nowhere) == f"{RESULT} False"
