@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Sampler, default_collate, default_
 
 from stagein.failure_board import join_board
 from stagein.formats.errors import UsageError
-from stagein.world import ranks_on_this_node
+from stagein.launchers import ranks_on_this_node
 
 from .bad_records import Replacement
 from .collate import RecordCollate, RecordConvert, without_records, without_rows

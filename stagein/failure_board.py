@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from stagein.formats import errors
 from stagein.formats.errors import ExitCode, StageinError
 
-from .world import find_rank, node_name, started_by_mpi
+from .launchers import started_by_mpi
+from .world import find_rank, node_name
 
 _TAG = 21_539
 """Of messages on MPI's COMM_WORLD: a number that nobody else is likely to choose."""

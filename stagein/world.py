@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from stagein.formats.errors import ExitCode, StageinError, UsageError, WatchdogError
 
+from .launchers import started_by_mpi
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -46,9 +48,6 @@ has waited between two looks, so that it is hardly later than what it waits for.
 
 _SHORT_BYTES = 504
 """Words of up to this length, which most are, take one message instead of two."""
-
-_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
-_MPI_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -330,16 +329,6 @@ def find_rank(environment: Mapping[str, str] = os.environ) -> FoundRank:
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return FoundRank(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]), "Slurm")
     return FoundRank(0, 1, "nobody")
-
-
-def ranks_on_this_node(environment: Mapping[str, str] = os.environ) -> int:
-    """How many ranks the launcher started on this node, by its own word; 1 where it says nothing."""
-    return max(1, *(int(environment.get(name, "1")) for name in _LOCAL_SIZE_VARIABLES))
-
-
-def started_by_mpi(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an MPI launcher started this process, or the script around us already started MPI."""
-    return "mpi4py.MPI" in sys.modules or any(name in environment for name in _MPI_LAUNCHER_VARIABLES)
 
 
 def connect(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Communicator:

@@ -168,3 +168,21 @@ def test_training_saves_however_early_the_signal_comes(jpeg_dataset_path: Path, 
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED, stderr
     assert "stopped by SIGUSR1 after step 1" in stderr and list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_signal_in_a_callback_in_which_nothing_can_be_raised_is_not_lost() -> None:
+    script = (
+        "import os, signal, sys, time, weakref\n"
+        "from stagein.tools import __main__ as command\n"
+        "class Watched: pass\n"
+        "def run():\n"
+        "    watched = Watched()\n"
+        "    reference = weakref.ref(watched, lambda _: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    del watched\n"
+        "    time.sleep(30)\n"
+        "command._run_command = run\n"
+        "command.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
+    sentence = "stagein: stopped by SIGTERM: run the same command again\n"
+    assert (result.returncode, result.stderr) == (ExitCode.INTERRUPTED, sentence)

@@ -21,6 +21,7 @@ _RESUMABLE = ("stage", "train")
 _NO_WORK = {"--help", "-h", "--dry-run"}
 _ONE_WORKER = re.compile(r"--workers[ =]0*1( |$)")
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
+_MOMENT_SECONDS = 1e-3
 
 
 class _StoppedError(BaseException):
@@ -33,14 +34,16 @@ class _StoppedError(BaseException):
 def main() -> None:
     """Entry point of the `stagein` command."""
     _on_signals(_stop)
+    sys.unraisablehook = _stop_later
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale that lacks a character is no reason to fail
     try:
         _run_with_little_garbage()
     except _StoppedError as stopped:
         _on_signals(signal.SIG_DFL)  # one more is one too many
+        # light modules only: others may be in the middle of their import, which cannot be begun anew
         from stagein.formats.errors import ExitCode
-        from stagein.world import started_by_mpi
+        from stagein.launchers import started_by_mpi
 
         if started_by_mpi():  # the launcher ends all ranks so, and speaks for them
             signal.raise_signal(stopped.number)
@@ -55,6 +58,16 @@ def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], NoR
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise _StoppedError(signal.Signals(number))
+
+
+def _stop_later(dropped: "sys.UnraisableHookArgs") -> None:
+    """Python drops what is raised in a callback of a weak reference, of which imports have many: it is raised again behind that."""
+    if not isinstance(dropped.exc_value, _StoppedError):
+        sys.__unraisablehook__(dropped)
+        return
+    number = dropped.exc_value.number
+    signal.signal(signal.SIGALRM, lambda *_: _stop(number, None))
+    signal.setitimer(signal.ITIMER_REAL, _MOMENT_SECONDS)
 
 
 def _run_with_little_garbage() -> None:

@@ -93,7 +93,7 @@ def print_table(table: "Table") -> None:
     """A Rich table, as wide as it needs to be where there is no terminal to fit. Brackets in its cells are no markup."""
     from rich.console import Console
 
-    from stagein.world import started_by_mpi
+    from stagein.launchers import started_by_mpi
 
     on_terminal = (
         sys.stdout.isatty() and not started_by_mpi()
