@@ -20,6 +20,7 @@ from .bad_records import Replacement
 from .collate import RecordCollate, RecordConvert, without_records, without_rows
 from .dataset import RecordDataset, SamplesAsDicts
 from .deliveries import Deliveries
+from .devices import delivery_device
 from .engine import CPU, EngineOptions, raise_first
 from .fastpath import FastPath, ReadOptions
 from .fetching import FedSteps, FetchSamples, TransformedCollate
@@ -584,18 +585,4 @@ def _decode_threads(asked: int | None) -> int:
 
 def _delivery(dataset: object, device: torch.device | str | None) -> torch.device | None:
     """Where batches are delivered; None where nobody says so."""
-    return None if device is None and not isinstance(dataset, RecordDataset) else _delivery_device(device)
-
-
-def _delivery_device(device: torch.device | str | None) -> torch.device:
-    """`device` with its index; by default the current CUDA device where there is one, else the CPU."""
-    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if wanted.type not in ("cpu", "cuda"):
-        raise UsageError(f"device={str(wanted)!r} is not supported: batches are delivered on 'cpu' or on 'cuda'")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device={str(wanted)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here"
-        )
-    if wanted.type == "cuda" and wanted.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return wanted
+    return None if device is None and not isinstance(dataset, RecordDataset) else delivery_device(device)

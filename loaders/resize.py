@@ -1,7 +1,6 @@
 """From pixels to a row of a batch in one pass: crop, resize, mirror, normalise, height x width x channel to planes."""
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ def prepare() -> None:
     ones = np.ones(3, np.float32)
     window, region = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 1.0])
     pixels, out = np.zeros((1, 3), np.uint8), np.empty((3, 1, 1), np.float32)
-    _resize.prepare(*_arguments(pixels, window, region, True, False, ones, ones, out))
+    _resize.prepare(pixels, window, region, True, False, ones, ones, *_work_memory(window, region, True, 1), out)
 
 
 def resize_into(
@@ -37,27 +36,20 @@ def resize_into(
     antialias  the filter is as wide as a pixel of the result, where that is larger: the rule, and the rounding of its
              bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
     """
-    _resize(*_arguments(pixels, window, region, antialias, mirror, scale, offset, out))
+    memory = _work_memory(window, region, antialias, out.shape[1])
+    _resize(pixels, window, region, antialias, mirror, scale, offset, *memory, out)
 
 
-def _arguments(
-    pixels: NDArray[np.uint8],
-    window: NDArray[np.int64],
-    region: NDArray[np.float64],
-    antialias: bool,
-    mirror: bool,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    out: NDArray[np.float32],
-) -> tuple[Any, ...]:
-    """Of the kernel: those of `resize_into`, and memory to work in."""
-    size = out.shape[1]
+def _work_memory(
+    window: NDArray[np.int64], region: NDArray[np.float64], antialias: bool, size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """For the first pixels of the results, [2, size], their weights in both directions, and a row of the image."""
     top, left, bottom, right = region.tolist()
     taps_y, taps_x = _taps(bottom - top, size, antialias), _taps(right - left, size, antialias)
     first = np.empty((2, size), np.int64)
     weight_y, weight_x = np.empty((size, taps_y), np.float32), np.empty((size, taps_x), np.float32)
     row = np.zeros(3 * (int(window[3]) + taps_x), np.float32)  # beyond the width it is read with weight 0
-    return (pixels, window, region, antialias, mirror, scale, offset, first, weight_y, weight_x, row, out)
+    return first, weight_y, weight_x, row
 
 
 def _taps(extent: float, size: int, antialias: bool) -> int:

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stagein.formats.errors import UsageError
-
 from .rates import print_rates, rate_of_batches
 
 if TYPE_CHECKING:
@@ -30,16 +28,11 @@ class Work:
 
 def run_device(work: Work, rounds: int, round_s: float) -> None:
     """Measure and print: a line of JSON for each, a table of shares of the rate from memory, then what `explain()` says."""
-    import torch
-
     from stagein.loaders import RecordDataset, image_train
     from stagein.loaders.device_bounds import from_memory, our_loader, some_rows
+    from stagein.loaders.devices import delivery_device
 
-    device = torch.device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices here")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = delivery_device(work.device, "--device {}")
     with tempfile.TemporaryDirectory(prefix="stagein-bench-") as made:
         dataset = RecordDataset(_data_set(work, Path(made)), staged=None)
         graph = None if work.tensors else image_train(work.size)

@@ -356,6 +356,7 @@ BenchImages = Annotated[
     Path | None, typer.Argument(metavar="IMAGES", help="Folder of class folders of JPEGs.  [default: a synthetic one]")
 ]
 BenchTensors = Annotated[Literal["float32", "int16"] | None, typer.Option(help="Load such tensors instead of images.")]
+TensorCodec = Literal["blosc-lz4", "lz4", "zstd"]
 CropPixels = Annotated[int, typer.Option(min=8, help="Pixels, height and width, that random crops are resized to.")]
 RoundSeconds = Annotated[float, typer.Option(min=0.1, help="Seconds of a round.")]
 
@@ -364,9 +365,7 @@ RoundSeconds = Annotated[float, typer.Option(min=0.1, help="Seconds of a round."
 def bench_load(
     images: BenchImages = None,
     tensors: BenchTensors = None,
-    codec: Annotated[
-        Literal["blosc-lz4", "lz4", "zstd"] | None, typer.Option(help="Codec of the tensors.  [default: none]")
-    ] = None,
+    codec: Annotated[TensorCodec | None, typer.Option(help="Codec of the tensors.  [default: none]")] = None,
     rounds: Rounds = 7,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples in a batch.  [default: 64, tensors: 8]")
@@ -400,7 +399,7 @@ def bench_device(
     images: BenchImages = None,
     tensors: BenchTensors = None,
     codec: Annotated[
-        Literal["blosc-lz4", "lz4", "zstd"] | None,
+        TensorCodec | None,
         typer.Option(help="Codec of the tensors: lz4 is inflated on a GPU.  [default: none]"),
     ] = None,
     device: Annotated[
