@@ -167,7 +167,7 @@ def choose_evicted(
     """The entries to evict, the one unused for longest first. Pure: it decides, and removes nothing.
 
     named              ids: these, whatever else is said.
-    wanted_free_bytes  as many as it takes to have that much room.
+    wanted_free_bytes  as many as it takes to have that much room; none where all together would not give it.
     unused_since       only those not used after this Unix time; without `wanted_free_bytes` all of them.
     spared             the id of one that stays.
 
@@ -188,7 +188,7 @@ def choose_evicted(
             break
         chosen.append(entry)
         free += entry.disk_bytes
-    return chosen
+    return chosen if free >= wanted_free_bytes else []
 
 
 def make_room(to: Path, node: str, wanted_free_bytes: int, spared: str) -> list[CacheEntry]:
@@ -198,8 +198,6 @@ def make_room(to: Path, node: str, wanted_free_bytes: int, spared: str) -> list[
     """
     status = read_cache(to, node)
     chosen = choose_evicted(status, wanted_free_bytes=wanted_free_bytes, spared=spared)
-    if status.free_bytes + sum(entry.disk_bytes for entry in chosen) < wanted_free_bytes:
-        return []
     return [entry for entry in chosen if evict(to, entry)]
 
 

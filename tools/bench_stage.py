@@ -99,7 +99,8 @@ def run_stage(source: Path, work: Path, rounds: int, source_rate: int | None) ->
         communicator = connect()
     if communicator.world.nodes == 1:
         raise UsageError("there is nobody to pass anything on to: start it with mpirun -n 2 or more")
-    manifest = Manifest.load(source)
+    with communicator.together():
+        manifest = Manifest.load(source)
     try:
         rates = _bench(communicator, source, work, rounds, source_rate)
     finally:

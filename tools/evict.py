@@ -43,11 +43,12 @@ def run(
     """Evict the data sets named, by id or path; else those unused for longest until `free_bytes` are free, or all unused so long.
 
     Raises, on every rank, UsageError when nothing says what to evict, StageinError when what was named is in use,
-    NoSpaceError when `free_bytes` cannot be reached.
+    NoSpaceError when `free_bytes` cannot be reached on some node, which keeps everything then.
     """
-    if not datasets and free_bytes is None and unused_seconds is None:
-        raise UsageError("say what to evict: data sets by id or path, --free SIZE, or --older-than AGE")
     communicator = connect()
+    with communicator.together():
+        if not datasets and free_bytes is None and unused_seconds is None:
+            raise UsageError("say what to evict: data sets by id or path, --free SIZE, or --older-than AGE")
     caches = gather_caches(communicator, to)
     evicted: list[Evicted] = []
     failure: StageinError | None = None
@@ -59,7 +60,7 @@ def run(
                 if cache.node == communicator.world.node_name:
                     entries = choose_evicted(cache, ids, free_bytes, before)
                     evicted += _evict(cache, entries, must=bool(ids), dry_run=dry_run)
-                    failure = failure or _shortage(cache, evicted, free_bytes, dry_run)
+                    failure = failure or _shortage(cache, evicted, free_bytes, before)
     everything = [each for of_rank in communicator.gather_all(evicted) for each in of_rank]
     if communicator.world.rank == 0:
         _report(everything, dry_run, as_json)
@@ -105,16 +106,16 @@ def _in_use_text(cache: CacheStatus, entry: CacheEntry) -> str:
 
 
 def _shortage(
-    cache: CacheStatus, evicted: Sequence[Evicted], free_bytes: int | None, dry_run: bool
+    cache: CacheStatus, evicted: Sequence[Evicted], free_bytes: int | None, unused_since: float | None
 ) -> NoSpaceError | None:
-    """What to say when there is still less room than was asked for."""
+    """What to say when there is, or would be, less room than was asked for."""
     freed_bytes = sum(each.freed_bytes for each in evicted if each.to == cache.to)
-    has_bytes = cache.free_bytes + freed_bytes
-    if free_bytes is None or has_bytes >= free_bytes:
+    if free_bytes is None or cache.free_bytes + freed_bytes >= free_bytes:
         return None
+    idle_bytes = sum(entry.disk_bytes for entry in choose_evicted(cache, unused_since=unused_since))
     return NoSpaceError(
-        f"{cache.to} on node {cache.node} {'would have' if dry_run else 'has'} {bytes_text(has_bytes)} free, not "
-        f"{bytes_text(free_bytes)}: the rest is in use, or does not belong to stagein; see `stagein status`"
+        f"{cache.to} on node {cache.node} cannot have {bytes_text(free_bytes)} free: {bytes_text(cache.free_bytes)} are, and "
+        f"{bytes_text(idle_bytes)} could be evicted; `stagein status` shows what is in use"
     )
 
 
