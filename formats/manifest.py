@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NoReturn
 
@@ -198,10 +198,14 @@ class Manifest(BaseModel):
     @classmethod
     def parse(cls, content: bytes, name: Path | str) -> "Manifest":
         """Read a manifest from bytes. Raises SourceError, one sentence, for whatever is wrong; `name` is named in it."""
-        _refuse_foreign(content, name)
+        version = _version_of(content, name)
+        if version[:1] > FORMAT_VERSION[:1]:
+            _refuse_newer(name, version)
         try:
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
+            if version > FORMAT_VERSION:
+                _refuse_newer(name, version)
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the whole"
             reason = first["msg"].removeprefix("Value error, ")
@@ -235,8 +239,14 @@ def _refuse(name: Path | str, reason: str) -> NoReturn:
     raise SourceError(f"{name} {reason}; restore it from a good copy or convert the data set again")
 
 
-def _refuse_foreign(content: bytes, name: Path | str) -> None:
-    """Say first what a schema error would only hint at: no JSON, another format, a version from the future."""
+def _refuse_newer(name: Path | str, version: Sequence[int]) -> NoReturn:
+    theirs, ours = (".".join(map(str, each)) for each in (version, FORMAT_VERSION))
+    raise SourceError(f"{name} has format version {theirs}, this stagein reads {ours}: install a newer stagein")
+
+
+def _version_of(content: bytes, name: Path | str) -> tuple[int, ...]:
+    """The format version it claims; () where it claims none. Says first what a schema error would only hint at: no JSON, another
+    format."""
     try:
         header = json.loads(content)
     except (ValueError, RecursionError):
@@ -244,7 +254,6 @@ def _refuse_foreign(content: bytes, name: Path | str) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT_NAME:
         _refuse(name, f'is not a manifest of this format (no "format": "{FORMAT_NAME}")')
     version = header.get("version")
-    if isinstance(version, list) and version and isinstance(version[0], int) and version[0] > FORMAT_VERSION[0]:
-        raise SourceError(
-            f"{name} has format version {version[0]}, this stagein reads up to {FORMAT_VERSION[0]}: install a newer stagein"
-        )
+    if not isinstance(version, list) or not all(isinstance(part, int) for part in version):
+        return ()
+    return tuple(version)
