@@ -138,3 +138,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="no duration"):
         parse_age(text)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_reason_to_fail(closed: str, jpeg_folder: Path, tmp_path: Path) -> None:
+    stagein = f"{sys.executable} -m stagein.tools"
+    for command in (
+        f"convert imagefolder {jpeg_folder} {tmp_path / 'x.st'}",
+        f"verify {tmp_path / 'x.st'}",
+        f"info {tmp_path / 'x.st'}",
+    ):
+        subprocess.run(f"{stagein} {command} {closed}", shell=True, check=True, timeout=100)

@@ -33,6 +33,7 @@ class _StoppedError(BaseException):
 
 def main() -> None:
     """Entry point of the `stagein` command."""
+    _open_closed_streams()
     _on_signals(_stop)
     sys.unraisablehook = _stop_later
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,6 +50,14 @@ def main() -> None:
             signal.raise_signal(stopped.number)
         print(f"stagein: stopped by {stopped.number.name}: run the same command again", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _open_closed_streams() -> None:
+    """Lead standard streams that came closed to nowhere: a file of ours would get such a number, and what libraries print."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], NoReturn]) -> None:
