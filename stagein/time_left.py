@@ -27,9 +27,7 @@ def job_seconds_left(environment: Mapping[str, str] = os.environ) -> float | Non
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds of `[[days-]hours:]minutes:seconds`, as squeue prints it, or of a plain number of seconds; None for other text."""
-    if text.isdigit():
-        return float(text)
+    """Seconds of `[[days-]hours:]minutes:seconds`, as squeue prints it; None for other text."""
     match = _DURATION.fullmatch(text)
     if match is None:
         return None
