@@ -8,13 +8,15 @@ Three traps shape this file (all tried with HDF5 1.14):
   of its objects is freed, with a traceback that nobody can catch. So it hears of no failed write: `_Hdf5File` keeps it.
 """
 
+import functools
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import h5py
 import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
@@ -27,9 +29,17 @@ from .errors import StageinError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+Attribute: TypeAlias = str | np.uint64 | tuple[int, ...]
+"""Of a shard file; a tuple is the numbers of a version."""
+SmallValues: TypeAlias = Mapping[str, NDArray[np.generic]]
+"""Of the small data sets of a shard file, by name."""
+
 _ZARR_INDEX = "zarr_index"
 _ALIGN_ABOVE_BYTES = 65536
 _ALIGNMENT_BYTES = 4096
+_KEPT_SKELETONS, _KEPT_BYTES = 8, 4 << 20
+"""So many are kept, if their small data sets have no more bytes: shards are often alike, field by field, and HDF5 takes milliseconds
+for one, in which no other thread of ours runs."""
 
 
 class _Hdf5File(io.FileIO):
@@ -91,34 +101,34 @@ def _create_contiguous(
 
 @dataclass(frozen=True)
 class Hdf5Structure:
-    """All of a shard file but the bytes of its payload: what the payload is, small data sets, and attributes.
+    """All of a shard file but values: what its payload is, its attributes, and its small data sets, (name, dtype, shape). Files of equal
+    structure differ in nothing else.
 
-    `dtypes` are the types of data sets that numpy has not: their elements are the bits.
+    `dtypes` are the types of data sets that numpy has not, (name, type): their elements are the bits.
     """
 
     payload_name: str
     payload_shape: tuple[int, ...]
     payload_dtype: str
-    small: Mapping[str, NDArray[np.generic]]
-    attributes: Mapping[str, object]
-    dtypes: Mapping[str, str]
+    small: tuple[tuple[str, np.dtype[np.generic], tuple[int, ...]], ...]
+    attributes: tuple[tuple[str, Attribute], ...]
+    dtypes: tuple[tuple[str, str], ...]
 
-    def is_like(self, other: "Hdf5Structure") -> bool:
-        """Whether the file of another shard of the same field differs in nothing but the values of small data sets."""
-        kinds, others = (
-            {name: (values.dtype, values.shape) for name, values in each.small.items()} for each in (self, other)
-        )
-        return kinds == others and self.payload_shape == other.payload_shape
+    @property
+    def small_bytes(self) -> int:
+        """Of all small data sets."""
+        return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.small)
 
-    def write(self, file: h5py.File) -> None:
+    def write(self, file: h5py.File, values: SmallValues) -> None:
         """Write the attributes and the small data sets."""
-        file.attrs.update(self.attributes)
-        for name, values in self.small.items():
-            file.create_dataset(name, data=values)
+        for name, value in self.attributes:
+            file.attrs[name] = np.array(value, np.uint16) if isinstance(value, tuple) else value
+        for name, _, _ in self.small:
+            file.create_dataset(name, data=values[name])
 
     def name_dtypes(self, file: h5py.File) -> None:
         """Say of which type the elements of data sets are that numpy has no type for."""
-        for name, dtype in self.dtypes.items():
+        for name, dtype in self.dtypes:
             file[name].attrs["dtype"] = dtype
 
 
@@ -142,11 +152,11 @@ class Skeleton:
         """Of the whole file."""
         return len(self.head) + self.payload_bytes + len(self.tail)
 
-    def fill(self, small: Mapping[str, NDArray[np.generic]]) -> None:
-        """Give the small data sets other values, of the same types and shapes."""
-        for name, values in small.items():
-            if values.size:
-                self._put(self.places[name], values.tobytes())
+    def fill(self, values: SmallValues) -> None:
+        """Give the small data sets their values."""
+        for name, content in values.items():
+            if content.size:
+                self._put(self.places[name], content.tobytes())
 
     def fill_index(self, index: bytes) -> None:
         """Give the Zarr index its content."""
@@ -160,12 +170,20 @@ class Skeleton:
 
 
 def create_skeleton(structure: Hdf5Structure, index_bytes: int) -> Skeleton:
-    """All of a shard but its payload, and with room for a Zarr index of so many bytes, if any."""
+    """All of a shard but its payload, with zeros in its small data sets and room for a Zarr index of so many bytes, if any."""
+    if structure.small_bytes > _KEPT_BYTES:
+        return _make_skeleton(structure, index_bytes)
+    kept = _kept_skeleton(structure, index_bytes)
+    return replace(kept, head=kept.head.copy(), tail=kept.tail.copy())
+
+
+def _make_skeleton(structure: Hdf5Structure, index_bytes: int) -> Skeleton:
+    zeros = {name: np.zeros(shape, dtype) for name, dtype, shape in structure.small}
     descriptor = os.memfd_create("shard")
     try:
         with _open(descriptor, "w") as file:
-            structure.write(file)
-            places = {name: file[name].id.get_offset() for name in structure.small}
+            structure.write(file, zeros)
+            places = {name: file[name].id.get_offset() for name in zeros}
             payload = _create_contiguous(
                 file,
                 structure.payload_name,
@@ -186,8 +204,15 @@ def create_skeleton(structure: Hdf5Structure, index_bytes: int) -> Skeleton:
     return Skeleton(head, payload_bytes, tail, index_bytes, places)
 
 
+_kept_skeleton = functools.lru_cache(_KEPT_SKELETONS)(_make_skeleton)
+
+
 def create_chunked(
-    path: Path, structure: Hdf5Structure, hdf5_filter: tuple[int, tuple[int, ...]], records: Iterable[memoryview]
+    path: Path,
+    structure: Hdf5Structure,
+    values: SmallValues,
+    hdf5_filter: tuple[int, tuple[int, ...]],
+    records: Iterable[memoryview],
 ) -> NDArray[np.uint64]:
     """Write all of a shard, its payload as one filtered chunk a record; `records` are the chunks as they are stored.
 
@@ -195,7 +220,7 @@ def create_chunked(
     """
     shape = structure.payload_shape
     with _open(path, "w") as file:
-        structure.write(file)
+        structure.write(file, values)
         number, parameters = hdf5_filter
         dataset = file.create_dataset(
             structure.payload_name,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import hdf5_shard, zarr_view
 from .checksums import pwrite_all
-from .hdf5_shard import Hdf5Structure, Skeleton
+from .hdf5_shard import Attribute, Hdf5Structure, Skeleton, SmallValues
 from .manifest import FORMAT_VERSION, ShardEntry
 from .payload import FieldContent
 from .payload_file import PayloadFile, first_sums
@@ -106,8 +106,8 @@ class ShardFile:
         hdf5_filter = field.codec.hdf5_filter(field.stored_dtype.itemsize, field.record_bytes)
         descriptor = self._open()
         try:
-            structure = _structure(name, content, layout)
-            self._offset = hdf5_shard.create_chunked(self._part, structure, hdf5_filter, mine.records())
+            structure, values = _structure(name, content, layout.schema), _small_values(name, content, layout.schema)
+            self._offset = hdf5_shard.create_chunked(self._part, structure, values, hdf5_filter, mine.records())
             self._data_offset = int(self._offset.min())
             if "zarr" in layout.container:
                 room = zarr_view.index_nbytes(layout.inner_chunks(name))
@@ -131,7 +131,7 @@ class _LaidOut:
         self._descriptor = descriptor
         self._name = name
         self._layout = layout
-        self._structure = _structure(name, expected, layout)
+        self._structure = _structure(name, expected, layout.schema)
         payload_bytes = expected.large_fields[name].payload_bytes
         index_bytes = zarr_view.index_nbytes(layout.inner_chunks(name)) if "zarr" in layout.container else 0
         if layout.container == "zarr":
@@ -143,7 +143,7 @@ class _LaidOut:
 
     def is_for(self, content: ShardContent) -> bool:
         """Whether the content is like what was expected."""
-        return self._structure.is_like(_structure(self._name, content, self._layout))
+        return self._structure == _structure(self._name, content, self._layout.schema)
 
     def written_payload(self, nbytes: int) -> memoryview:
         """The payload that was written, also when this is closed and the file removed."""
@@ -157,7 +157,7 @@ class _LaidOut:
         if mine.pieces:
             mine.crc32c[:] = self.file.append(mine.pieces, mine.nbytes)
         if self.skeleton.places:
-            self.skeleton.fill(_structure(name, content, self._layout).small)
+            self.skeleton.fill(_small_values(name, content, self._layout.schema))
         if self.skeleton.index_bytes:
             start = self.skeleton.payload_offset
             self.skeleton.fill_index(self._layout.zarr_index(name, start, mine.payload_bytes, offset, mine.nbytes))
@@ -171,38 +171,45 @@ class _LaidOut:
             self._descriptor = -1
 
 
-def _structure(name: str, content: ShardContent, layout: ShardLayout) -> Hdf5Structure:
+def _structure(name: str, content: ShardContent, schema: Schema) -> Hdf5Structure:
     """The file of a large field; the columns stand in that of the primary one."""
-    schema, field, mine = layout.schema, layout.schema.fields[name], content.large_fields[name]
-    small: dict[str, NDArray[np.generic]] = {f"{name}/crc32c": mine.crc32c, **_hdf5_places(name, field, mine)}
+    field = schema.fields[name]
     data_names = {name: f"{name}/data"}
     if name == schema.primary:
-        small |= dict(content.columns)
         data_names |= {column: column for column in content.columns}
-        for column, values in content.ragged_columns.items():
-            declared = schema.fields[column]
-            data_names[column] = f"{column}/data"
-            small[data_names[column]] = np.frombuffer(values.pieces[0], declared.stored_dtype).reshape(
-                -1, *declared.row_shape
-            )
-            small |= _hdf5_places(column, declared, values)
-    attributes = shard_attributes(schema, name, content.records)
-    dtypes = {path: BFLOAT16 for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16}
+        data_names |= {column: f"{column}/data" for column in content.ragged_columns}
     return Hdf5Structure(
         f"{name}/data",
         (content.rows(name, field), *field.row_shape),
         field.stored_dtype.name,
-        small,
-        attributes,
-        dtypes,
+        tuple((path, values.dtype, values.shape) for path, values in _small_values(name, content, schema).items()),
+        tuple(shard_attributes(schema, name, content.records).items()),
+        tuple(
+            (path, BFLOAT16) for each, path in data_names.items() if schema.fields[each].array_dtype_name == BFLOAT16
+        ),
     )
 
 
-def shard_attributes(schema: Schema, name: str, records: int) -> dict[str, object]:
+def _small_values(name: str, content: ShardContent, schema: Schema) -> SmallValues:
+    """The small data sets in the file of a large field."""
+    field, mine = schema.fields[name], content.large_fields[name]
+    small: dict[str, NDArray[np.generic]] = {f"{name}/crc32c": mine.crc32c, **_hdf5_places(name, field, mine)}
+    if name == schema.primary:
+        small |= content.columns
+        for column, values in content.ragged_columns.items():
+            declared = schema.fields[column]
+            small[f"{column}/data"] = np.frombuffer(values.pieces[0], declared.stored_dtype).reshape(
+                -1, *declared.row_shape
+            )
+            small |= _hdf5_places(column, declared, values)
+    return small
+
+
+def shard_attributes(schema: Schema, name: str, records: int) -> dict[str, Attribute]:
     """The HDF5 attributes of a shard file of the field `name`."""
     return {
         "stagein_format": "stagein-shard",
-        "stagein_version": np.asarray(FORMAT_VERSION, dtype=np.uint16),
+        "stagein_version": FORMAT_VERSION,
         "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
         "field": name,
         "num_records": np.uint64(records),

@@ -22,6 +22,7 @@ from stagein.formats import Dataset, Field, Schema, Writer, payload_file, verify
 from stagein.formats.checksums import chunk_sums, crc32c
 from stagein.formats.codecs import LZ4, WORK_BYTES, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, NoSpaceError, UsageError
+from stagein.formats.hdf5_shard import Hdf5Structure, create_skeleton
 from stagein.formats.manifest import Container
 from stagein.formats.payload_file import PayloadFile
 from stagein.formats.read_kernels import decode_record
@@ -281,6 +282,17 @@ def test_lz4_blocks_are_equal_and_small(record_bytes: int) -> None:
     block_bytes = lz4_block_bytes(record_bytes)
     assert record_bytes % block_bytes == 0
     assert block_bytes <= 65536 or block_bytes == record_bytes
+
+
+def test_what_fills_one_shard_is_in_no_other_of_the_same_structure() -> None:
+    small = (("x/crc32c", np.dtype(np.uint32), (3,)),)
+    structure = Hdf5Structure("x/data", (5, 8), "uint8", small, (("field", "x"), ("stagein_version", (1, 0))), ())
+    first, empty = create_skeleton(structure, 16), create_skeleton(structure, 16)
+    assert first == empty
+    first.fill({"x/crc32c": np.arange(1, 4, dtype=np.uint32)})
+    first.fill_index(bytes(range(16)))
+    assert first.head + first.tail != empty.head + empty.tail
+    assert create_skeleton(structure, 16) == empty
 
 
 @pytest.mark.parametrize("worthwhile_bytes", [0, 1 << 40], ids=["by kernels", "by Python"])
