@@ -3,7 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +241,7 @@ class _ShardWriter:
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="stagein publisher")
         self._written = _DONE
         """Done when the other thread is."""
+        self._is_turn_of_other = False
         self._unpublished: deque[Future[FinishedShard]] = deque()
         self._finished: list[FinishedShard] = []
         self._shards = self._records = 0
@@ -321,8 +322,13 @@ class _ShardWriter:
         self._builder = self._new_builder()
 
     def _write(self, shard: GrowingShard, content: ShardContent) -> Future[None]:
-        """Write a shard: another thread does while the next one fills, this one where the other is not done with the last."""
-        if self._written.done():
+        """Write a shard: another thread does while the next one fills, this one where the other is not done with the last. They take
+        turns: what the other began before this one wrote a whole shard is about to be done.
+        """
+        if self._is_turn_of_other:
+            wait([self._written])
+        self._is_turn_of_other = not self._written.done()
+        if not self._is_turn_of_other:
             self._written = self._writing.submit(shard.write, content)
             self._buffers.reverse()
             return self._written
