@@ -33,35 +33,54 @@ def decode_blosc(stored: NDArray[np.uint8], record: NDArray[np.uint8], planes: N
 
     planes  memory to work in, WORK_BYTES.
     """
-    # Sizes first: the library trusts them.
-    if len(stored) < _HEADER_BYTES or little_endian_32(stored, 4) != len(record):
-        return False
-    if little_endian_32(stored, 12) != len(stored) or stored[0] != _FORMAT_VERSION:
-        return False
-    flags, itemsize, block_bytes = signed(stored[2]), signed(stored[3]), little_endian_32(stored, 8)
-    is_ours = flags & (_SHUFFLED | _FLAGS_OF_OTHERS) == _SHUFFLED and flags >> 5 == _LZ4_FLAGS
-    if not is_ours or itemsize not in (2, 4, 8) or not 0 < block_bytes <= WORK_BYTES:
-        made = blosc_decompress(stored.ctypes.data, record.ctypes.data, len(record), 1)
-        return signed(made) == len(record)
-    blocks = (len(record) + block_bytes - 1) // block_bytes
-    if len(stored) < _HEADER_BYTES + 4 * blocks:
-        return False
-    for number in range(blocks):
-        start = number * block_bytes
-        block = record[start : min(start + block_bytes, len(record))]
-        is_split = (
-            flags & _ONE_STREAM == 0
-            and len(block) == block_bytes
-            and block_bytes // itemsize >= _FEWEST_BYTES_OF_A_STREAM
-        )
-        position = little_endian_32(stored, _HEADER_BYTES + 4 * number)
-        if not _decode_block(stored, position, itemsize if is_split else 1, itemsize, block, planes):
-            return False
-    return True
+    blocks = own_blocks(stored, record)
+    if blocks <= 0:
+        return blocks == 0 and decode_by_library(stored, record)
+    good = 0
+    while good < blocks and decode_block(stored, good, record, planes):
+        good += 1
+    return good == blocks
 
 
 @kernel
-def _decode_block(
+def own_blocks(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> int:
+    """How many blocks a frame has that `decode_block` takes; 0: it is for the library; below: it is no record of this size, or not all of
+    `stored`."""
+    # Sizes first: the library trusts them.
+    if len(stored) < _HEADER_BYTES or little_endian_32(stored, 4) != len(record):
+        return -1
+    if little_endian_32(stored, 12) != len(stored) or stored[0] != _FORMAT_VERSION:
+        return -1
+    flags, itemsize, block_bytes = signed(stored[2]), signed(stored[3]), little_endian_32(stored, 8)
+    is_ours = flags & (_SHUFFLED | _FLAGS_OF_OTHERS) == _SHUFFLED and flags >> 5 == _LZ4_FLAGS
+    if not is_ours or itemsize not in (2, 4, 8) or not 0 < block_bytes <= WORK_BYTES:
+        return 0
+    blocks = (len(record) + block_bytes - 1) // block_bytes
+    return blocks if len(stored) >= _HEADER_BYTES + 4 * blocks else -1
+
+
+@kernel
+def decode_by_library(stored: NDArray[np.uint8], record: NDArray[np.uint8]) -> bool:
+    """Fill `record` by c-blosc; False when it finds `stored` damaged."""
+    made = blosc_decompress(stored.ctypes.data, record.ctypes.data, len(record), 1)
+    return signed(made) == len(record)
+
+
+@kernel
+def decode_block(stored: NDArray[np.uint8], number: int, record: NDArray[np.uint8], planes: NDArray[np.uint8]) -> bool:
+    """Fill block `number` of a record, of a frame with `own_blocks`; False when it is damaged."""
+    flags, itemsize, block_bytes = signed(stored[2]), signed(stored[3]), little_endian_32(stored, 8)
+    start = number * block_bytes
+    block = record[start : min(start + block_bytes, len(record))]
+    is_split = (
+        flags & _ONE_STREAM == 0 and len(block) == block_bytes and block_bytes // itemsize >= _FEWEST_BYTES_OF_A_STREAM
+    )
+    position = little_endian_32(stored, _HEADER_BYTES + 4 * number)
+    return _decode_streams(stored, position, itemsize if is_split else 1, itemsize, block, planes)
+
+
+@kernel
+def _decode_streams(
     stored: NDArray[np.uint8], position: int, streams: int, itemsize: int, block: NDArray[np.uint8], planes: NDArray[np.uint8]
 ) -> bool:  # fmt: skip
     """Fill `block` from the streams of LZ4 at `position`, equally long, which together are its planes one after the other."""

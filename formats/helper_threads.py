@@ -36,16 +36,21 @@ class HelperThreads:
         Threads that have not begun when the caller is done are not waited for, so `work` takes what there is to do piece by
         piece. Raises what it raises, when no thread is at it any more.
         """
-        self._start(threads - 1)
-        futures: list[Future[Result]] = [Future() for _ in range(threads - 1)]
-        for future in futures:
-            self._tasks.put((future, work))
+        futures = self.begin(work, threads - 1)
         try:
             results = [work()]
         finally:
             begun = [future for future in futures if not future.cancel()]
             wait(begun)
         return results + [future.result() for future in begun]
+
+    def begin(self, work: Callable[[], Result], threads: int) -> "list[Future[Result]]":
+        """Have `work()` done in so many threads, each as soon as it is idle: perhaps when the caller has long gone on."""
+        self._start(threads)
+        futures: list[Future[Result]] = [Future() for _ in range(threads)]
+        for future in futures:
+            self._tasks.put((future, work))
+        return futures
 
     def close(self) -> None:
         """End the threads, and wait until they have."""

@@ -97,17 +97,23 @@ def signed(value: SupportsInt) -> int:
     return np.int64(value)  # type: ignore[return-value, call-overload, unused-ignore]
 
 
-def _fetch_add(_context: Any, counter: Any, amount: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(array.data, ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", address, arguments[1], "monotonic")
+def _atomic(operation: str) -> Callable[[NDArray[np.int64], int], int]:
+    def typed(_context: Any, word: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            address = builder.bitcast(array.data, ir.IntType(64).as_pointer())
+            return builder.atomic_rmw(operation, address, arguments[1], "seq_cst")
 
-    return types.int64(types.Array(types.int64, 1, "C"), types.int64), generate
+        return types.int64(types.Array(types.int64, 1, "C"), types.int64), generate
+
+    return intrinsic(typed)  # type: ignore[return-value, unused-ignore]
 
 
-fetch_add: Callable[[NDArray[np.int64], int], int] = intrinsic(_fetch_add)  # type: ignore[assignment, unused-ignore]
-"""(array of one int64, amount) -> what was in it, before `amount` was added: by one thread after the other."""
+fetch_add = _atomic("add")
+"""(array of one int64, amount) -> what was in it, before `amount` was added: by one thread after the other. What a thread did before
+is there for those that see what it added."""
+fetch_min = _atomic("min")
+"""The same, but it becomes the smaller of both."""
 
 
 @intrinsic

@@ -66,6 +66,12 @@ close = _of_c_library("close", types.int32, types.int32)
 clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRESS)
 """(clock, address of seconds and nanoseconds) -> 0, or -1."""
 
+sched_yield = _of_c_library("sched_yield", types.int32)
+"""() -> 0: other threads that wait for this processor come first."""
+
+usleep = _of_c_library("usleep", types.int32, types.uint32)
+"""(microseconds) -> 0."""
+
 _CRC32C, _CRC32C_COPY = (native_symbols.PREFIX + name for name in ("crc32c_extend", "crc32c_copy"))
 _crc32c_signature = (types.uint32, types.uint32, _ADDRESS, _SIZE)
 GENERATED: dict[str, Callable[[], str]] = {}

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blosc_kernel import decode_blosc
-from .codecs import LZ4, WORK_BYTES, ZSTD
-from .native import bytes_on_stack, fetch_add, kernel, signed
+from .codecs import BLOSC, LZ4, WORK_BYTES, ZSTD
+from .native import bytes_on_stack, fetch_add, fetch_min, kernel, signed
 from .native_calls import (
     clock_gettime,
     crc32c_copy,
@@ -35,9 +35,13 @@ from .native_calls import (
     posix_fadvise,
     pread,
     preadv2,
+    sched_yield,
+    usleep,
     zstd_decompress,
 )
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
+from .read_turns import AT_WORK, BEGUN, CLOCK, NO_TROUBLE, TROUBLE, TROUBLE_BITS
+from .shared_decoding import decode_together, help_with
 
 _PROBES = 8
 _AHEAD_BYTES = 128 << 10
@@ -50,6 +54,9 @@ _ASKED_BYTES = 2 << 20
 NOT_MAPPED = 0
 _PAGE_BYTES = mmap.PAGESIZE
 _PAGES_AT_ONCE = 4096
+
+_TROUBLE_MASK = (1 << TROUBLE_BITS) - 1
+_QUICK_LOOKS, _PAUSE_MICROSECONDS = 1000, 50
 
 _RWF_NOWAIT = 8
 _FADV_WILLNEED = 3
@@ -333,7 +340,8 @@ def read_records(
 
 @kernel
 def read_and_decode(
-    counter: NDArray[np.int64],
+    turns: NDArray[np.int64],
+    jobs: NDArray[np.int64],
     piece_bytes: int,
     descriptors: NDArray[np.int32],
     maps: NDArray[np.int64],
@@ -344,28 +352,27 @@ def read_and_decode(
     codec: int,
     scratch: NDArray[np.uint8],
     rows: NDArray[np.uint8],
-    clock: NDArray[np.int64],
     decode_nanoseconds: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads with one
-    `counter`, [4], share them out. Returns as `read_records` does.
+    """Read records and decompress each into its row of `rows`, [records, bytes of a record]; several threads called with the same
+    arguments share them out. Returns, when all is done, what all of them did, as `read_records` does for one.
 
+    turns, jobs  what `new_turns` and `new_jobs` made.
     piece_bytes  to read at a time, before it is summed.
     maps, keeps_pages  as for `read_records`.
-    scratch      this thread's memory: WORK_BYTES, and behind them room for the stored bytes of a record.
-    clock        [2], memory of this thread, too.
+    scratch      memory of each thread, [threads, WORK_BYTES and behind them room for the stored bytes of a record].
     decode_nanoseconds  [1], is added what decompressing took.
     """
-    count, work, stored = len(offsets), scratch[:WORK_BYTES], scratch[WORK_BYTES:]
-    elapsed = signed(0)
+    fetch_add(turns[AT_WORK:], 1)
+    me = fetch_add(turns[BEGUN:], 1)
+    count, work, stored, clock = len(offsets), scratch[me, :WORK_BYTES], scratch[me, WORK_BYTES:], jobs[me, CLOCK:]
     target = stored.ctypes.data
     while True:
-        number = fetch_add(counter, 1)
+        number = fetch_add(turns, 1)
         if number == 0:
-            read_ahead_where_cold(descriptors, offsets, nbytes, counter[1:])
+            read_ahead_where_cold(descriptors, offsets, nbytes, turns[1:])
         if number >= count:
-            fetch_add(decode_nanoseconds, elapsed)
-            return count, 0
+            break
         source = find_in_map(maps[number], keeps_pages, True, offsets[number], nbytes[number])
         trouble = read_record(
             descriptors[number],
@@ -381,12 +388,32 @@ def read_and_decode(
         if source != NOT_MAPPED and not keeps_pages:
             leave_map(maps[number])
         began = nanoseconds(clock)
-        if trouble == 0 and not decode_record(codec, stored[: nbytes[number]], rows[number], work):
-            trouble = UNDECODABLE
-        elapsed += nanoseconds(clock) - began
-        if trouble != 0:
-            fetch_add(counter, count)
-            return number, trouble
+        if trouble == 0 and codec == BLOSC:
+            is_decoded = decode_together(jobs[me], scratch[me], nbytes[number], number, rows)
+        else:
+            is_decoded = trouble == 0 and decode_record(codec, stored[: nbytes[number]], rows[number], work)
+        fetch_add(decode_nanoseconds, nanoseconds(clock) - began)
+        if not is_decoded:
+            trouble = UNDECODABLE if trouble == 0 else trouble
+            fetch_min(turns[TROUBLE:], number << TROUBLE_BITS | trouble & _TROUBLE_MASK)
+            fetch_add(turns, count)
+            break
+    fetch_add(turns[AT_WORK:], -1)
+    looks = 0
+    while (
+        fetch_add(turns[AT_WORK:], 0) > 0
+    ):  # to be woken would take a tenth of a millisecond, and others end just about now
+        for other in range(len(jobs)):
+            help_with(jobs[other], scratch[other], rows, work)
+        if looks < _QUICK_LOOKS:
+            sched_yield()
+        else:
+            usleep(_PAUSE_MICROSECONDS)
+        looks += 1
+    first = turns[TROUBLE]
+    if first == NO_TROUBLE:
+        return count, 0
+    return first >> TROUBLE_BITS, signed(np.int16(first & _TROUBLE_MASK))
 
 
 @kernel

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +24,17 @@ from .index import RecordIndex
 from .native_code import NativeKernel
 from .plain_reads import read_and_decode_plainly, read_plainly
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
+from .read_turns import new_jobs, new_turns
 from .schema import Field
 from .shard_files import OpenShards, ShardFiles
 
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
-_Read: TypeAlias = Callable[[], tuple[int, int]]
-"""Returns how many records are there, from the first on, and 0 or what is wrong with the next."""
-_Plan: TypeAlias = Callable[[slice, OpenShards, NDArray[np.int64], int], _Read]
+_Read: TypeAlias = Callable[[slice, OpenShards, int], tuple[int, int]]
+"""Reads some of the records, so many bytes at a time; returns how many are there, from the first on, and 0 or what is wrong with the next."""
 _read_records = NativeKernel(f"{__package__}.read_kernels", "read_records")
 _read_and_decode = NativeKernel(f"{__package__}.read_kernels", "read_and_decode")
 _COUNTER_WORDS = 4
+_ALIGNMENT_BYTES = 4096
 _NO_SUMS = np.empty(0, np.uint32)
 _SHARES_OF_A_THREAD = 8
 """A thread takes so many records at a time that its part is done in about so many steps: none is left alone with the rest."""
@@ -209,18 +210,21 @@ class RecordReader:
             raise UsageError(f"a buffer of {len(packed)} bytes cannot take records of {total} bytes: make it larger")
         start = ends - nbytes
         targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
+        threads = max(1, min(threads, len(numbers)))
         share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
-        def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
-            before, after = sums.before[some], sums.after[some]
+        def read(some: slice, shards: OpenShards, piece_bytes: int) -> tuple[int, int]:
+            before, after, counter = sums.before[some], sums.after[some], np.zeros(_COUNTER_WORDS, np.int64)
             arguments = counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
             if _read_records.is_awaited(*arguments):
                 some_targets = list(PackedRecords(packed, start[some], nbytes[some]))
                 turns = iter(range(len(some_targets)))
-                return lambda: read_plainly(turns, shards.descriptors, places[some], some_targets, before, after)
-            return lambda: _read_records(*arguments)
+                return self._together(
+                    lambda: read_plainly(turns, shards.descriptors, places[some], some_targets, before, after), threads
+                )
+            return self._together(lambda: _read_records(*arguments), threads)
 
-        self._read_all(numbers, read, threads)
+        self._read_all(numbers, read)
         return PackedRecords(packed, start, nbytes)
 
     def _read_and_decode(
@@ -236,35 +240,40 @@ class RecordReader:
         """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
         codec, places, nbytes = self.field.codec, offset.view(np.int64), sizes.astype(np.int64)
         assert codec is not None
-        codec_number, room = codec.kernel_number, WORK_BYTES + int(nbytes.max(initial=0))
+        threads = max(1, min(threads, len(numbers)))
+        room = -(-(WORK_BYTES + int(nbytes.max(initial=0))) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        scratch = self._scratch.of(threads * room).reshape(threads, room)
 
-        def read(some: slice, shards: OpenShards, counter: "NDArray[np.int64]", piece_bytes: int) -> "_Read":
+        def read(some: slice, shards: OpenShards, piece_bytes: int) -> tuple[int, int]:
             records = places[some], nbytes[some], sums[some]
-
-            def arguments() -> tuple[Any, ...]:
-                memory = self._scratch.of(room), rows[some], np.empty(2, np.int64), decode_nanoseconds
-                return counter, piece_bytes, *shards, *records, codec_number, *memory
-
-            if _read_and_decode.is_awaited(*arguments()):
-                turns = iter(range(len(records[0])))
-                return lambda: read_and_decode_plainly(
-                    turns, shards.descriptors, *records, codec, rows[some], decode_nanoseconds
+            shared = new_turns(), new_jobs(threads), piece_bytes, *shards, *records, codec.kernel_number
+            arguments = *shared, scratch, rows[some], decode_nanoseconds
+            if _read_and_decode.is_awaited(*arguments):
+                left = iter(range(len(records[0])))
+                return self._together(
+                    lambda: read_and_decode_plainly(
+                        left, shards.descriptors, *records, codec, rows[some], decode_nanoseconds
+                    ),
+                    threads,
                 )
-            return lambda: _read_and_decode(*arguments())
+            self._helpers.begin(lambda: _read_and_decode(*arguments), threads - 1)
+            return _read_and_decode(*arguments)  # type: ignore[no-any-return]
 
-        self._read_all(numbers, read, threads)
+        self._read_all(numbers, read)
 
-    def _read_all(self, numbers: NDArray[np.int64], plan: "_Plan", threads: int) -> None:
-        """Read entry after entry of `numbers`, past what a retry can heal. `plan(some, …)` says how to read some of them: what
-        it returns is called by so many threads at once."""
-        shards, threads = self.index.shard[numbers], max(1, min(threads, len(numbers)))
+    def _together(self, read: Callable[[], tuple[int, int]], threads: int) -> tuple[int, int]:
+        """What `read` returns, called by so many threads at once, which share the records out."""
+        return read() if threads == 1 else min(self._helpers.run(read, threads))
+
+    def _read_all(self, numbers: NDArray[np.int64], read: "_Read") -> None:
+        """Read entry after entry of `numbers`, past what a retry can heal."""
+        shards = self.index.shard[numbers]
         done, troubled, attempts = 0, -1, 0
         while done < len(numbers):
             with self._files.use(shards[done:]) as opened:
                 some = slice(done, done + len(opened.descriptors))
                 piece_bytes = int(self._files.piece_bytes[shards[done]])
-                read = plan(some, opened, np.zeros(_COUNTER_WORDS, np.int64), piece_bytes)
-                count, trouble = read() if threads == 1 else min(self._helpers.run(read, threads))
+                count, trouble = read(some, opened, piece_bytes)
             done += count
             if trouble == 0:
                 continue
@@ -328,7 +337,7 @@ class _Scratch(threading.local):
     def of(self, nbytes: int) -> NDArray[np.uint8]:
         if len(self._memory) < nbytes:
             self._memory = np.empty(nbytes, np.uint8)
-        return self._memory
+        return self._memory[:nbytes]
 
 
 def _as_array(buffer: memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:

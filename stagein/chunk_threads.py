@@ -14,13 +14,10 @@ from typing import Literal, TypeAlias
 from stagein.formats.errors import StageinError
 
 from .chunk_io import ChunkReader, ChunkWriter
-from .stage_plan import ChunkTable
+from .stage_plan import MINIMUM_BUFFERS, ChunkTable
 
 READER_THREADS = 4
 """Reads under way at once: a parallel file system serves one client from several servers."""
-
-FIRST_BUFFERS = 2
-"""In use at first: one for a chunk that this rank reads, one for a chunk that comes."""
 
 _THREADS = {"read": READER_THREADS, "write": 2}
 
@@ -30,8 +27,7 @@ Task: TypeAlias = Literal["read", "write"]
 class Buffers:
     """Page-aligned buffers of one chunk each, and who still uses them. Only the main thread takes and releases.
 
-    Two are in circulation at first: memory that is used again and again stays in the caches, of which a core has some 16 MB for
-    itself, and fresh memory costs page faults.
+    Few are in circulation at first: memory that is used again and again stays in the caches, and fresh memory costs page faults.
     """
 
     def __init__(self, number: int, buffer_bytes: int) -> None:
@@ -44,7 +40,7 @@ class Buffers:
         self._buffer_bytes = buffer_bytes
         self._free = list(range(number))  # the one freed last is taken first: it may still be in a CPU cache
         self._uses = [0] * number
-        self.circulating = min(number, FIRST_BUFFERS)
+        self.circulating = min(number, MINIMUM_BUFFERS)
         """How many may be used at once."""
 
     @property

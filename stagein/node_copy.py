@@ -142,15 +142,15 @@ class NodeCopy:
                 claimed = self._prepare()
         claimed = here.broadcast(claimed)
         verified = np.zeros(len(self._table), dtype=np.bool_)
-        share = np.flatnonzero(claimed)[self._world.local_rank :: self._world.local_size]
         reader = ChunkReader(self.store.work, self._table)
-        buffer = memoryview(bytearray(int(self._table.nbytes[share].max(initial=0))))
+        buffer = memoryview(bytearray(self._table.longest_bytes))
 
         def verify(chunk: int) -> None:
             with contextlib.suppress(ChecksumError, SourceError):
                 reader.read(chunk, buffer[: self._table.nbytes[chunk]])
                 verified[chunk] = True
 
+        share = np.flatnonzero(claimed)[self._world.local_rank :: self._world.local_size]
         self._in_slices(share.tolist(), verify)
         reader.close()
         wanted = self._table.of_files(self.new_files)

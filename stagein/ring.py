@@ -22,7 +22,6 @@ hear of it by the *pulse*, a small allreduce that also tells when all are done a
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from stagein.formats.errors import ChecksumError, InterruptedRunError, SourceErr
 
 from .chunk_io import ChunkReader, ChunkWriter
 from .chunk_threads import READER_THREADS, Buffers, ChunkThreads, Done
-from .launchers import ranks_on_this_node
 from .neighbours import Arrival, Neighbours, Pulse, Sent
 from .stage_plan import BLOCK_BYTES, ChunkTable, Flags, RankWork, buffers_within
 
@@ -41,8 +39,6 @@ _MOST_POSTED_RECEIVES = 4
 _LOOK_SECONDS = 5e-3
 _HELD_BACK_SHARE = 0.25
 """A rank that had too few buffers for so much of the time, while its disk had nothing to do, gets another one."""
-_BUSY_SHARE = 0.8
-"""But not if its cores were busy for so much of the time: they can do no more, and do less in memory that is in no cache."""
 _MOST_DAMAGED_CHUNKS = 64
 """A rank that gets more of them gives up: a network or memory that bad should be taken out of the job."""
 _MOST_BAD_FILES = 20
@@ -118,8 +114,6 @@ class Engine:
         self._under_way = 0
         """Chunks that this rank reads, or has read, for the ring and that have not been everywhere."""
         self._looks_since = self._last_turn = time.monotonic()
-        self._busy_before_seconds = time.process_time()
-        self._cores = max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node())
         self._is_held_back, self._held_back_seconds = False, 0.0
         """Whether more buffers would let this rank do more just now, and for how long they would have `_looks_since`."""
         self._reading: dict[int, bool] = {}  # chunks being read: do they travel?
@@ -394,15 +388,13 @@ class Engine:
         return started
 
     def _circulate_more(self) -> None:
-        """Bring another buffer into use where too few of them hold this rank back, and not its disk or its cores."""
+        """Bring another buffer into use where too few of them hold this rank back, and not its disk."""
         now = time.monotonic()
         self._held_back_seconds += (now - self._last_turn) * self._is_held_back
         self._last_turn, seconds = now, now - self._looks_since
         if seconds > _LOOK_SECONDS and self._held_back_seconds > _HELD_BACK_SHARE * seconds:
-            busy_seconds = time.process_time()
-            if busy_seconds - self._busy_before_seconds < _BUSY_SHARE * self._cores * seconds:
-                self._buffers.circulate_more()
-            self._looks_since, self._held_back_seconds, self._busy_before_seconds = now, 0.0, busy_seconds
+            self._buffers.circulate_more()
+            self._looks_since, self._held_back_seconds = now, 0.0
         is_writing = self._threads.outstanding > len(self._reading) + len(self._mending)
         could_read = len(self._reading) < READER_THREADS and bool(self._own or self._local)
         could_receive = self._neighbours is not None and self._neighbours.to_receive > 0 == len(

@@ -247,6 +247,32 @@ def test_a_record_that_its_codec_did_not_make(tmp_path: Path, compilation: None,
         RecordReader(reader.field, bad, [tmp_path / "bad"]).read_tensors([0], threads=2)
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_threads_without_a_record_of_their_own_help_with_that_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    """Three records of some blocks each for two threads, again and again: each time other blocks are left to be shared."""
+    monkeypatch.setattr(NativeKernel, "is_awaited", lambda *arguments: False)
+    counts = np.random.default_rng(0).poisson(3, (3, 1 << 20)).astype(np.float32)
+    frames = [bytearray(Codec(name="blosc-lz4").encode(row, 4)) for row in counts]
+    assert int.from_bytes(frames[0][8:12], "little") <= counts[0].nbytes // 8
+    if is_damaged:
+        frames[2][16 + 4 * 7 : 16 + 4 * 8] = len(frames[2]).to_bytes(4, "little")  # where its last block starts
+    (tmp_path / "x").write_bytes(b"".join(frames))
+    sizes, sums = np.array([len(frame) for frame in frames], np.uint32), np.array(list(map(crc32c, frames)), np.uint32)
+    index = RecordIndex(np.zeros(3, np.uint32), np.cumsum(sizes, dtype=np.uint64) - sizes, sizes, sums)
+    field = Field(kind="tensor", dtype="float32", shape=counts.shape[1:], codec=Codec(name="blosc-lz4"))
+    reader, out = RecordReader(field, index, [tmp_path / "x"]), np.empty_like(counts)
+    for _ in range(60):
+        out[:] = np.nan
+        if is_damaged:
+            with pytest.raises(ChecksumError, match=r"record 2 in .* (is damaged|cannot be decoded)"):
+                reader.read_tensors([0, 1, 2], out, threads=2)
+        else:
+            reader.read_tensors([0, 1, 2], out, threads=2)
+            assert np.array_equal(out, counts)
+
+
 def test_batches_over_more_shards_than_descriptors(tmp_path: Path) -> None:
     """Eight threads, four descriptors, batches that need ten shards: none waits for ever, none reads from another's file, no map
     outlives its descriptor."""

@@ -20,7 +20,7 @@ from mpi import run_ranks, start_ranks
 from staged import assert_staged, final_folder, flip_byte, journaled_chunks, preadv_refusing, work_folder
 from synthetic import CHUNK_BYTES, write_dataset
 
-from stagein import chunk_io, chunk_threads, ring
+from stagein import chunk_io, chunk_threads
 from stagein.cache import READY_NAME, Store, expand_node
 from stagein.finding import find_staged, note_destination
 from stagein.formats.errors import (
@@ -34,7 +34,7 @@ from stagein.formats.errors import (
 from stagein.formats.manifest import Manifest
 from stagein.probes import direct_is_faster
 from stagein.receipt import Receipt
-from stagein.stage_plan import PlanSummary
+from stagein.stage_plan import MINIMUM_BUFFERS, PlanSummary
 from stagein.staging import plan_stage, stage
 from stagein.tools.stage import run as run_command
 from stagein.world import Communicator
@@ -459,7 +459,7 @@ def test_past_the_page_cache_the_bytes_are_the_same(
 
 
 def test_a_disk_that_is_slow_gets_no_more_memory(tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same two buffers are used again and again, as long as chunks wait to be written."""
+    """The same four buffers are used again and again, as long as chunks wait to be written."""
     write_dataset(tmp_path / "source", [40 * CHUNK_BYTES], ())
     write, addresses = chunk_io.ChunkWriter.write, set()
 
@@ -471,30 +471,7 @@ def test_a_disk_that_is_slow_gets_no_more_memory(tmp_path: Path, to: Path, monke
     monkeypatch.setattr(chunk_io.ChunkWriter, "write", slow_write)
     stage_alone(tmp_path / "source", to)
     assert_staged(tmp_path / "source", to)
-    assert len(addresses) == chunk_threads.FIRST_BUFFERS
-
-
-@pytest.mark.parametrize("cores_are_busy", [True, False])
-def test_more_memory_is_for_a_source_that_is_waited_for_and_not_for_cores_that_are_busy(
-    tmp_path: Path, to: Path, monkeypatch: pytest.MonkeyPatch, cores_are_busy: bool
-) -> None:
-    write_dataset(tmp_path / "source", [40 * CHUNK_BYTES], ())
-    read, addresses = chunk_io.ChunkReader.read, set()
-
-    def slow_read(reader: chunk_io.ChunkReader, chunk: int, buffer: memoryview) -> None:
-        addresses.add(np.frombuffer(buffer, np.uint8).ctypes.data)
-        end = time.monotonic() + 0.01
-        while time.monotonic() < end:
-            if not cores_are_busy:
-                time.sleep(0.01)
-        read(reader, chunk, buffer)
-
-    monkeypatch.setattr(chunk_io.ChunkReader, "read", slow_read)
-    monkeypatch.setattr(ring, "_BUSY_SHARE", 0.2)  # others may have most of these cores while tests run
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    stage_alone(tmp_path / "source", to)
-    assert_staged(tmp_path / "source", to)
-    assert (len(addresses) == chunk_threads.FIRST_BUFFERS) == cores_are_busy
+    assert len(addresses) == MINIMUM_BUFFERS
 
 
 def test_the_faster_way_is_found(to: Path) -> None:
