@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .fallback_reader import FallbackReader
 from .index import RecordIndex, load_column
+from .located import LocatedRecords
 from .manifest import Manifest
-from .record_reader import RecordReader
+from .record_reader import PackedRecords, RecordNumbers, RecordReader
 from .schema import Field, Schema
 from .values import from_rows
 
@@ -143,6 +144,14 @@ class Dataset:
     def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
         """The stored bytes of these records of the primary field: see `RecordReader.read_records`."""
         return self.reader.read_records(records, buffer)
+
+    def read_packed(self, records: RecordNumbers, buffer: memoryview | None = None) -> PackedRecords:
+        """The same, packed: see `RecordReader.read_packed`."""
+        return self.reader.read_packed(records, buffer)
+
+    def locate(self, records: RecordNumbers) -> LocatedRecords | None:
+        """Where these records of the primary field lie: see `RecordReader.locate`."""
+        return self.reader.locate(records)
 
     @property
     def is_seekable(self) -> bool:

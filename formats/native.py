@@ -116,6 +116,20 @@ fetch_min = _atomic("min")
 """The same, but it becomes the smaller of both."""
 
 
+def _call_entry(_context: Any, entry: Any, frame: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), (word,))
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), (arguments[1],))
+
+    return types.int32(types.int64, types.int64), generate
+
+
+call_entry: Callable[[int, int], int] = intrinsic(_call_entry)  # type: ignore[assignment, unused-ignore]
+"""(where the ENTRY of another kernel is, the address of its frame) -> how many results there are at the start of the frame, below 0 where
+it failed: see `native_code`."""
+
+
 @intrinsic
 def _bytes_on_stack(context: Any, count: Any) -> Any:
     if not isinstance(count, types.IntegerLiteral):

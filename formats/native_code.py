@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import machine_code, native_symbols
 from .errors import StageinError
@@ -69,7 +70,15 @@ _IN_ORDER = 0x0001 | 0x0100
 """Of the flags of an array: in C order, and aligned (NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_ALIGNED)."""
 _HEAD_BYTES = object.__basicsize__
 """What every object of Python begins with, before fields of its own."""
-_Code = Callable[[list[int]], Any]
+
+
+class _Code(NamedTuple):
+    """Machine code: where its ENTRY is, and a function that calls it with the words of a frame."""
+
+    entry: int
+    call: Callable[[list[int]], Any]
+
+
 _Kinds = tuple[Any, ...]
 """Of arguments: dtype and dimensions of an array, the type of anything else."""
 
@@ -107,7 +116,7 @@ class NativeKernel:
                 kinds.append(kind)
                 frame.append(int(argument))
         code = self._wait_for_code(tuple(kinds), arguments)
-        return self._run_by_numba(arguments) if code is None else code(frame)
+        return self._run_by_numba(arguments) if code is None else code.call(frame)
 
     def prepare(self, *arguments: Any) -> None:
         """Have the machine code for arguments of these kinds compiled meanwhile, before all that nobody will wait for."""
@@ -138,6 +147,14 @@ class NativeKernel:
     def is_awaited(self, *arguments: Any) -> bool:
         """As `is_ready`, but whether a call would have to wait, for as long as compiling takes: who can do without does meanwhile."""
         return not self.is_ready(*arguments) and _kinds_of(arguments) not in self._code
+
+    def entry(self, *arguments: Any) -> int | None:
+        """Where the ENTRY of the machine code for arguments of these kinds is, for kernels that call it (`native.call_entry`) with a
+        `frame_of` arguments; None until `is_ready`."""
+        if not self.is_ready(*arguments):
+            return None
+        code = self._code[_kinds_of(arguments)]
+        return None if code is None else code.entry
 
     def _run_by_numba(self, arguments: tuple[Any, ...]) -> Any:
         try:
@@ -177,6 +194,13 @@ class NativeKernel:
         about = [self._module, self._name, *map(str, signature)]
         known_by = f"{' '.join(about)} {_sources_digest_of(self._module)} {_machine()}"
         return ObjectFile(folder / f"{self._name}-{hashlib.sha256(known_by.encode()).hexdigest()[:32]}.o", about)
+
+
+def frame_of(*arguments: Any) -> NDArray[np.int64]:
+    """The words that an ENTRY is called with, for as long as the arrays among the arguments live; an integer is a number, or the address
+    of the words of an array: that of its data, any, the address of its extents."""
+    words = [id(each) + _HEAD_BYTES if isinstance(each, np.ndarray) else int(each) for each in arguments]
+    return np.array(words + [0] * MOST_RESULTS, np.int64)
 
 
 def _kinds_of(arguments: tuple[Any, ...]) -> _Kinds:
@@ -241,4 +265,4 @@ def _callable(object_file: bytes, name: str) -> _Code:
             raise RuntimeError(f"kernel {name} failed")
         return tuple(frame[:count]) if count > 1 else frame[0] if count else None
 
-    return call
+    return _Code(address, call)

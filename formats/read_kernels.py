@@ -94,6 +94,23 @@ def read_ahead_where_cold(
 
 
 @kernel
+def are_in_memory(
+    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64], vector: NDArray[np.int64]
+) -> bool:
+    """Whether the last byte of each of these ranges can be read without a wait, and so most likely all of it. False where that cannot be
+    asked, as on shared file systems.
+
+    vector  memory to work in, three words.
+    """
+    vector[0], vector[1] = vector.ctypes.data + 16, 1
+    for number in range(len(offsets)):
+        last_byte = offsets[number] + max(nbytes[number] - 1, 0)
+        if preadv2(descriptors[number], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) < 0:
+            return False
+    return True
+
+
+@kernel
 def read_exactly(descriptor: int, target: int, nbytes: int, offset: int) -> int:
     """Fill `nbytes` at the address `target`; returns 0, CUT_OFF or an error number."""
     done = 0

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, overload
@@ -21,6 +22,7 @@ from .codecs import WORK_BYTES
 from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
+from .located import LocatedRecords
 from .native_code import NativeKernel
 from .plain_reads import read_and_decode_plainly, read_plainly
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
@@ -33,6 +35,7 @@ _Read: TypeAlias = Callable[[slice, OpenShards, int], tuple[int, int]]
 """Reads some of the records, so many bytes at a time; returns how many are there, from the first on, and 0 or what is wrong with the next."""
 _read_records = NativeKernel(f"{__package__}.read_kernels", "read_records")
 _read_and_decode = NativeKernel(f"{__package__}.read_kernels", "read_and_decode")
+_are_in_memory = NativeKernel(f"{__package__}.read_kernels", "are_in_memory")
 _COUNTER_WORDS = 4
 _ALIGNMENT_BYTES = 4096
 _NO_SUMS = np.empty(0, np.uint32)
@@ -111,6 +114,26 @@ class RecordReader:
         numbers = np.asarray(records, np.int64)
         sums = _Sums(_NO_SUMS, self.index.crc32c[numbers] if check else _NO_SUMS)
         return self._read(numbers, self.index.offset[numbers], self.index.nbytes[numbers], buffer, sums, threads=1)
+
+    def locate(self, records: RecordNumbers) -> LocatedRecords | None:
+        """Where these records lie, for kernels that read them; None where they would have to wait for it: for a disk or a server, for
+        descriptors, or for a kernel of ours."""
+        numbers = np.asarray(records, np.int64)
+        shards = self.index.shard[numbers]
+        with ExitStack() as stack:
+            opened = stack.enter_context(self._files.use(shards))
+            offset, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
+            arguments = opened.descriptors, offset, nbytes, np.zeros(3, np.int64)
+            if (
+                not self._files.are_all_open
+                or not _are_in_memory.is_ready(*arguments)
+                or not _are_in_memory(*arguments)
+            ):
+                return None
+            piece_bytes = int(self._files.piece_bytes[shards[0]]) if len(shards) else 1
+            places = numbers, opened.descriptors, offset, nbytes, self.index.crc32c[numbers], piece_bytes
+            return LocatedRecords(*places, self, stack.pop_all())
+        return None
 
     def read_ranges(
         self,

@@ -63,8 +63,9 @@ class ShardFiles:
         self.piece_bytes = np.full(len(paths), _PIECE_BYTES, np.int64)
         """How much of each to read at a time, known once it was opened."""
         self._descriptors = np.full(len(paths), _CLOSED, np.int32)
-        self._are_all_open = False
-        """Said apart, as it is asked for every batch: looking through descriptors takes some microseconds."""
+        self.are_all_open = False
+        """Whether nobody has to wait for a descriptor. Said apart, as it is asked for every batch: looking through descriptors takes some
+        microseconds."""
         self._maps = np.zeros((len(paths), 2), np.int64)
         self._keeps_pages = True
         self._used_at = np.zeros(len(paths), np.int64)
@@ -87,7 +88,7 @@ class ShardFiles:
         """
         with self._changed:
             descriptors = self._descriptors[shards]
-            if not self._are_all_open and _CLOSED in descriptors:
+            if not self.are_all_open and _CLOSED in descriptors:
                 shards = self._open_all(shards)
                 descriptors = self._descriptors[shards]
             self._clock += 1
@@ -136,7 +137,7 @@ class ShardFiles:
             self.piece_bytes[shard] = _LARGE_PIECE_BYTES if is_shared else _PIECE_BYTES
             if not is_shared and np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
                 self._maps[shard] = _map(descriptor)
-        self._are_all_open = _CLOSED not in self._descriptors
+        self.are_all_open = _CLOSED not in self._descriptors
         self._keeps_pages = bool(self._maps[:, 1].sum() <= _KEPT_BYTES)
         return shards
 
@@ -157,7 +158,7 @@ class ShardFiles:
 
     def _is_idle(self) -> NDArray[np.bool_]:
         is_idle = np.ones(len(self.paths), np.bool_)
-        for shards in self._in_use.values():
+        for shards in list(self._in_use.values()):  # a use may end while a collector of garbage runs
             is_idle[shards] = False
         return is_idle
 
@@ -169,7 +170,7 @@ class ShardFiles:
         if self._descriptors[shard] != _CLOSED:
             _unmap(*self._maps[shard].tolist())
             os.close(self._descriptors[shard])
-            self._descriptors[shard], self._maps[shard], self._are_all_open = _CLOSED, _NO_MAP, False
+            self._descriptors[shard], self._maps[shard], self.are_all_open = _CLOSED, _NO_MAP, False
 
     def _open(self, shard: int) -> int:
         path = self.paths[shard]

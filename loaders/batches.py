@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.errors import ChecksumError, SourceError, StageinError
+from stagein.formats.located import LocatedRecords
+from stagein.formats.record_reader import PackedRecords
 
 from .buffer_ring import BufferRing
 from .dataset import RecordDataset
@@ -19,7 +21,7 @@ from .stats import DecodeClock, PhaseTimes
 
 RECORD_ERRORS = (SourceError, ChecksumError)
 """What is wrong with a record, not with how the loader is used."""
-Rows = NDArray[Any] | list[NDArray[Any]]
+Rows = NDArray[Any] | list[NDArray[Any]] | PackedRecords | LocatedRecords
 """Records of the primary field: tensors `[batch, ...]`, arrays that differ in length, or the bytes of files."""
 _MAX_IDLE_BUFFERS = 4
 _BUFFER_GRAIN_BYTES = 4 << 20
@@ -74,6 +76,8 @@ class BatchReader:
 
     on_failure       see `engine.OnFailure`.
     read_for_empty   read a stand-in for a batch without samples: DALI cannot run an empty one.
+    may_locate       asked for every batch: whether it may be left to who decodes files to read them, where they are in memory; by
+                     default it may not.
     """
 
     dataset: RecordDataset
@@ -81,6 +85,7 @@ class BatchReader:
     seed: int
     on_failure: Callable[[BatchTask, NDArray[np.int64], Sequence[RowFailure]], NDArray[np.int64]]
     read_for_empty: bool
+    may_locate: Callable[[], bool] = bool
     _ring: BufferRing = field(default_factory=lambda: BufferRing(_MAX_IDLE_BUFFERS))
 
     def read(self, task: BatchTask) -> HostBatch:
@@ -99,7 +104,7 @@ class BatchReader:
         unwanted = self.dataset.records.columns.keys() - set(self.dataset.fields)
         fed = {name: _contiguous(value) for name, value in plan.fed.items() if name not in unwanted}
         ready = {name: value for name, value in plan.ready.items() if name not in unwanted}
-        num_bytes, seconds = sum(row.nbytes for row in rows), time.perf_counter() - started
+        num_bytes, seconds = _num_bytes(rows), time.perf_counter() - started
         is_decoded = isinstance(rows, np.ndarray)
         num_stored = int(self.dataset.records.index.nbytes[ids].sum()) if is_decoded else num_bytes
         times = clock.times(seconds, num_stored, num_bytes)
@@ -129,7 +134,8 @@ class BatchReader:
         reads_windows = len(ids) > 0 and records.is_seekable and not records.windows_are_awaited()
         if reads_windows and isinstance(graph, ImageGraph):
             cut = records.read_windows(ids, graph.views(plan.fed).windows, self._memory)
-            return [cut[row] for row in range(len(ids))], replace(plan, fed=graph.moved(plan.fed, cut.origin))
+            packed = PackedRecords(cut.content, cut.start, cut.stop - cut.start)
+            return packed, replace(plan, fed=graph.moved(plan.fed, cut.origin))
         if isinstance(graph, InflateOnGpu):
             stored = records.read_records(ids)  # type: ignore[arg-type]
             blocks = graph.block_table(stored, lambda row: self.dataset.place(int(ids[row])))
@@ -139,8 +145,10 @@ class BatchReader:
             return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
         if kind == "ragged":
             return self.dataset.rows(records.schema.primary, ids), plan
+        if self.may_locate() and (located := records.locate(ids)) is not None:
+            return located, plan
         memory = self._memory(int(records.index.nbytes[ids].sum()))
-        return records.read_records(ids, memoryview(memory)), plan  # type: ignore[arg-type]
+        return records.read_packed(ids, memoryview(memory)), plan
 
     def _memory(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory that is used for batch after batch."""
@@ -155,6 +163,13 @@ class BatchReader:
             except RECORD_ERRORS as error:
                 failures.append(RowFailure(row, error))
         return failures
+
+
+def _num_bytes(rows: Rows) -> int:
+    """That were read of them."""
+    if isinstance(rows, LocatedRecords):
+        return 0
+    return int(rows.nbytes.sum()) if isinstance(rows, PackedRecords) else sum(row.nbytes for row in rows)
 
 
 def _contiguous(value: Any) -> Any:

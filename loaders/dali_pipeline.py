@@ -14,6 +14,7 @@ import torch
 import torch.utils.dlpack
 
 from stagein.formats.errors import SourceError, StageinError
+from stagein.formats.record_reader import PackedRecords
 
 from .batches import HostBatch, RowFailure
 from .dali import import_dali
@@ -162,7 +163,8 @@ class _Source:
             raise StopIteration
         batch = self._waiting.popleft()
         self.in_flight.append(batch)
-        return tuple(batch.inputs[name] for name in self.names)
+        values = [batch.inputs[name] for name in self.names]
+        return tuple(list(value) if isinstance(value, PackedRecords) else value for value in values)
 
 
 def _build(graph: Graph, source: _Source, device: torch.device, num_threads: int) -> tuple[Any, dict[str, str | None]]:

@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .batches import BatchTask
+from stagein.formats.located import LocatedRecords
+
+from .batches import BatchTask, HostBatch
 from .dataloader import DataLoader
 from .dataset import RecordDataset
 from .engine import Batch, EngineOptions, raise_first
@@ -52,9 +55,15 @@ def from_memory(
     """The batches of `rows`, over and over, read before the first: decompressed there only if that is not done on the device."""
     options = EngineOptions(threads, device, pin_memory=device.type == "cuda", keep_between_epochs=False)
     engine = choose_engine(dataset, graph, 0, options, raise_first)
-    read = [engine.load(BatchTask(0, number, RankBatch(ids, len(ids)))) for number, ids in enumerate(rows)]
+    read = [_in_memory(engine.load(BatchTask(0, number, RankBatch(ids, len(ids))))) for number, ids in enumerate(rows)]
     batches = (batch for _, batch in engine.transform(itertools.cycle(read)))
     return batches if engine.delivers_on == device else _sent(batches, device)
+
+
+def _in_memory(batch: HostBatch) -> HostBatch:
+    """With what its engine would have read itself."""
+    inputs = {name: each.read() if isinstance(each, LocatedRecords) else each for name, each in batch.inputs.items()}
+    return replace(batch, inputs=inputs)
 
 
 def _sent(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

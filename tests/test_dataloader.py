@@ -310,9 +310,13 @@ class SlowRecords(Dataset):
 
     gate: threading.Event
 
-    def read_records(self, *arguments, **named):
+    def locate(self, records):
         self.gate.wait(20)
-        return super().read_records(*arguments, **named)
+        return super().locate(records)
+
+    def read_packed(self, *arguments, **named):
+        self.gate.wait(20)
+        return super().read_packed(*arguments, **named)
 
 
 def test_timeout_names_the_batch_that_was_not_read(jpeg_dataset_path):

@@ -1,11 +1,12 @@
 """Decoding the window of a JPEG that a crop needs, and little else, to the very pixels that libjpeg-turbo makes of it."""
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.native_code import NativeKernel
+from stagein.formats.native_code import NativeKernel, frame_of
 
 from .header import BLOCK_PIXELS
 from .limits import (
@@ -42,9 +43,9 @@ class WindowDecoder:
         self._limit, self._delta = (np.zeros((2 * MOST_TABLES, MAX_CODE_BITS + 1), np.int32) for _ in range(2))
         self._symbols = np.zeros((2 * MOST_TABLES, TABLE_SYMBOLS), np.uint8)
         self._segments = np.zeros(_MOST_SEGMENTS, np.int64)
-        self._block = np.zeros(BLOCK_COEFFICIENTS, np.int16)
+        self.block = np.zeros(BLOCK_COEFFICIENTS, np.int16)
         self._plan, self._dc = np.zeros((MCU_BLOCKS, BLOCK_WORDS), np.int64), np.zeros(MOST_COMPONENTS, np.int64)
-        self._plain, self._planes, self._rows, self._pixels = (np.zeros(0, np.uint8) for _ in range(4))
+        self._plain, self._planes, self._rows, self.pixels = (np.zeros(0, np.uint8) for _ in range(4))
         self._columns = np.zeros(0, np.uint16)
 
     def decode(self, record: NDArray[np.uint8], window: NDArray[np.int64]) -> NDArray[np.uint8] | None:
@@ -56,20 +57,42 @@ class WindowDecoder:
         height, width = int(window[2]), int(window[3])
         if len(record) < 4 or height < 1 or width < 1:
             return None
-        row_pixels = (width // MCU_PIXELS + 3) * MCU_PIXELS + 4 * VECTOR_PIXELS
-        self._plain = _at_least(self._plain, len(record) + PADDING_BYTES)
-        self._planes = _at_least(self._planes, 3 * BAND_ROWS * MCU_PIXELS * row_pixels)
-        self._rows = _at_least(self._rows, 2 * row_pixels)
-        self._columns = _at_least(self._columns, row_pixels)
-        self._pixels = _at_least(self._pixels, 3 * (height * width + VECTOR_PIXELS))
-        self._block[:] = 0
-        arrays = (self._quantization, self._look, self._limit, self._delta, self._symbols, self._plain, self._segments)
-        memory = (self._block, self._plan, self._dc, self._planes, self._columns, self._rows, self._pixels)
-        arguments = (record, window, self._zigzag, self._header, *arrays, *memory)
+        self.reserve(len(record), width, height * width)
+        self.block[:] = 0
+        arguments = (record, window, *self._memory())
         self._is_ready = self._is_ready or _decode_window.is_ready(*arguments)
         if not self._is_ready or not _decode_window(*arguments):
             return None
-        return self._pixels[: 3 * height * width].reshape(height, 3 * width)
+        return self.pixels[: 3 * height * width].reshape(height, 3 * width)
+
+    def reserve(self, nbytes: int, width: int, num_pixels: int) -> None:
+        """Have memory for records of so many bytes, and windows of at most that width and number of pixels."""
+        row_pixels = (width // MCU_PIXELS + 3) * MCU_PIXELS + 4 * VECTOR_PIXELS
+        self._plain = _at_least(self._plain, nbytes + PADDING_BYTES)
+        self._planes = _at_least(self._planes, 3 * BAND_ROWS * MCU_PIXELS * row_pixels)
+        self._rows = _at_least(self._rows, 2 * row_pixels)
+        self._columns = _at_least(self._columns, row_pixels)
+        self.pixels = _at_least(self.pixels, 3 * (num_pixels + VECTOR_PIXELS))
+
+    def frame(self) -> NDArray[np.int64]:
+        """What the machine code is called with, for records and windows that memory is reserved for: the first two words are the addresses
+        of what says where these are. `block` must be 0; there is one result, whether `pixels` are there."""
+        return frame_of(0, 0, *self._memory())
+
+    def _memory(self) -> tuple[NDArray[Any], ...]:
+        tables = (self._quantization, self._look, self._limit, self._delta, self._symbols, self._plain, self._segments)
+        work = (self.block, self._plan, self._dc, self._planes, self._columns, self._rows, self.pixels)
+        return (self._zigzag, self._header, *tables, *work)
+
+
+def decode_entry() -> int | None:
+    """Where the machine code is, for a kernel that calls it with the `frame` of a decoder; None until it is compiled."""
+    return _decode_window.entry(*_some_arguments())
+
+
+@functools.cache
+def _some_arguments() -> tuple[NDArray[Any], ...]:
+    return np.zeros(1, np.uint8), np.zeros(4, np.int64), *WindowDecoder()._memory()
 
 
 def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
