@@ -4,7 +4,8 @@ crc32 instruction, by 32 as fast.
 The method is that of Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009):
 128 bits of a message that stand D bits ahead of others may be added to those, multiplied by x^D mod P; the remainder stays
 what it is. Four vectors of such pieces are taken along at once. Memory is slower than that, so a second function copies what it
-sums on the way: that takes no longer than copying alone, with either vectors. The functions are generated as LLVM IR when they are first asked for, in
+sums on the way: that takes no longer than copying alone, with either vectors. A third one writes past the caches: what is larger
+than they are is copied half as fast again, as memory that is to be written is not read before. The functions are generated as LLVM IR when they are first asked for, in
 some 10 ms each: numba has no type for what a vector register holds.
 """
 
@@ -39,7 +40,7 @@ def vector_widths() -> list[int]:
 def function_address(vector_bytes: int) -> int:
     """Where the function is that works by vectors of this width:
     uint32 (crc32c of what comes before, address of the data, int64 nbytes) -> crc32c of both."""
-    return _compile(vector_bytes, copies=False)
+    return _compile(vector_bytes)
 
 
 def copying_function_address(vector_bytes: int) -> int:
@@ -48,22 +49,31 @@ def copying_function_address(vector_bytes: int) -> int:
     return _compile(vector_bytes, copies=True)
 
 
+def streaming_function_address(vector_bytes: int) -> int:
+    """The same of a function that copies the data to memory past the caches."""
+    return _compile(vector_bytes, copies=True, streams=True)
+
+
 @functools.cache
-def _compile(vector_bytes: int, *, copies: bool) -> int:
+def _compile(vector_bytes: int, *, copies: bool = False, streams: bool = False) -> int:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly(_NAME, vector_bytes, copies=copies)), machine)
+    source = assembly(_NAME, vector_bytes, copies=copies, streams=streams)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source), machine)
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address(_NAME))
 
 
-def assembly(name: str, vector_bytes: int, *, copies: bool) -> str:
-    """The function, under this name, as LLVM IR."""
-    return str(_Generator(name, vector_bytes, copies).module)
+def assembly(name: str, vector_bytes: int, *, copies: bool = False, streams: bool = False) -> str:
+    """The function, under this name, as LLVM IR.
+
+    streams  it copies past the caches.
+    """
+    return str(_Generator(name, vector_bytes, copies, streams).module)
 
 
 _NAME = "folded_crc32c"
@@ -74,8 +84,9 @@ _engines: list[Any] = []
 class _Generator:
     """Makes `module`, with the function in it."""
 
-    def __init__(self, name: str, vector_bytes: int, copies: bool) -> None:
+    def __init__(self, name: str, vector_bytes: int, copies: bool, streams: bool) -> None:
         self._vector, self._vector_bytes = ir.VectorType(_QUAD, vector_bytes // 8), vector_bytes
+        self._streams = streams
         self.module = ir.Module()
         function = ir.Function(self.module, ir.FunctionType(_WORD, (_WORD, *[_QUAD] * (3 if copies else 2))), name)
         self._build = ir.IRBuilder(function.append_basic_block())
@@ -83,7 +94,9 @@ class _Generator:
         self._copies_ahead = [self._build.sub(address, data) for address in target]
         self._stop = self._build.add(data, nbytes)
         start = (data, self._build.not_(before))
-        with self._build.if_else(self._is_left(data, _VECTORS * self._vector_bytes)) as (is_long, is_short):
+        if streams:
+            start = tuple(self._while_left(1, self._add_byte, *start, until=self._is_aligned))
+        with self._build.if_else(self._is_left(start[0], _VECTORS * self._vector_bytes)) as (is_long, is_short):
             with is_long:
                 behind_vectors, long = self._sum_vectors(*start), self._build.block
             with is_short:
@@ -93,6 +106,8 @@ class _Generator:
         )
         place, state = self._while_left(_QUAD.width // 8, self._add_quad, place, state)
         place, state = self._while_left(1, self._add_byte, place, state)
+        if streams:
+            self._build.call(self._intrinsic("llvm.x86.sse.sfence", ir.VoidType()), ())
         self._build.ret(self._build.not_(state))
 
     def _sum_vectors(self, place: Any, state: Any) -> tuple[Any, Any]:
@@ -159,10 +174,15 @@ class _Generator:
         value = self._build.load(self._build.inttoptr(address, kind.as_pointer()), align=1)
         for ahead in self._copies_ahead:
             target = self._build.add(address, ahead)
-            self._build.store(value, self._build.inttoptr(target, kind.as_pointer()), align=1)
+            streams = self._streams and kind is self._vector
+            align = self._vector_bytes if streams else 1
+            store = self._build.store(value, self._build.inttoptr(target, kind.as_pointer()), align=align)
+            if streams:
+                store.set_metadata("nontemporal", self.module.add_metadata([_WORD(1)]))
             if kind is self._vector:
                 self._fetch(self._build.add(address, _QUAD(_FETCH_SOURCE_BYTES)), to_write=False)
-                self._fetch(self._build.add(target, _QUAD(_FETCH_TARGET_BYTES)), to_write=True)
+                if not streams:
+                    self._fetch(self._build.add(target, _QUAD(_FETCH_TARGET_BYTES)), to_write=True)
         return value
 
     def _fetch(self, address: Any, *, to_write: bool) -> None:
@@ -172,13 +192,24 @@ class _Generator:
         locality, of_data = _WORD(3 if to_write else 2), _WORD(1)
         self._build.call(prefetch, (self._build.inttoptr(address, pointer), _WORD(int(to_write)), locality, of_data))
 
-    def _while_left(self, step: int, add: Callable[..., list[Any]], place: Any, *values: Any) -> list[Any]:
-        """As long as `step` bytes are left: `values = add(place, *values)`; the place behind them, and the values."""
+    def _while_left(
+        self,
+        step: int,
+        add: Callable[..., list[Any]],
+        place: Any,
+        *values: Any,
+        until: Callable[[Any], Any] | None = None,
+    ) -> list[Any]:
+        """As long as `step` bytes are left, and `until(place)` is false: `values = add(place, *values)`; the place behind them,
+        and the values."""
         before, head, body, behind = self._build.block, *(self._build.append_basic_block() for _ in range(3))
         self._build.branch(head)
         self._build.position_at_end(head)
         news = [self._phi((value, before)) for value in (place, *values)]
-        self._build.cbranch(self._is_left(news[0], step), body, behind)
+        goes_on = self._is_left(news[0], step)
+        if until is not None:
+            goes_on = self._build.and_(goes_on, self._build.not_(until(news[0])))
+        self._build.cbranch(goes_on, body, behind)
         self._build.position_at_end(body)
         nexts = [self._build.add(news[0], _QUAD(step)), *add(*news)]
         for new, value in zip(news, nexts, strict=True):
@@ -186,6 +217,12 @@ class _Generator:
         self._build.branch(head)
         self._build.position_at_end(behind)
         return news
+
+    def _is_aligned(self, place: Any) -> Any:
+        """Whether it is copied to where a vector may be written past the caches."""
+        (ahead,) = self._copies_ahead
+        behind = self._build.and_(self._build.add(place, ahead), _QUAD(self._vector_bytes - 1))
+        return self._build.icmp_signed("==", behind, _QUAD(0))
 
     def _is_left(self, place: Any, nbytes: int) -> Any:
         return self._build.icmp_signed(">=", self._build.sub(self._stop, place), _QUAD(nbytes))

@@ -72,20 +72,27 @@ sched_yield = _of_c_library("sched_yield", types.int32)
 usleep = _of_c_library("usleep", types.int32, types.uint32)
 """(microseconds) -> 0."""
 
-_CRC32C, _CRC32C_COPY = (native_symbols.PREFIX + name for name in ("crc32c_extend", "crc32c_copy"))
+_CRC32C, _CRC32C_COPY, _CRC32C_STREAM = (
+    native_symbols.PREFIX + name for name in ("crc32c_extend", "crc32c_copy", "crc32c_stream")
+)
 _crc32c_signature = (types.uint32, types.uint32, _ADDRESS, _SIZE)
 GENERATED: dict[str, Callable[[], str]] = {}
 """What makes the LLVM IR of each function that is ours, by name."""
-crc32c_copy = None
-"""(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go."""
+crc32c_copy = crc32c_stream = None
+"""(sum of what comes before, data, nbytes, where to copy the data) -> sum of both; for processors that do it in one go. The
+second copies past the caches."""
 if _widths := folded_crc32c.vector_widths():
     GENERATED = {
-        _CRC32C: partial(folded_crc32c.assembly, _CRC32C, _widths[0], copies=False),
+        _CRC32C: partial(folded_crc32c.assembly, _CRC32C, _widths[0]),
         _CRC32C_COPY: partial(folded_crc32c.assembly, _CRC32C_COPY, _widths[0], copies=True),
+        _CRC32C_STREAM: partial(folded_crc32c.assembly, _CRC32C_STREAM, _widths[0], copies=True, streams=True),
     }
     crc32c_extend = _at_address(folded_crc32c.function_address(_widths[0]), _CRC32C, *_crc32c_signature)
     crc32c_copy = _at_address(
         folded_crc32c.copying_function_address(_widths[0]), _CRC32C_COPY, *_crc32c_signature, _ADDRESS
+    )
+    crc32c_stream = _at_address(
+        folded_crc32c.streaming_function_address(_widths[0]), _CRC32C_STREAM, *_crc32c_signature, _ADDRESS
     )
 else:
     crc32c_extend = _of_wheel("crc32c_extend", *_crc32c_signature)

@@ -1,12 +1,12 @@
 """Reading and decoding of many records by one call off the GIL: pread, crc32c and decompression, record by record.
 
 Large records are copied from memory maps of the shards instead, where they are in memory, and summed on the way. Their pages are
-left at once, or a process would seem to hold all that it has read; that takes what is won over `pread`, but for the sum. Where all
-that is mapped is little they are kept, and not asked for again. To touch a page that is not there waits
+left soon, or a process would seem to hold all that it has read; not record by record, as each time all threads of the process forget
+where their pages are. Where all that is mapped is little they are kept. To touch a page that is not there waits
 for the disk, again and again, and if the disk fails, or the file was cut, the process is ended by SIGBUS without a word; so before
 each piece the kernel is asked whether all of it is there. Whoever cuts a file between that and the copy, some 0.2 ms later, still
 ends its readers: hence the choice of what is mapped at all (`shard_files`).
-What is copied stays in the caches for who reads it next: stores past them copy a little faster, and cost that reader more.
+What is copied stays in the caches for who reads it next, unless all that is read is too much for that: then it is stored past them.
 
 Each record is summed and decompressed right after it was read, while it is in the processor's cache. A kernel stops at the
 first record that is not right and says which and why; what to do about it is decided in `record_reader`.
@@ -26,6 +26,7 @@ from .native_calls import (
     clock_gettime,
     crc32c_copy,
     crc32c_extend,
+    crc32c_stream,
     errno_location,
     lseek,
     lz4_decompress,
@@ -51,6 +52,10 @@ MAPPED_BYTES = 256 << 10
 """What is smaller is not worth finding its pages, and leaving them again: the question alone takes some 5 µs."""
 _ASKED_BYTES = 2 << 20
 """Of a map whose pages are there, to be copied after one question."""
+_LEFT_BYTES = 16 << 20
+"""Pages of maps that were touched are left once they are so much, and at the end."""
+STREAMED_BYTES = 24 << 20
+"""What is read at once, and as large as this, is not in the caches any more when the next is read: buffers of three are too much."""
 NOT_MAPPED = 0
 _PAGE_BYTES = mmap.PAGESIZE
 _PAGES_AT_ONCE = 4096
@@ -156,15 +161,20 @@ def is_in_memory(descriptor: int, source: int, nbytes: int, offset: int) -> bool
 
 
 @kernel
-def leave_map(memory_map: NDArray[np.int64]) -> None:
-    """Give back the pages of a memory map, [address, nbytes]: they stay in memory, but count no longer as that of this process,
-    which some batch systems limit. All of them, as Linux maps more than was touched; it takes no longer, some 15 µs."""
-    madvise(memory_map[0], memory_map[1], _MADV_DONTNEED)
+def leave_maps(maps: NDArray[np.int64]) -> None:
+    """Give back the pages of memory maps, [maps, 2], address and nbytes: they stay in memory, but count no longer as that of this
+    process, which some batch systems limit. All of them, as Linux maps more than was touched; it takes no longer, some 15 µs."""
+    for number in range(len(maps)):
+        if maps[number, 1] > 0:
+            madvise(maps[number, 0], maps[number, 1], _MADV_DONTNEED)
 
 
 @kernel
-def copy_and_sum(check: bool, before: np.uint32, source: int, nbytes: int, target: int) -> np.uint32:
-    """Copy memory; returns the crc32c of it that continues `before`, of no meaning when it is not checked."""
+def copy_and_sum(check: bool, before: np.uint32, source: int, nbytes: int, target: int, streams: bool) -> np.uint32:
+    """Copy memory, past the caches if it `streams`; returns the crc32c of it that continues `before`, of no meaning when it is not
+    checked."""
+    if crc32c_stream is not None and streams:
+        return crc32c_stream(before, source, nbytes, target)  # type: ignore[no-any-return]
     if crc32c_copy is not None:
         return crc32c_copy(before, source, nbytes, target)  # type: ignore[no-any-return]
     memcpy(target, source, nbytes)
@@ -188,15 +198,17 @@ def read_record(
     before: np.uint32,
     after: np.uint32,
     piece_bytes: int,
+    streams: bool,
 ) -> int:
     """Read a record to the address `target`, and compare the crc32c that continues `before` with `after`; returns 0 or what is
     wrong.
 
-    source  where it is in a memory map of the file, or NOT_MAPPED.
+    source   where it is in a memory map of the file, or NOT_MAPPED.
+    streams  copy it from there past the caches.
     """
     found = before
     if source != NOT_MAPPED:
-        trouble, found = copy_or_read(descriptor, source, target, nbytes, offset, check, before, piece_bytes)
+        trouble, found = copy_or_read(descriptor, source, target, nbytes, offset, check, before, piece_bytes, streams)
     elif check:
         trouble, found = read_and_sum(descriptor, target, nbytes, offset, before, piece_bytes)
     else:
@@ -217,6 +229,7 @@ def copy_or_read(
     check: bool,
     before: np.uint32,
     piece_bytes: int,
+    streams: bool,
 ) -> tuple[int, np.uint32]:
     """As `read_and_sum`, but what is in memory is copied from there: `source` is the address of the bytes in a memory map. Zeros
     come behind the end of a file that is cut meanwhile."""
@@ -224,7 +237,7 @@ def copy_or_read(
     for start in range(0, nbytes, _ASKED_BYTES):
         length = min(_ASKED_BYTES, nbytes - start)
         if is_in_memory(descriptor, source + start, length, offset + start):
-            found = copy_and_sum(check, found, source + start, length, target + start)
+            found = copy_and_sum(check, found, source + start, length, target + start, streams)
             continue
         trouble, found = read_and_sum(descriptor, target + start, length, offset + start, found, piece_bytes)
         if trouble != 0:
@@ -257,6 +270,7 @@ def read_neighbours(
     targets: NDArray[np.int64],
     before: NDArray[np.uint32],
     after: NDArray[np.uint32],
+    streams: bool,
 ) -> tuple[int, int]:
     """Read records that are neighbours on disk and in memory at once, from `offset` or the memory map on; `before` and
     `after` as for `read_records`. Returns how many of them are right, and 0 or what is wrong with the next."""
@@ -269,7 +283,8 @@ def read_neighbours(
     for number in range(len(nbytes)):
         seed = before[number] if len(before) else np.uint32(0)
         if is_mapped:
-            found = copy_and_sum(check, seed, source + targets[number] - targets[0], nbytes[number], targets[number])
+            at = source + targets[number] - targets[0]
+            found = copy_and_sum(check, seed, at, nbytes[number], targets[number], streams)
         elif check:
             found = crc32c_extend(seed, targets[number], nbytes[number])
         if check and found != after[number]:
@@ -303,7 +318,7 @@ def read_records(
     Neighbours on disk that are neighbours in memory are read together. Returns how many are there, from the first on, should
     other threads do theirs, and 0 or what is wrong with the next.
     """
-    count, check = len(offsets), len(after) > 0
+    count, check, streams = len(offsets), len(after) > 0, nbytes.sum() >= STREAMED_BYTES
     while True:
         first = fetch_add(counter, share)
         if first == 0:
@@ -311,6 +326,7 @@ def read_records(
         stop = min(first + share, count)
         if first >= stop:
             return count, 0
+        touched_from, touched_bytes = first, 0
         while first < stop:
             end, run_bytes = first + 1, nbytes[first]
             while (
@@ -336,6 +352,7 @@ def read_records(
                     seed,
                     expected,
                     piece_bytes,
+                    streams,
                 )
             else:
                 right, trouble = read_neighbours(
@@ -346,9 +363,15 @@ def read_records(
                     targets[first:end],
                     before[first:end],
                     after[first:end],
+                    streams,
                 )
-            if source != NOT_MAPPED and not keeps_pages:
-                leave_map(maps[first])
+            if source != NOT_MAPPED:
+                touched_bytes += run_bytes
+            if not keeps_pages and (
+                touched_bytes >= _LEFT_BYTES or trouble != 0 or (end == stop and touched_bytes > 0)
+            ):
+                leave_maps(maps[touched_from:end])
+                touched_from, touched_bytes = end, 0
             if trouble != 0:
                 fetch_add(counter, count)
                 return first + right, trouble
@@ -401,9 +424,10 @@ def read_and_decode(
             np.uint32(0),
             sums[number],
             piece_bytes,
+            False,
         )
         if source != NOT_MAPPED and not keeps_pages:
-            leave_map(maps[number])
+            leave_maps(maps[number : number + 1])
         began = nanoseconds(clock)
         if trouble == 0 and codec == BLOSC:
             is_decoded = decode_together(jobs[me], scratch[me], nbytes[number], number, rows)

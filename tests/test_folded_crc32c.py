@@ -1,6 +1,7 @@
 """CRC-32C by vectors: the same sums as google-crc32c's, for every length around the sizes of its steps and any place."""
 
 import ctypes
+from collections.abc import Callable
 
 import google_crc32c
 import numpy as np
@@ -26,10 +27,15 @@ def test_sums_of_any_length_place_and_beginning(width: int) -> None:
         assert found == google_crc32c.extend(before, piece.tobytes()), (nbytes, start, before)
 
 
+@pytest.mark.parametrize(
+    "address_of", [folded_crc32c.copying_function_address, folded_crc32c.streaming_function_address]
+)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written(width: int) -> None:
+def test_what_is_copied_on_the_way_is_whole_and_nothing_else_is_written(
+    width: int, address_of: Callable[[int], int]
+) -> None:
     signature = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    copy = signature(folded_crc32c.copying_function_address(width))
+    copy = signature(address_of(width))
     random = np.random.default_rng(0)
     content = np.frombuffer(random.bytes(200_000), np.uint8)
     for nbytes in [*range(1100), *random.integers(1100, 190_000, 200).tolist()]:
