@@ -15,7 +15,8 @@ from .dataset import RecordDataset, typed
 from .engine import CPU, Delivered, EngineOptions, OnFailure
 from .stats import DecodeClock
 
-_MAX_IDLE_BATCHES = 4
+_MAX_IDLE_BATCHES = 8
+"""As many as a caller that was slow for a moment leaves behind with two workers: to drop some, and make them anew, cost an eighth."""
 
 
 def delivers_tensors(dataset: RecordDataset) -> bool:

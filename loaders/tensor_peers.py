@@ -13,7 +13,7 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from stagein.formats import Dataset
-from stagein.formats.library_readers import Read, read_by_h5py, read_by_tensorstore
+from stagein.formats.library_readers import Read, read_by_h5py, read_by_preadv, read_by_tensorstore
 
 from .engine import Batch
 
@@ -59,9 +59,14 @@ def stagein_loader(work: TensorWork) -> Iterator[Batch]:
 
 
 def reading_alone(work: TensorWork) -> Iterator[Batch]:
-    """No loader at all: `threads` threads, each a batch, preadv and decode, into a ring of buffers that never leave it."""
+    """No loader at all: our reader, in `threads` threads, each a batch, into a ring of buffers that never leave it."""
     reader = Dataset(work.dataset).reader
     return _in_threads(work, lambda records, out: reader.read_tensors(records, out))
+
+
+def preadv_alone(work: TensorWork) -> Iterator[Batch]:
+    """The same by the system alone, unchecked."""
+    return _in_threads(work, read_by_preadv(work.dataset))
 
 
 def h5py_slices(work: TensorWork) -> Iterator[Batch]:
@@ -169,6 +174,7 @@ def litdata(work: TensorWork) -> Iterator[Batch]:
 
 PEERS: dict[str, Callable[[TensorWork], Iterator[Batch]]] = {
     "reading alone": reading_alone,
+    "preadv alone": preadv_alone,
     "h5py": h5py_slices,
     "tensorstore": tensorstore,
     "torch + h5py": torch_h5py,

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from stagein.formats import Dataset
+from stagein.formats.library_readers import read_by_h5py, read_by_preadv, read_by_tensorstore
 from stagein.loaders.synthetic import make_image_folder
+from stagein.tools.bench_load import make_tensors
 
 
 def _bench_load(*options: str) -> str:
@@ -73,3 +77,18 @@ def test_tensors_have_a_line_for_each_contestant() -> None:
     assert all(len(of_rounds) == 2 and min(of_rounds) > 0 for of_rounds in rates.values())
     assert lines[0]["records"] == "int16"
     assert lines[0]["codec"] == "blosc-lz4"
+
+
+def test_tensors_as_they_are_have_the_system_alone_beside_them() -> None:
+    output = _bench_load("--tensors", "float32", "--rounds", "1", "--round-seconds", "0.1", "--against", "preadv alone")
+    assert "stagein / preadv alone: " in output and "does not take part" not in output
+
+
+def test_contestants_read_the_same_numbers(tmp_path: Path) -> None:
+    make_tensors(tmp_path / "x.st", "int16", codec=None)
+    dataset, records = Dataset(tmp_path / "x.st"), [255, 0, 3, 254]
+    expected = dataset.reader.read_tensors(np.array(records))
+    for read in (read_by_preadv(dataset.path), read_by_h5py(dataset.path), read_by_tensorstore(dataset.path, 1)):
+        found = np.zeros_like(expected)
+        read(records, found)
+        assert np.array_equal(found, expected)

@@ -32,13 +32,14 @@ SHAPES: dict[TensorKind, tuple[int, ...]] = {"float32": (16, 192, 288), "int16":
 """Records of DeepCAM and of CosmoFlow, in small."""
 _RECORDS = 256
 """Enough for an epoch of 32 batches: its end, where threads run out of work, counts as it does in a training run, not more."""
-_BOUNDS = ("engine alone", "DALI alone", "reading alone")
+_BOUNDS = ("engine alone", "DALI alone", "reading alone", "preadv alone")
 """No loaders, but the same work without one: what a loader can reach."""
 _PAIRS = (
     ("stagein", "engine alone"),
     ("stagein, DALI graph", "DALI alone"),
     ("stagein, seekable", "stagein"),
     ("stagein", "reading alone"),
+    ("stagein", "preadv alone"),
 )
 """Whose ratio is printed too."""
 
@@ -154,6 +155,7 @@ def run_load(
 
 
 _ANTIALIASED_ONLY = ("torch + pillow", "ffcv")
+_UNCOMPRESSED_ONLY = ("preadv alone",)
 
 
 def run_tensors(
@@ -173,7 +175,8 @@ def run_tensors(
         make_tensors(folder / "records.st", kind, codec)
         refuse_less_than_a_batch(folder / "records.st", batch_size)
         work = {"dataset": str(folder / "records.st"), "batch_size": batch_size, "threads": threads}
-        specs = [{"name": name, "kind": "tensors"} for name in ("stagein", *PEERS)]
+        names = [name for name in ("stagein", *PEERS) if codec is None or name not in _UNCOMPRESSED_ONLY]
+        specs = [{"name": name, "kind": "tensors"} for name in names]
         settings = {"records": kind, "codec": codec or "none", "batch_size": batch_size, "threads": threads}
         _compete(_chosen(specs, against), work, folder, rounds, round_s, "MB/s", settings)
 
