@@ -441,9 +441,8 @@ def read_and_decode(
             break
     fetch_add(turns[AT_WORK:], -1)
     looks = 0
-    while (
-        fetch_add(turns[AT_WORK:], 0) > 0
-    ):  # to be woken would take a tenth of a millisecond, and others end just about now
+    # To be woken would take a tenth of a millisecond, and others end just about now.
+    while fetch_add(turns[AT_WORK:], 0) > 0:
         for other in range(len(jobs)):
             help_with(jobs[other], scratch[other], rows, work)
         if looks < _QUICK_LOOKS:

@@ -1,13 +1,12 @@
 """The kernel of `row_maker`: images of a batch, from where they lie to rows of the batch, by as many threads as call it."""
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.native import call_entry, fetch_add, kernel, signed
 from stagein.formats.read_kernels import nanoseconds, read_and_sum
 
+from .resize import taps
 from .row_layout import (
     ALL_TAKEN,
     CLOCK,
@@ -35,6 +34,7 @@ from .row_layout import (
 _COLOURS = 3
 _WORD_BYTES = 8
 _FLOAT_BYTES = 4
+_taps = kernel(taps)
 
 
 @kernel
@@ -110,8 +110,8 @@ def make_rows(
             if rows_address == 0:
                 return row, DECODED
         began, height, width = nanoseconds(clock), windows[row, 2], windows[row, 3]
-        taps_y = taps(regions[row, 2] - regions[row, 0], size, antialias)
-        taps_x = taps(regions[row, 3] - regions[row, 1], size, antialias)
+        taps_y = _taps(regions[row, 2] - regions[row, 0], size, antialias)
+        taps_x = _taps(regions[row, 3] - regions[row, 1], size, antialias)
         decoded_window[2], decoded_window[3] = height, width
         for place in range(_COLOURS * width, _COLOURS * (width + taps_x)):
             blended[place] = 0  # read with weight 0
@@ -126,13 +126,6 @@ def make_rows(
         spent[TRANSFORM_NS] += nanoseconds(clock) - began
         spent[COUNT] += 1
         row = -1
-
-
-@kernel
-def taps(extent: float, size: int, antialias: bool) -> int:
-    """As `resize.taps`."""
-    support = extent / size if antialias and extent > size else 1.0
-    return 2 * (math.ceil(2 * support) // 2 + 1)
 
 
 @kernel
