@@ -117,6 +117,10 @@ def test_a_column_that_can_be_no_field(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a b": [1]}), path)
     with pytest.raises(UsageError, match="choose by --field"):
         scan_parquet(path)
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["x", "x", "y"]), path)
+    with pytest.raises(UsageError, match="several columns 'x': name the others by --field"):
+        scan_parquet(path)
+    assert set(scan_parquet(path, fields={"y": "y"}).schema.fields) == {"y"}
 
 
 def test_rows_with_something_missing_are_refused(tmp_path: Path) -> None:
@@ -145,6 +149,41 @@ def test_rows_with_something_missing_are_refused(tmp_path: Path) -> None:
     kept = [number for number in range(COUNT) if number not in (1, 2, 4, 5, 6, 7, 9)]
     for number, record in zip(kept, Dataset(tmp_path / "x.st"), strict=True):
         assert_is_row(record, rows()[number] | {"label_of": number})
+
+
+@pytest.mark.parametrize(
+    ("arrow_type", "good", "bad"),
+    [
+        (pa.list_(pa.float32()), [1.5, float("nan")], [1.5, None]),
+        (pa.list_(pa.bool_()), [True], [True, None]),
+        (pa.list_(pa.bool_(), 2), [True, False], [None, True]),
+        (pa.list_(pa.list_(pa.float64(), 2)), [[1.0, 2.0]], [[1.0, None]]),
+        (pa.list_(pa.list_(pa.int8())), [[1, 2], [3, 4]], [[1, 2], None]),
+        (pa.large_list(pa.list_(pa.int8())), [[1, 2]], [[1, 2], [3]]),
+    ],
+    ids=str,
+)
+def test_a_null_among_numbers_is_refused_and_no_number(arrow_type: Any, good: Any, bad: Any, tmp_path: Path) -> None:
+    values = [*[good] * 70, bad, good]  # rows that the type of a field is not told from
+    pq.write_table(pa.table({"x": pa.array(values, arrow_type)}), tmp_path / "a.parquet")
+    source = scan_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="row 70 of row group 0: its x is no array of numbers"):
+        convert(source, tmp_path / "x.st")
+    convert(source, tmp_path / "x.st", skip_bad=True)
+    assert len(Dataset(tmp_path / "x.st")) == 71
+    for record in Dataset(tmp_path / "x.st"):
+        assert np.array_equal(record["x"], np.array(good, record["x"].dtype), equal_nan=record["x"].dtype.kind == "f")
+
+
+def test_cells_of_a_dictionary_are_what_they_stand_for(tmp_path: Path) -> None:
+    files = [jpeg(1), jpeg(2), jpeg(1)]
+    columns = {"image": files, "caption": ["a", "b", "a"], "y": [7, 8, 7]}
+    table = pa.table({name: pa.array(values).dictionary_encode() for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    convert(scan_parquet(tmp_path / "a.parquet"), tmp_path / "x.st")
+    records = list(Dataset(tmp_path / "x.st"))
+    assert [record["image"].tobytes() for record in records] == files
+    assert [(record["caption"], int(record["y"])) for record in records] == [("a", 7), ("b", 8), ("a", 7)]
 
 
 def test_files_that_are_damaged_or_odd_are_refused(tmp_path: Path) -> None:

@@ -283,6 +283,8 @@ def _make_fields(
         for column in chosen.values():
             if column not in names:
                 raise UsageError(f"{file.path} has no column {column!r}: it has {', '.join(names)}")
+            if names.count(column) > 1:
+                raise UsageError(f"{file.path} has several columns {column!r}: name the others by --field")
         group = next((number for number, rows in enumerate(footer.group_rows) if rows), None)
         rows = (
             None
@@ -371,7 +373,7 @@ def _depth(cell: Any) -> int:
 
 def _cell(table: "pyarrow.Table", row: int, column: ParquetColumn) -> Value:
     """The value of a row: a buffer for `encoded`. Raises BadValueError for one that is null."""
-    cell = table.column(column.name)[row]
+    cell = _meant(table.column(column.name)[row])
     if column.is_struct and cell.is_valid:
         cell = cell["bytes"]
     if not cell.is_valid:
@@ -379,17 +381,27 @@ def _cell(table: "pyarrow.Table", row: int, column: ParquetColumn) -> Value:
         raise BadValueError(f"its {column.name} is null{reason}")
     if column.field.kind == "encoded":
         return cell.as_buffer()  # type: ignore[no-any-return]
-    value = cell.as_py()
-    if isinstance(value, list):
-        return _array(column, value)
-    return value  # type: ignore[no-any-return]
+    return _array(column, cell) if hasattr(cell, "values") else cell.as_py()
 
 
-def _array(column: ParquetColumn, value: list[Any]) -> NDArray[np.generic]:
-    try:
-        array = np.array(value, column.field.stored_dtype)
-    except (ValueError, TypeError):  # lists that differ, or a null among the numbers
-        raise BadValueError(f"its {column.name} is no array of numbers") from None
+def _meant(cell: Any) -> Any:
+    """The value that a cell stands for: those of a dictionary are numbers of its entries."""
+    return cell.value if hasattr(cell, "dictionary") and cell.is_valid else cell
+
+
+def _array(column: ParquetColumn, cell: Any) -> NDArray[np.generic]:
+    """The numbers of a list. numpy would make NaN, or False, of a null among them: it is refused, as are lists that differ."""
+    import pyarrow.compute
+
+    values, shape = cell.values, [len(cell)]
+    while pyarrow.types.is_nested(values.type):
+        extents = set(pyarrow.compute.list_value_length(values).to_pylist()) or {0}
+        values, shape = values.flatten(), [*shape, extents.pop()]
+        if extents or shape[-1] is None:
+            raise BadValueError(f"its {column.name} is no array of numbers")
+    if values.null_count:
+        raise BadValueError(f"its {column.name} is no array of numbers")
+    array: NDArray[np.generic] = values.to_numpy(zero_copy_only=False).reshape(shape)
     return array.reshape(0, *column.field.row_shape) if not array.size and column.field.kind == "ragged" else array
 
 
