@@ -356,6 +356,14 @@ def test_hdf5_that_cannot_be_adopted(
         scan_foreign(_write_hdf5(tmp_path / "x.h5", **layout))
 
 
+def test_hdf5_records_in_another_file_are_not_sought_in_this_one(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file, h5py.File(tmp_path / "y.h5", "w") as other:
+        file["x"], other["y"] = np.zeros((5, 3000), "f4"), np.ones((5, 2000), "f4")
+        file["y"] = h5py.ExternalLink("y.h5", "y")
+    with pytest.raises(UsageError, match=r"x.h5:y is a link into another file, .* use `stagein convert`"):
+        scan_foreign(tmp_path / "x.h5", fields={"x": "x", "y": "y"})
+
+
 def test_hdf5_records_that_were_never_written(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         dataset = file.create_dataset("x", (5, 100), "f4", chunks=(1, 100))

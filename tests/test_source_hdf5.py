@@ -134,6 +134,22 @@ def test_data_outside_the_file_and_data_never_written(tmp_path: Path) -> None:
     assert [record["other"].tolist() for record in records] == [[0, 1], [2, 3], [4, 5]]
 
 
+@pytest.mark.parametrize("storage", [{}, {"chunks": (2, 3)}], ids=["contiguous", "chunked"])
+def test_data_that_are_links_into_another_file(tmp_path: Path, storage: dict[str, tuple[int, int]]) -> None:
+    data = np.arange(12, dtype=np.int32).reshape(4, 3)
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file.create_dataset("values", data=data, **storage)
+    (tmp_path / "samples").mkdir()
+    for path in (tmp_path / "rows.h5", tmp_path / "samples" / "0.h5"):
+        with h5py.File(path, "w") as file:
+            file["values"] = np.full((4, 3), -1, np.int32)
+            file["data"] = h5py.ExternalLink(str(tmp_path / "data.h5"), "values")
+    rows = read_source(scan_hdf5(tmp_path / "rows.h5", fields={"data": "data"}))
+    assert [record["data"].tolist() for record in rows] == data.tolist()
+    (record,) = read_source(scan_hdf5(tmp_path / "samples", fields={"data": "data"}))
+    assert record["data"].tolist() == data.tolist()
+
+
 def replace(path: Path, **arrays: object) -> None:
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():

@@ -74,6 +74,8 @@ def _scan_open(
     file_bytes = path.stat().st_size
     parts, with_codecs = {}, {}
     for name in large:
+        if found[name].file != file:
+            refuse(f"{path}:{places[name]}", "is a link into another file")
         codec, where = _places(f"{path}:{found[name].name}", found[name], declared[name], file_per_record)
         parts[name] = foreign_part(path, where, file_bytes)
         with_codecs[name] = declared[name].model_copy(update={"codec": codec})

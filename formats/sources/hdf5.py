@@ -65,7 +65,7 @@ class Hdf5Samples:
                 dataset = _dataset(content, file.path, self.paths[name])
                 found = _field(file.path, dataset, dataset.shape)
                 refuse_other_field(file.path, f"the data set {self.paths[name]}", found, schema.fields[name])
-                stored = _stored_array(file.path, dataset)
+                stored = _stored_array(file.path, content, dataset)
                 if stored is not None:
                     stored.read(descriptor, target)
                 else:
@@ -98,7 +98,7 @@ class Hdf5Rows:
                 datasets = {name: _dataset_of_rows(content, path, wanted) for name, wanted in self.paths.items()}
             except BadTensorError as error:
                 raise SourceError(str(error)) from None
-            arrays = {name: _stored_array(path, dataset) for name, dataset in datasets.items()}
+            arrays = {name: _stored_array(path, content, dataset) for name, dataset in datasets.items()}
 
             def read_cell(number: int, name: str, target: memoryview) -> None:
                 array = arrays[name]
@@ -236,22 +236,21 @@ def _dataset_of_rows(content: h5py.File, path: Path, wanted: str) -> h5py.Datase
     row_bytes = row_chunks * math.prod(dataset.chunks) * dataset.dtype.itemsize
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
     access.set_chunk_cache(max(_CACHE_SLOTS, 2 * row_chunks), min(row_bytes, _CACHE_BYTES), _CACHE_POLICY)
-    name = dataset.name.encode()
     del dataset  # while it is open, opening it again changes nothing
-    return h5py.Dataset(h5py.h5d.open(content.id, name, access))
+    return h5py.Dataset(h5py.h5d.open(content.id, wanted.encode(), access))
 
 
 def _field(path: Path, dataset: h5py.Dataset, shape: tuple[int, ...]) -> Field:
     return tensor_field(path, f"the data set {dataset.name.lstrip('/')}", dataset.dtype, shape)
 
 
-def _stored_array(path: Path, dataset: h5py.Dataset) -> StoredArray | None:
+def _stored_array(path: Path, content: h5py.File, dataset: h5py.Dataset) -> StoredArray | None:
     """Where the elements lie in the file, None unless they lie there in one piece and exactly as numpy would have them."""
-    if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
+    if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or dataset.file != content:
         return None
     offset = dataset.id.get_offset()
     as_numpy_has_it = dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype, logical=True))
-    if offset is None or not as_numpy_has_it:  # never written, or in another file; or a type that the library converts
+    if offset is None or not as_numpy_has_it:  # never written, or in a raw file; or a type that the library converts
         return None
     return StoredArray(path, dataset.dtype, dataset.shape, offset)
 
