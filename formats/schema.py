@@ -290,6 +290,14 @@ def _refuse_bad_name(name: str) -> None:
         )
 
 
+def array_field(kind: Literal["tensor", "ragged"], dtype: str, shape: tuple[int | None, ...]) -> Field:
+    """The field of arrays of numbers. Raises ValueError, in a sentence, where there is none for them."""
+    try:
+        return Field(kind=kind, dtype=dtype, shape=shape)
+    except ValidationError as error:
+        raise ValueError(reason_of(error)) from None
+
+
 def make_schema(fields: Mapping[str, Field], primary: str) -> Schema:
     """The schema of these fields. Raises UsageError, in a sentence, when they cannot be one."""
     try:

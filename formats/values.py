@@ -3,12 +3,12 @@
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, bfloat16_dtype
+from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, array_field, bfloat16_dtype
 
 Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
 """A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
@@ -141,21 +141,22 @@ def as_array(value: object) -> NDArray[np.generic]:
 
 
 def infer_schema(records: Sequence[Mapping[str, Value]]) -> Schema:
-    """The schema of these records, which have the fields of the first. Raises BadValueError, naming the field.
-
-    Arrays that differ in their first extent make a `ragged` field, other arrays and numbers a `tensor`; bytes are
-    `encoded`, in the encoding by which they start; strings are `text`.
-    """
+    """The schema of these records, which have the fields of the first. Raises BadValueError, naming the field."""
     fields = {}
     for name in records[0]:
         try:
-            fields[name] = _infer_field([record[name] for record in records if name in record])
+            fields[name] = infer_field([record[name] for record in records if name in record])
         except BadValueError as error:
             raise BadValueError(f"field {name!r}: {error}") from None
     return Schema(fields=fields)
 
 
-def _infer_field(values: Sequence[Value]) -> Field:
+def infer_field(values: Sequence[Value]) -> Field:
+    """The field that holds these values. Raises BadValueError where there is none.
+
+    Arrays that differ in their first extent make a `ragged` field, other arrays and numbers a `tensor`; bytes are
+    `encoded`, in the encoding by which they start; strings are `text`.
+    """
     if isinstance(values[0], str):
         return Field(kind="text")
     if isinstance(values[0], (bytes, bytearray, memoryview)):
@@ -166,11 +167,18 @@ def _infer_field(values: Sequence[Value]) -> Field:
     arrays = [as_array(value) for value in values]
     dtype, shapes = _common_dtype(values, arrays), {array.shape for array in arrays}
     if len(shapes) == 1:
-        return Field(kind="tensor", dtype=dtype, shape=shapes.pop())
+        return _array_field("tensor", dtype, shapes.pop())
     tails = {shape[1:] for shape in shapes if shape != (0,)}
     if () in shapes or len(tails) != 1:
         raise BadValueError(f"its shapes {sorted(shapes)[:3]} differ in more than the first extent: give a schema")
-    return Field(kind="ragged", dtype=dtype, shape=(None, *tails.pop()))
+    return _array_field("ragged", dtype, (None, *tails.pop()))
+
+
+def _array_field(kind: Literal["tensor", "ragged"], dtype: str, shape: tuple[int | None, ...]) -> Field:
+    try:
+        return array_field(kind, dtype, shape)
+    except ValueError as error:
+        raise BadValueError(str(error)) from None
 
 
 def _common_dtype(values: Sequence[Value], arrays: Sequence[NDArray[np.generic]]) -> str:

@@ -278,6 +278,9 @@ def test_a_file_of_rows_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     np.save(path, np.zeros(3, [("x", "f4")]))
     with pytest.raises(SourceError, match="no plain numbers"):
         scan_npy(path)
+    np.save(path, np.zeros(3, np.longdouble))
+    with pytest.raises(SourceError, match=r"its array cannot be a field: dtype 'float128' is not .* take one of"):
+        scan_npy(path)
 
 
 def test_no_object_is_ever_unpickled(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stagein.formats.images import IMAGE_SUFFIXES, read_header
 from stagein.formats.schema import Field
-from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_schema
+from stagein.formats.values import UNKNOWN_ENCODING, BadValueError, encoding_of, infer_field
 
 from .files import most_common
 
@@ -42,7 +42,7 @@ def common_array_field(arrays: Sequence[NDArray[np.generic]]) -> Field:
     usual = [array for array in arrays if array.shape == shape]
     if 4 * len(usual) < 3 * len(arrays):
         usual = list(arrays)
-    return infer_schema([{"x": array} for array in usual]).fields["x"]
+    return infer_field(usual)
 
 
 def image_size(content: memoryview) -> tuple[int, int]:

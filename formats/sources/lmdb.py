@@ -18,7 +18,7 @@ from stagein.formats.errors import SourceError, UsageError, source_error
 from stagein.formats.images import BadImageError
 from stagein.formats.schema import Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
-from stagein.formats.values import BadValueError, Value, infer_schema
+from stagein.formats.values import BadValueError, Value, infer_field
 
 from .fields import SIZE_FIELD, file_field, image_size
 from .files import SourceFile, find_files, source_name, used_files
@@ -290,7 +290,7 @@ def _describe_field(file: SourceFile, pattern: str, contents: Sequence[bytes], *
         _refuse_pickle(contents[0])
         if all(content.startswith(_NPY_MAGIC) for content in contents):
             arrays = [_value("npy", content) for content in contents]
-            return LmdbField(pattern, "npy", infer_schema([{"x": array} for array in arrays]).fields["x"])
+            return LmdbField(pattern, "npy", infer_field(arrays))
     except BadValueError as error:
         raise SourceError(f"{_visible_path(file)}: {error}") from None
     field = file_field(contents)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from stagein.formats.errors import SourceError, UsageError, source_error
 from stagein.formats.images import BadImageError
-from stagein.formats.schema import Field, Schema, make_schema
+from stagein.formats.schema import BFLOAT16, Field, Schema, make_schema
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
-from stagein.formats.values import BadValueError, Value, row_bytes, to_rows
+from stagein.formats.values import BadValueError, Value, as_array, row_bytes, to_rows
 
 from .fields import SIZE_FIELD, column_value, common_array_field, file_field, image_size
 from .files import most_common
@@ -279,7 +279,7 @@ def _infer_schema(origin: PythonFunction, records: Sequence[Mapping[str, object]
             fields[name] = _infer_field([record[name] for record in records if name in record])
         except BadValueError as error:
             raise UsageError(
-                f"records of {origin}: field {name!r}: {error}: give an array, a number, bytes or a string"
+                f"records of {origin}: field {name!r}: {error} (a field is an array, a number, bytes or a string)"
             ) from None
     if not fields:
         raise UsageError(f"records of {origin} have no fields: give a dict with at least one")
@@ -308,7 +308,7 @@ def _infer_field(values: Sequence[object]) -> Field:
     reason = BadValueError("its values are of several kinds")
     for value in values:
         try:
-            arrays.append(_as_array(value))
+            arrays.append(as_array(value))
         except BadValueError as error:
             reason = error
     if 2 * len(arrays) <= len(values):
@@ -342,9 +342,11 @@ def _tensor(name: str, values: Mapping[str, object], field: Field) -> NDArray[np
     """The value of a field, in its type and shape. Python's own numbers may become any type that holds them exactly."""
     value = values[name]
     try:
+        if field.dtype == BFLOAT16:
+            return to_rows(field, cast(Value, value)).reshape(field.fixed_shape)
         if isinstance(value, (bool, int, float, complex)):
             return column_value(value, field)
-        array = _as_array(value)
+        array = as_array(value)
     except BadValueError as error:
         raise BadValueError(f"field {name!r}: {error}") from None
     if (array.dtype.name, array.shape) != (field.dtype, field.fixed_shape):
@@ -352,18 +354,6 @@ def _tensor(name: str, values: Mapping[str, object], field: Field) -> NDArray[np
             f"field {name!r}: {array.dtype.name} of shape {array.shape}, "
             f"expected {field.dtype} of shape {field.fixed_shape}"
         )
-    return array
-
-
-def _as_array(value: object) -> NDArray[np.generic]:
-    """Numbers as an array, without copying where they are one. Raises BadValueError for anything else."""
-    detach = getattr(value, "detach", None)  # a torch tensor: its gradient is no part of the data
-    try:
-        array = np.asarray(detach().cpu() if detach else value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadValueError(f"a {type(value).__name__} that is no array: {_short(error)}") from None
-    if array.dtype.kind not in "biufc":
-        raise BadValueError(f"a value of type {type(value).__name__}, which holds no numbers")
     return array
 
 
