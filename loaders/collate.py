@@ -19,13 +19,16 @@ class RecordCollate:
 
     shaped  what is made of the dict at last.
 
-    Raises UsageError where the samples of a field that is not listed differ in shape.
+    Samples that a transform made no dicts of are collated as torch does it. Raises UsageError where the samples of a field
+    that is not listed differ in shape.
     """
 
     listed: frozenset[str]
     shaped: Callable[[dict[str, Any]], Any]
 
-    def __call__(self, samples: Sequence[Sample]) -> Any:
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        if not isinstance(samples[0], Mapping):
+            return default_collate(list(samples))
         batch = {
             name: [_as_tensor(sample[name]) for sample in samples]
             if name in self.listed
@@ -52,7 +55,9 @@ class RecordConvert:
 
     shaped: Callable[[dict[str, Any]], Any]
 
-    def __call__(self, sample: Sample) -> Any:
+    def __call__(self, sample: Any) -> Any:
+        if not isinstance(sample, Mapping):
+            return default_convert(sample)  # type: ignore[no-untyped-call]
         fields = {name: _without_scalars(value) for name, value in sample.items()}
         return default_convert(self.shaped(fields))  # type: ignore[no-untyped-call]
 
@@ -73,12 +78,16 @@ def without_rows(batch: Any) -> Any:
 
 
 def without_records(batch: Any) -> Any:
-    """The same for a batch of records, a dict or a tuple of fields: a list has one entry a record."""
-    if isinstance(batch, tuple):
-        return tuple(without_records(value) for value in batch)
-    if isinstance(batch, dict):
-        return {name: without_records(value) for name, value in batch.items()}
-    return [] if isinstance(batch, list) else without_rows(batch)
+    """The same for a batch of records, a dict or a tuple of fields, where a list has one entry a record."""
+    if type(batch) is tuple:
+        return tuple(map(_without_entries, batch))
+    return (
+        {name: _without_entries(value) for name, value in batch.items()} if type(batch) is dict else without_rows(batch)
+    )
+
+
+def _without_entries(field: Any) -> Any:
+    return [] if isinstance(field, list) else without_records(field)
 
 
 def map_tensors(

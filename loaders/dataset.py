@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,9 +95,12 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         """Several samples with one call, as torch's own loader asks for them."""
         return [self.shaped(sample) for sample in self.read(indices)]
 
-    def shaped(self, fields: dict[str, Any]) -> Any:
-        """A sample, or a batch, as the user wants it: the dict, or a tuple where `as_tuples` says so."""
-        if not self.as_tuples:
+    def shaped(self, fields: Any) -> Any:
+        """A sample, or a batch, as the user wants it: the dict, or a tuple where `as_tuples` says so.
+
+        What a transform made no dict of stays what it is.
+        """
+        if not self.as_tuples or not isinstance(fields, Mapping):
             return fields
         return tuple(fields[name] for name in sorted(fields, key=self._place_of_field))
 

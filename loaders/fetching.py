@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -102,6 +102,10 @@ class FetchSamples:
         samples = fetched if self.transform is None else [self.transform(sample) for sample in fetched]
         if not self.with_valid:
             return samples
+        if not all(isinstance(sample, Mapping) for sample in samples):
+            raise UsageError(
+                "tail='pad' has no place for `valid` in samples that are no dicts: let the transform return dicts"
+            )
         return [{**sample, "valid": np.bool_(row < num_valid)} for row, sample in enumerate(samples)]
 
 

@@ -22,7 +22,8 @@ from .graphs import FunctionGraph, Graph, image_eval, image_train
 class PerSample:
     """A function that is called for every sample by itself, in the worker threads, before samples are collated.
 
-    field  None: it takes the sample, a dict of fields, and returns what takes its place; else the value of this field.
+    field  None: it takes the sample, a dict of fields, and returns what takes its place, which torch's `default_collate`
+           takes where it is no dict; else the value of this field.
     as_pil  it takes the image of that field as a PIL image.
     """
 

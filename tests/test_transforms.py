@@ -1,5 +1,7 @@
 """What `transform=` may be: graphs, functions of DALI's nodes, torchvision's Compose, any callable on samples."""
 
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,44 @@ def test_a_callable_object_and_per_sample_get_samples_in_the_workers(dataset):
         batches = load(dataset, transform, num_workers=2)
         assert sorted(batches[0]) == ["label", "mean"]
         assert batches[0]["mean"][3].item() == dataset[3]["image"].mean(dtype=np.float64)
+
+
+Pair = namedtuple("Pair", "pixels label")
+NO_DICTS = {
+    "tuple": lambda sample: (sample["image"][:9, :9], int(sample["label"])),
+    "list": lambda sample: [torch.from_numpy(sample["image"][0, 0]), sample["hw"], "text"],
+    "named tuple": lambda sample: Pair(sample["image"][:3, :3], {"label": sample["label"]}),
+    "number": lambda sample: sample["image"].mean(dtype=np.float64),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", NO_DICTS)
+def test_samples_that_a_transform_makes_no_dicts_of_are_collated_as_in_torch(dataset, kind, num_workers):
+    make = NO_DICTS[kind]
+    as_tuples = RecordDataset(dataset.records.path, as_tuples=True)
+    for batch_size in (16, None):
+        arguments = {"batch_size": batch_size, "num_workers": num_workers, "transform": PerSample(make)}
+        in_torch = torch.utils.data.DataLoader([make(sample) for sample in dataset], batch_size=batch_size)
+        for expected, *batches in zip(
+            in_torch, DataLoader(dataset, **arguments), DataLoader(as_tuples, **arguments), strict=True
+        ):
+            for batch in batches:
+                assert type(batch) is type(expected)
+                assert repr(batch) == repr(expected)
+
+
+def test_a_rank_without_samples_gets_no_rows_of_what_is_no_dict(dataset):
+    single = DataLoader(
+        dataset, 1, distributed=(len(dataset), len(dataset) + 1), transform=PerSample(NO_DICTS["tuple"])
+    )
+    ((pixels, label),) = single
+    assert (pixels.shape, label.shape) == ((0, 9, 9, 3), (0,))
+
+
+def test_padding_needs_dicts(dataset):
+    with pytest.raises(UsageError, match="no place for `valid` in samples that are no dicts"):
+        load(dataset, PerSample(NO_DICTS["tuple"]), tail="pad", distributed=(0, 1))
 
 
 def test_per_sample_of_a_field_leaves_the_others(dataset):
