@@ -11,11 +11,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from .native_code import NativeKernel
+
+_sum_records = NativeKernel(f"{__package__}.write_kernels", "sum_records")
+
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 CHUNK_SUM_BYTES = 16
-_WORTHWHILE_RECORDS = 64
-"""Fewer records are summed one by one."""
+_WORTHWHILE_RECORDS = 4096
+"""Fewer records are summed one by one, before the machine code of a kernel is in memory."""
 
 PASSING_TROUBLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """A server of a parallel file system that fails over answers reads with these for a while."""
@@ -40,11 +44,9 @@ def record_sums(pieces: Sequence[Buffer], nbytes: NDArray[np.uint32]) -> NDArray
 
 
 def _sums_in(content: NDArray[np.uint8], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    if len(nbytes) >= _WORTHWHILE_RECORDS:
-        from .write_kernels import sum_records  # numba takes a third of a second to load
-
-        sums = np.empty(len(nbytes), np.uint32)
-        sum_records(content, nbytes, sums)
+    sums = np.empty(len(nbytes), np.uint32)
+    if len(nbytes) >= _WORTHWHILE_RECORDS and not _sum_records.is_awaited(content, nbytes, sums):
+        _sum_records(content, nbytes, sums)
         return sums
     edges = [0, *np.cumsum(nbytes, dtype=np.int64).tolist()]
     return np.array([crc32c(content[start:end]) for start, end in pairwise(edges)], np.uint32)

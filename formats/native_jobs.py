@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,12 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+class _Gathered(threading.local):
+    """What a thread gathers, each job with its lock, which is ours; None when it does not."""
+
+    locked: dict[_Job, Lock] | None = None
+
+
 class _Compilers:
     """The compilers of this process."""
 
@@ -125,6 +131,21 @@ class _Compilers:
         self._changing = threading.Lock()
         self._started: weakref.WeakSet[_Compiler] = weakref.WeakSet()
         self._waiting: weakref.WeakKeyDictionary[_Job, None] = weakref.WeakKeyDictionary()
+        self._gathered = _Gathered()
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, what is urgent in this thread waits for the end of the block, where one process begins with all of it."""
+        gathered = self._gathered.locked = {}
+        try:
+            yield
+        finally:
+            self._gathered.locked = None
+            with self._changing, contextlib.ExitStack() as locks:
+                for lock in gathered.values():
+                    locks.callback(lock.let_go)
+                if gathered:
+                    self._start(list(gathered.items()), 0)
 
     def compile(self, job: _Job, lock: Lock, *, is_urgent: bool) -> bool:
         """Have a job done, now or, unless it is urgent, behind what is being done: who asks again then has it begun, with all others
@@ -132,6 +153,9 @@ class _Compilers:
 
         False where no process can be started.
         """
+        if is_urgent and self._gathered.locked is not None:
+            self._gathered.locked[job] = lock
+            return True
         with self._changing, contextlib.ExitStack() as locks:
             locks.callback(lock.let_go)
             self._waiting.setdefault(job)
@@ -144,17 +168,26 @@ class _Compilers:
                 locks.callback(own.let_go)
                 if each is job or own.take():
                     locked.append((each, own))
-            try:
-                compiler = _Compiler(locked, 0 if is_urgent else _NICENESS)
-            except OSError:
-                return False
-            self._started.add(compiler)
-            for each, _ in locked:
-                each.compiler = compiler
-            return True
+            return self._start(locked, 0 if is_urgent else _NICENESS)
+
+    def _start(self, locked: "Sequence[tuple[_Job, Lock]]", niceness: int) -> bool:
+        """Whether a process could be started for these jobs."""
+        try:
+            compiler = _Compiler(locked, niceness)
+        except OSError:
+            return False
+        self._started.add(compiler)
+        for job, _ in locked:
+            job.compiler = compiler
+        return True
 
 
 _compilers = _Compilers()
+
+
+def by_one_process() -> contextlib.AbstractContextManager[None]:
+    """Inside, kernels are prepared and not called: one process compiles them, in this order, and loads numba once."""
+    return _compilers.gathering()
 
 
 def main() -> None:

@@ -2,16 +2,23 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checksums import Buffer, chunk_sums, pread_exactly, pwrite_all, record_sums
+from .native_code import NativeKernel
+
+_write_and_sum = NativeKernel(f"{__package__}.write_kernels", "write_and_sum")
 
 _READ_BYTES = 512 << 10
 """Read and summed at a time: it is in the second-level cache."""
 _WORTHWHILE_BYTES = 32 << 20
 """A smaller payload is not worth calls off the GIL."""
+_MOST_PARTS = 64
+"""Gathered for one call of the system, at most: pieces of records may be small."""
+_NO_RECORDS = np.empty(0, np.uint32)
 
 
 class PayloadFile:
@@ -34,6 +41,9 @@ class PayloadFile:
         self._progress = np.array([payload_offset, self._summed_from, payload_offset, 0])
         self._sums: list[bytes] = []
         """Of the chunks from there on."""
+        self._parts = np.empty((_MOST_PARTS, 2), np.int64)
+        if self._by_kernels:
+            _write_and_sum.prepare(*_some_arguments())  # while the first records are read
 
     def append(self, pieces: Sequence[Buffer], nbytes: NDArray[np.uint32]) -> NDArray[np.uint32]:
         """Write pieces, in which records of these sizes lie one behind the other, then perhaps padding; the crc32c of the records."""
@@ -42,24 +52,15 @@ class PayloadFile:
                 pwrite_all(self._descriptor, piece, int(self._progress[0]))
                 self._progress[0] += len(piece)
             return record_sums(pieces, nbytes)
-        from .write_kernels import write_and_sum  # numba takes a third of a second to load
-
-        arrays = [np.frombuffer(piece, np.uint8) for piece in pieces if len(piece)]
-        addresses, sizes = np.array([array.ctypes.data for array in arrays], np.int64), _sizes(arrays)
         sums = np.empty(len(nbytes), np.uint32)
-        behind = int(self._progress[0]) % self._chunk_bytes + int(sizes.sum())
-        full_sums = np.empty((behind // self._chunk_bytes, 2), np.uint64)
-        trouble, full = write_and_sum(
-            self._descriptor, addresses, sizes, nbytes, sums, self._chunk_bytes, self._progress, full_sums
-        )
+        trouble = self._write(pieces, nbytes, sums)
         if trouble:
             raise OSError(trouble, os.strerror(trouble))
-        self._sums.append(full_sums[:full].astype(">u8").tobytes())
         return sums
 
     def finish(self, head: Buffer, tail: Buffer) -> bytes:
         """Write what stands before the payload and what stands behind it; returns the sums of all chunks of the file."""
-        self.append([tail], np.empty(0, np.uint32))
+        self.append([tail], _NO_RECORDS)
         pwrite_all(self._descriptor, head, 0)
         nbytes = int(self._progress[0])
         summed_from = min(self._summed_from, nbytes) if self._by_kernels else nbytes
@@ -69,11 +70,37 @@ class PayloadFile:
     def close(self) -> None:
         """End: nothing is written any more. May be called again."""
         if self._progress[3]:
-            from .write_kernels import end_sums
+            self._write((), _NO_RECORDS, _NO_RECORDS, ends=True)
 
-            last = end_sums(self._progress)
-            if self._progress[0] > self._summed_from and self._progress[0] % self._chunk_bytes:
-                self._sums.append(np.array(last, ">u8").tobytes())
+    def _write(
+        self, pieces: Sequence[Buffer], nbytes: NDArray[np.uint32], sums: NDArray[np.uint32], *, ends: bool = False
+    ) -> int:
+        """`append` by the kernel, into `sums`; returns 0 or an error number. When it `ends`, the last chunk is summed."""
+        arrays = [np.frombuffer(piece, np.uint8) for piece in pieces if len(piece)]
+        addresses, sizes = np.array([array.ctypes.data for array in arrays], np.int64), _sizes(arrays)
+        behind = int(self._progress[0]) % self._chunk_bytes + int(sizes.sum())
+        found = np.empty((behind // self._chunk_bytes + 1, 2), np.uint64)
+        trouble: int
+        trouble, summed = _write_and_sum(
+            self._descriptor,
+            addresses,
+            sizes,
+            nbytes,
+            sums,
+            self._chunk_bytes,
+            self._progress,
+            found,
+            self._parts,
+            ends,
+        )
+        self._sums.append(found[:summed].astype(">u8").tobytes())
+        return trouble
+
+
+def _some_arguments() -> tuple[Any, ...]:
+    """Of the kinds that the kernel is called with."""
+    places, pairs = np.empty(0, np.int64), np.empty((0, 2), np.int64)
+    return 0, places, places, _NO_RECORDS, _NO_RECORDS, 0, places, pairs.view(np.uint64), pairs, False
 
 
 def _sizes(arrays: Iterable[NDArray[np.uint8]]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .assembly import FinishedShard, GrowingShard, fingerprint, journal_shard, resume_shard
+from .native_jobs import by_one_process
 from .payload import ShardBuffers
 from .shards import ShardBuilder, ShardLayout, ShardPlan
 from .source import BatchedPart, RefusedRecord, SourcePart
@@ -47,7 +48,11 @@ def make_shard(task: ShardTask, buffers: ShardBuffers) -> ShardResult:
     if finished is not None:
         return ShardResult(task.plan, finished, reused=True)
     with GrowingShard(task.folder, number, task.plan.first, task.layout) as growing:
-        builder = ShardBuilder(task.layout.schema, buffers, task.plan.payload_bytes, growing.lay_out(task.plan))
+        with by_one_process():
+            files = growing.lay_out(task.plan)
+            if isinstance(task.part, BatchedPart):
+                task.part.prepare()
+        builder = ShardBuilder(task.layout.schema, buffers, task.plan.payload_bytes, files)
         bad, counts = _fill(builder, task)
         if bad and not task.skip_bad:
             return ShardResult(task.plan, None, reused=False, bad=tuple(bad))

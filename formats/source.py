@@ -71,6 +71,9 @@ class RecordBatch:
 class BatchedPart(SourcePart, Protocol):
     """A part that also reads many records by one call off the GIL."""
 
+    def prepare(self) -> None:
+        """Have the kernel for that compiled meanwhile, should it not be."""
+
     def read_batches(self, room: BatchRoom) -> Iterator[RecordBatch]:
         """The same records as `read` yields, in the same order, in batches. Raises SourceError as `read` does."""
 

@@ -1,6 +1,6 @@
 """The process that worker processes are forked from: clean, without threads or MPI, and with all that they need in memory.
 
-It takes most of a second to be ready. Whoever will have work starts it first of all: it gets ready on another core, while this
+It takes a third of a second to be ready. Whoever will have work starts it first of all: it gets ready on another core, while this
 process imports and finds out what there is to do. It ends with this process.
 """
 

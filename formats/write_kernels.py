@@ -28,8 +28,6 @@ CHANGED = -4
 
 _PIECE_BYTES = 256 << 10
 """Written and summed at a time: it is still in the second-level cache when it is summed."""
-_MOST_PARTS = 64
-"""Gathered for one call, at most: those of a piece that is made of smaller ones."""
 _DISK_BYTES = 8 << 20
 """So much that is written is sent to the disk at a time, where it goes while we sum and write on: fsync finds little left."""
 _SYNC_FILE_RANGE_WRITE = 2
@@ -38,17 +36,6 @@ _O_RDONLY_CLOEXEC = 0o2000000
 _START_OF_SCAN = 0xDA
 _OFFSET, _SUMMED_FROM, _SENT, _STATE = range(4)
 """What `write_and_sum` keeps from call to call."""
-
-
-def load() -> None:
-    """Have the kernels in memory, for the types of arguments that filling shards gives them: they run on nothing."""
-    content, frozen, sizes = np.empty(0, np.uint8), np.frombuffer(b"", np.uint8), np.empty(0, np.int64)
-    sum_records(content, np.empty(0, np.uint32), np.empty(0, np.uint32))
-    read_files(-1, frozen, sizes, sizes, content)
-    jpeg_sizes(content, sizes, np.empty((0, 2), np.int32))
-    progress, counts, sums = np.zeros(4, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint32)
-    write_and_sum(-1, sizes, sizes, counts, sums, 1, progress, np.empty((0, 2), np.uint64))
-    end_sums(progress)
 
 
 @kernel
@@ -70,23 +57,26 @@ def write_and_sum(
     chunk_bytes: int,
     progress: NDArray[np.int64],
     chunk_sums: NDArray[np.uint64],
+    parts: NDArray[np.int64],
+    ends: bool,
 ) -> tuple[int, int]:
     """Write pieces that lie at `addresses` to a file, one behind the other, and sum them.
 
     record_nbytes  of the records in them, one behind the other; what comes behind the last is padding.
     record_sums    becomes the crc32c of every record.
     progress       kept for the next call, [4]: where to write; the first byte of the first chunk to sum; how much was sent to the
-                   disk; the sum of the last chunk, which goes on (`end_sums` ends it), 0 to begin with.
+                   disk; the sum of the last chunk, which goes on, 0 to begin with.
     chunk_sums     becomes the xxh3_128 of every chunk that is full, [chunks, 2]: upper half, lower half.
+    parts          memory to work in, [parts that are gathered for one call at most, 2]: pieces may be small.
+    ends           whether this is the last call: what there is of the last chunk is summed as if it were full.
 
-    Returns 0 or an error number, and how many chunks became full. What was just written is summed: it comes from memory once.
+    Returns 0 or an error number, and how many chunks were summed. What was just written is summed: it comes from memory once.
     """
     if progress[_STATE] == 0:
         progress[_STATE] = xxh3_create()
         if progress[_STATE] == 0:
             return _ENOMEM, 0
         xxh3_reset(progress[_STATE])
-    parts = np.empty((_MOST_PARTS, 2), np.int64)
     trouble, chunk, count, gathered, record, summed = 0, 0, 0, 0, 0, 0
     found = np.uint32(0)
     for number in range(len(nbytes)):
@@ -99,8 +89,8 @@ def write_and_sum(
             count, gathered = count + 1, gathered + part_bytes
             is_full = (behind + part_bytes) % chunk_bytes == 0
             is_last = left == 0 and number == len(nbytes) - 1
-            if gathered == _PIECE_BYTES or is_full or count == _MOST_PARTS or is_last:
-                trouble = _write_parts(descriptor, parts[:count], progress)
+            if gathered == _PIECE_BYTES or is_full or count == len(parts) or is_last:
+                trouble = _write_parts(descriptor, parts[:count], gathered, progress)
                 record, summed, found = _sum_records(parts[:count], record_nbytes, record, summed, found, record_sums)
                 count, gathered = 0, 0
                 if is_full and progress[_OFFSET] > progress[_SUMMED_FROM]:
@@ -110,16 +100,13 @@ def write_and_sum(
     while record < len(record_nbytes) and trouble == 0:  # empty ones
         record_sums[record] = found
         record, found = record + 1, np.uint32(0)
+    if ends:
+        if progress[_OFFSET] > progress[_SUMMED_FROM] and progress[_OFFSET] % chunk_bytes > 0:
+            chunk_sums[chunk, 1], chunk_sums[chunk, 0] = xxh3_digest(progress[_STATE])
+            chunk += 1
+        xxh3_free(progress[_STATE])
+        progress[_STATE] = 0
     return trouble, chunk
-
-
-@kernel
-def end_sums(progress: NDArray[np.int64]) -> tuple[int, int]:
-    """End what `write_and_sum` keeps: the upper and the lower half of the sum of the last chunk, of what is of it, [uint64]."""
-    lower, upper = xxh3_digest(progress[_STATE])
-    xxh3_free(progress[_STATE])
-    progress[_STATE] = 0
-    return upper, lower
 
 
 @kernel
@@ -148,10 +135,10 @@ def _sum_records(
 
 
 @kernel
-def _write_parts(descriptor: int, parts: NDArray[np.int64], progress: NDArray[np.int64]) -> int:
-    """Write parts, [parts, (address, nbytes)], one behind the other, add them to the sum of their chunk, if it is to be summed, and
-    have so much of the file that was written sent to the disk; returns 0 or an error number."""
-    start, nbytes = progress[_OFFSET], parts[:, 1].sum()
+def _write_parts(descriptor: int, parts: NDArray[np.int64], nbytes: int, progress: NDArray[np.int64]) -> int:
+    """Write parts, [parts, (address, nbytes)], `nbytes` together, one behind the other, add them to the sum of their chunk, if it is to
+    be summed, and have so much of the file that was written sent to the disk; returns 0 or an error number."""
+    start = progress[_OFFSET]
     if pwritev(descriptor, parts.ctypes.data, len(parts), start) != nbytes:
         offset = start
         for number in range(len(parts)):  # not all of it: one by one, which says why
@@ -183,24 +170,29 @@ def _write_exactly(descriptor: int, source: int, nbytes: int, offset: int) -> in
 
 
 @kernel
-def read_files(
+def read_images(
     folder: int,
     paths: NDArray[np.uint8],
     path_starts: NDArray[np.int64],
     nbytes: NDArray[np.int64],
     target: NDArray[np.uint8],
+    sizes: NDArray[np.int32],
+    descriptors: NDArray[np.int32],
+    memory: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Read whole files to `target`, one behind the other.
+    """Read whole files to `target`, one behind the other, and find how large the images in them are.
 
     folder       the descriptor of the folder that `paths` count from.
     paths        names that end in a zero byte, one behind the other; `path_starts` says where each starts.
     nbytes       what every file must have.
+    sizes        becomes the (height, width) of each, [files, 2], as `jpeg_size` knows it.
+    descriptors  memory to work in, [files].
+    memory       the same, zeros, [files + 3].
 
     All are opened first, and what is not in memory is asked for at once. Returns how many are there, from the first, and 0 or
     what is wrong with the next: CHANGED or an error number.
     """
-    count = len(path_starts)
-    descriptors = np.empty(count, np.int32)
+    count, vector = len(path_starts), memory[len(path_starts) :]
     opened, read, trouble = 0, 0, 0
     while opened < count and trouble == 0:
         descriptors[opened] = openat(folder, paths.ctypes.data + path_starts[opened], _O_RDONLY_CLOEXEC)
@@ -209,17 +201,18 @@ def read_files(
         else:
             opened += 1
     if trouble == 0:
-        read_ahead_where_cold(descriptors, np.zeros(count, np.int64), nbytes, np.empty(3, np.int64))
-    beyond = np.empty(1, np.uint8)
-    position = target.ctypes.data
+        read_ahead_where_cold(descriptors, memory[:count], nbytes, vector)
+    start = 0
     while read < opened:
-        wrong = read_exactly(descriptors[read], position, nbytes[read], 0)
-        if wrong < 0 or (wrong == 0 and pread(descriptors[read], beyond.ctypes.data, 1, nbytes[read]) > 0):
+        end = start + nbytes[read]
+        wrong = read_exactly(descriptors[read], target.ctypes.data + start, nbytes[read], 0)
+        if wrong < 0 or (wrong == 0 and pread(descriptors[read], vector.ctypes.data, 1, nbytes[read]) > 0):
             wrong = CHANGED
         if wrong != 0:
             trouble = wrong
             break
-        position += nbytes[read]
+        sizes[read, 0], sizes[read, 1] = jpeg_size(target[start:end])
+        start = end
         read += 1
     for number in range(opened):
         close(descriptors[number])
@@ -227,21 +220,11 @@ def read_files(
 
 
 @kernel
-def jpeg_sizes(content: NDArray[np.uint8], nbytes: NDArray[np.int64], sizes: NDArray[np.int32]) -> None:
-    """The (height, width) of JPEG files that lie one behind the other, into `sizes`, [files, 2].
+def jpeg_size(content: NDArray[np.uint8]) -> tuple[int, int]:
+    """(height, width) of a JPEG file, from its frame header (ITU-T T.81 annex B).
 
-    0, 0 for what is none or does not end with its end marker: `images.read_header` says what is to be said about it.
+    (0, 0) for what is none or does not end with its end marker: `images.read_header` says what is to be said about it.
     """
-    start = 0
-    for number in range(len(nbytes)):
-        end = start + nbytes[number]
-        sizes[number, 0], sizes[number, 1] = _jpeg_size(content[start:end])
-        start = end
-
-
-@kernel
-def _jpeg_size(content: NDArray[np.uint8]) -> tuple[int, int]:
-    """(height, width), from the frame header (ITU-T T.81 annex B), or (0, 0)."""
     count, height, width = len(content), 0, 0
     if count < 4 or content[0] != 0xFF or content[1] != 0xD8 or content[2] != 0xFF:
         return 0, 0

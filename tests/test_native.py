@@ -303,6 +303,35 @@ def test_what_somebody_waits_for_is_compiled_beside_what_nobody_does(kernels: Pa
     }
 
 
+def test_what_is_prepared_together_is_compiled_at_once_by_one_process(kernels: Path) -> None:
+    for name in ("second", "third"):
+        _write_noting(kernels, name)
+    script = IN_BACKGROUND + (
+        "from stagein.formats.native_jobs import by_one_process\n"
+        "second, third = (NativeKernel(name, name) for name in ('second', 'third'))\n"
+        "with by_one_process():\n"
+        "    for kernel in (second, third, second): kernel.prepare(*arguments)\n"
+        "until = time.monotonic() + 60\n"
+        "while not Path('begun').exists(): assert time.monotonic() < until\n"
+        "print(third(*arguments), squares.tolist(), 'numba' in sys.modules, second.is_ready(*arguments))\n"
+    )
+    process = _start(kernels, script)
+    assert _result(process) == f"{RESULT} False True" and process.returncode == 0
+    (_, compiler, niceness), other = _begun(kernels)
+    assert other == ("third", compiler, niceness) and niceness == os.nice(0)
+    assert not list((kernels / "cache").glob("*.lock"))
+
+
+def test_numba_runs_what_is_prepared_together_where_no_process_can_be_started(kernels: Path) -> None:
+    prepared = USE.replace(
+        "print(",
+        "from stagein.formats.native_jobs import by_one_process\n"
+        "with by_one_process(): sums.prepare(values, squares, 2, True)\nprint(",
+        1,
+    )
+    assert _use(kernels, "import sys; sys.executable = '/nowhere'\n" + prepared) == f"{RESULT} True"
+
+
 def test_what_others_have_made_meanwhile_is_not_made_again(kernels: Path) -> None:
     _write_noting(kernels, "second", HELD)
     for name in ("third", "fourth", "fifth"):

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, Writer, payload_file, verify
-from stagein.formats.checksums import chunk_sums, crc32c
+from stagein.formats.checksums import chunk_sums, crc32c, record_sums
 from stagein.formats.codecs import LZ4, WORK_BYTES, Codec, lz4_block_bytes
 from stagein.formats.errors import ChecksumError, NoSpaceError, UsageError
 from stagein.formats.hdf5_shard import Hdf5Structure, create_skeleton
 from stagein.formats.manifest import Container
+from stagein.formats.native_code import NativeKernel
 from stagein.formats.payload_file import PayloadFile
 from stagein.formats.read_kernels import decode_record
 from stagein.formats.shards import plan_shards
@@ -341,6 +342,19 @@ def test_a_payload_that_finds_no_space_says_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(payload_file, "_WORTHWHILE_BYTES", worthwhile_bytes)
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         PayloadFile(full.fileno(), 0, 4096, 4096).append([bytes(4096)], np.array([4096], np.uint32))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("count", [0, 7, 5000])
+def test_records_are_summed_by_a_kernel_and_while_that_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, count: int, is_compiled: bool
+) -> None:
+    monkeypatch.setattr(NativeKernel, "is_awaited", lambda *arguments: not is_compiled)
+    random = np.random.default_rng(0)
+    records = [random.bytes(size) for size in random.integers(0, 40, count).tolist()]
+    pieces = [b"".join(records[:6]), b"".join(records[6:])]
+    sums = record_sums(pieces, np.array([len(record) for record in records], np.uint32))
+    assert sums.tolist() == [crc32c(record) for record in records]
 
 
 @pytest.mark.parametrize("codec", [None, "blosc-lz4"])

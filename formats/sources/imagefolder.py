@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 from stagein.formats.checksums import pread_exactly
 from stagein.formats.errors import SourceError
 from stagein.formats.images import IMAGE_SUFFIXES, BadImageError, read_header
+from stagein.formats.native_code import NativeKernel
 from stagein.formats.schema import Field, Schema
 from stagein.formats.source import BatchRoom, RecordBatch, RefusedRecord, Room, SourceRecord
 
+_read_images = NativeKernel("stagein.formats.write_kernels", "read_images")
+
 _BATCH_FILES = 64
 _BATCH_BYTES = 16 << 20
+_WORTHWHILE_FILES = 64
+"""Fewer are read one by one, before the machine code of a kernel is in memory."""
 _SCAN_THREADS = 16
 """Folders listed at a time: on a parallel file system a stat is a round trip, on a local one it costs nothing more."""
 
@@ -79,22 +84,23 @@ class ImageFiles:
         finally:
             os.close(root)
 
-    def read_batches(self, room: BatchRoom) -> Iterator[RecordBatch]:
-        from stagein.formats.write_kernels import jpeg_sizes, read_files
+    def prepare(self) -> None:
+        if self._is_worthwhile:
+            bytes_, places, numbers = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, np.int32)
+            _read_images.prepare(0, bytes_, places, places, bytes_, numbers.reshape(0, 2), numbers, places)
 
+    @property
+    def _is_worthwhile(self) -> bool:
+        """Whether a kernel reads these files."""
+        return len(self.paths) >= _WORTHWHILE_FILES
+
+    def read_batches(self, room: BatchRoom) -> Iterator[RecordBatch]:
         nbytes, labels = np.array(self.nbytes, np.int64), np.array(self.labels, np.int64)
         root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for run in _batches(nbytes):
-                names = [os.fsencode(path) + b"\0" for path in self.paths[run]]
-                ends = np.cumsum([len(name) for name in names])
-                starts, blob = np.concatenate(([0], ends[:-1])), np.frombuffer(b"".join(names), np.uint8)
                 content = room("image", nbytes[run])
-                done, trouble = read_files(root, blob, starts, nbytes[run], content)
-                if trouble:
-                    self._raise_unreadable(self.paths[run][done], trouble)
-                sizes = np.empty((len(names), 2), np.int32)
-                jpeg_sizes(content, nbytes[run], sizes)
+                sizes = (self._read_together if self._is_worthwhile else self._read_one_by_one)(root, run, content)
                 refused = self._judge_others(run, content, sizes)
                 kept = sizes[:, 0] > 0
                 if refused:
@@ -103,6 +109,26 @@ class ImageFiles:
                 yield RecordBatch({"image": nbytes[run][kept]}, columns, tuple(refused))
         finally:
             os.close(root)
+
+    def _read_together(self, root: int, run: slice, content: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """Read a run of files; returns sizes of images, as far as they are known."""
+        nbytes, names = np.array(self.nbytes[run], np.int64), [os.fsencode(path) + b"\0" for path in self.paths[run]]
+        ends = np.cumsum([len(name) for name in names])
+        starts, blob = np.concatenate(([0], ends[:-1])), np.frombuffer(b"".join(names), np.uint8)
+        sizes, descriptors = np.empty((len(names), 2), np.int32), np.empty(len(names), np.int32)
+        memory = np.zeros(len(names) + 3, np.int64)
+        done, trouble = _read_images(root, blob, starts, nbytes, content, sizes, descriptors, memory)
+        if trouble:
+            self._raise_unreadable(self.paths[run][done], trouble)
+        return sizes
+
+    def _read_one_by_one(self, root: int, run: slice, content: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The same, without a kernel."""
+        start = 0
+        for path, nbytes in zip(self.paths[run], self.nbytes[run], strict=True):
+            self._read_file(root, path, memoryview(content)[start : start + nbytes])
+            start += nbytes
+        return np.zeros((len(self.paths[run]), 2), np.int32)
 
     def _judge_others(self, run: slice, content: NDArray[np.uint8], sizes: NDArray[np.int32]) -> list[RefusedRecord]:
         """Find the sizes of those files of a run of which nothing is known yet; returns those that are no images."""
