@@ -98,6 +98,61 @@ def test_rows_that_do_not_count_change_nothing() -> None:
     assert validations[1].loss == pytest.approx(validations[0].loss)
 
 
+def trainer_of(model: nn.Module, loss: Any, **options: Any) -> Trainer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    collective = make_collective("single", Communicator())
+    return Trainer(model, optimizer, loss, collective=collective, say=lambda _line: None, **options)
+
+
+def test_the_accuracy_of_masks_is_the_share_of_their_pixels_that_count() -> None:
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(outputs, labels, reduction="none").flatten(1).mean(dim=1)
+
+    trainer = trainer_of(nn.Conv2d(3, 5, 1), loss)
+    images, labels, valid = torch.randn(6, 3, 4, 7), torch.randint(0, 5, (6, 4, 7)), torch.arange(6) < 4
+    validation = trainer.validate([(images[:2], labels[:2]), (images[2:], labels[2:], valid[2:])])
+    right = trainer.model(images[:4]).argmax(dim=1) == labels[:4]
+    assert validation.accuracy == pytest.approx(right.double().mean().item())
+    assert validation.samples == 4
+
+
+@pytest.mark.parametrize("rows", [4, 5])  # as many rows as outputs is no reason to compare them
+def test_a_regression_has_a_loss_and_no_accuracy(rows: int) -> None:
+    trainer = trainer_of(nn.Linear(8, 4), lambda outputs, labels: (outputs - labels).square().mean(dim=1))
+    batches = [(torch.randn(rows, 8), torch.randn(rows, 4))]
+    summary = trainer.fit(batches, 1, validation=batches)
+    assert summary.accuracy is None
+    assert trainer.validation is not None
+    outputs = trainer.model(batches[0][0])
+    assert trainer.validation.loss == pytest.approx((outputs - batches[0][1]).square().mean().item())
+    assert str(trainer.validation) == f"validation loss {trainer.validation.loss:.4f} of {rows}"
+    with pytest.raises(UsageError, match="target_accuracy needs outputs that are scores of classes"):
+        trainer.fit(batches, 2, validation=batches, target_accuracy=0.5)
+    with pytest.raises(UsageError, match="target_accuracy is reached in validation: give its batches"):
+        trainer.fit(batches, 2, target_accuracy=0.5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            {"x": torch.zeros(2), "y": torch.zeros(2)},
+            r"a batch has x, y, and the trainer takes image and label: .*as_tuples=True",
+        ),
+        ((torch.zeros(2),), r"a batch is 1 values, and the trainer takes \(image, label\)"),
+        (
+            (torch.zeros(2, 8), torch.zeros(2, 4), torch.arange(2)),
+            r"valid, .* is torch.int64 \[2\]: it says by True and False",
+        ),
+    ],
+    ids=["other names", "no label", "no mask"],
+)
+def test_a_batch_that_is_none_is_a_sentence(batch: Any, message: str) -> None:
+    trainer = trainer_of(nn.Linear(8, 4), lambda outputs, labels: (outputs - labels).square().mean(dim=1))
+    with pytest.raises(UsageError, match=message):
+        trainer.fit([batch], 1)
+
+
 def test_a_user_may_drop_gradients_between_steps() -> None:
     trainers = [make_trainer(Communicator(), "single") for _ in range(2)]
     for batch in list(Samples(Communicator().world))[:2]:

@@ -4,15 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .models import build_model
     from .reports import StepReport, Summary, Validation
     from .schedule import Schedule
-    from .trainer import Batch, Trainer
+    from .trainer import Trainer
 
 __all__ = ["Batch", "Schedule", "StepReport", "Summary", "Trainer", "Validation", "build_model"]
 
 _MODULES = {
-    "Batch": "trainer",
+    "Batch": "batch",
     "Schedule": "schedule",
     "StepReport": "reports",
     "Summary": "reports",

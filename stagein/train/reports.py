@@ -15,11 +15,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Validation:
-    """Exact over all samples of all ranks; accuracy from 0 to 1."""
+    """Exact over all samples of all ranks; accuracy from 0 to 1, None where outputs are no scores of classes."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     samples: int
+
+    def __str__(self) -> str:
+        told = f"validation loss {self.loss:.4f}" if self.accuracy is None else f"accuracy {self.accuracy:.2%}"
+        return f"{told} of {self.samples}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ in the same allreduce: all of them act on it in the same step.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from stagein.formats.errors import InterruptedRunError, SourceError, StageinErro
 from stagein.formats.publish import refuse_unwritable
 from stagein.stop_signals import StopSignals
 
+from .batch import Batch, share_right, unpack
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .endings import Failures, end_job_on_uncaught_error
 from .flat import FlatGradients
@@ -31,8 +32,6 @@ from .replicas import average_buffers, copy_from_rank_0, refuse_diverged
 from .reports import MeanLoss, StepReport, Summary, Validation
 from .runlog import RunLog, say_at_once
 
-Batch = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
-"""`image`, `label` and, where some rows are padding, `valid` (bool `[batch]`); or (image, label)."""
 Precision = Literal["fp32", "bf16"]
 
 _LOSS, _SAMPLES, _FAILED, _STOP = range(4)
@@ -147,9 +146,12 @@ class Trainer:
 
         Goes on from the newest checkpoint, in the middle of an epoch if need be, with as many ranks as there are now.
         After SIGTERM or SIGUSR1 on any rank, the next batch being trained on or validated: saves and raises
-        InterruptedRunError on all. Raises StageinError, naming step and rank, where the loss is no number or a rank failed.
+        InterruptedRunError on all. Raises StageinError, naming step and rank, where the loss is no number or a rank failed;
+        UsageError for a target without validation, or without an accuracy.
         """
         started = time.perf_counter()
+        if target_accuracy is not None and validation is None:
+            raise UsageError("target_accuracy is reached in validation: give its batches, or leave the target out")
         self._epochs = epochs
         self._batches_in_epoch = max(self.collective.communicator.gather_all(len(train)))
         self._resume(train)
@@ -199,6 +201,9 @@ class Trainer:
     def validate(self, batches: Batches) -> Validation:
         """Loss and accuracy over the samples of all ranks, each counted once; ranks may have unequally many batches.
 
+        There is an accuracy where outputs are scores of classes, `[batch, classes]`, or `[batch, classes, …]` for masks, of whose
+        pixels it is the share; None else, as for a regression.
+
         Buffers such as BatchNorm's running statistics are averaged over the ranks first, and stay so. The model is left
         in the mode, training or evaluation, that it was in. Raises InterruptedRunError on all ranks when, within `fit`, a
         signal came to one of them.
@@ -206,23 +211,25 @@ class Trainer:
         average_buffers(self.model, self.collective)
         was_training = self.model.training
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # losses, samples, correct
+        sums = torch.zeros(4, dtype=torch.float64, device=self._device)  # losses, samples, right, judged
         for batch in self._in_step(batches):
             with self._failures.kept():
                 inputs, labels, valid = self._unpack(batch)
                 if len(inputs):
                     outputs, losses = self._forward(inputs, labels)
-                    correct = outputs.argmax(dim=1) == labels
-                    sums += torch.stack([losses[valid].sum(), valid.sum(), correct[valid].sum()]).double()
+                    sums[:2] += torch.stack([losses[valid].sum(), valid.sum()]).double()
+                    right = share_right(outputs, labels)
+                    if right is not None:
+                        sums[2:] += torch.stack([right[valid].sum(), valid.sum()]).double()
         self.model.train(was_training)
         self._failures.raise_together()
         if self._stopping:
             raise self._agreed(InterruptedRunError("validation was stopped by a signal"))
         self.collective.allreduce_sum(sums)
-        loss_sum, samples, num_correct = sums.tolist()
+        loss_sum, samples, num_right, num_judged = sums.tolist()
         if samples == 0:
             raise UsageError("there is nothing to validate: the loader has no samples")
-        return Validation(loss_sum / samples, num_correct / samples, int(samples))
+        return Validation(loss_sum / samples, num_right / samples if num_judged == samples else None, int(samples))
 
     # --- an epoch --------------------------------------------------------------------------------------------------
 
@@ -257,7 +264,7 @@ class Trainer:
         )
         if self.validation is not None:
             values |= {"validation_loss": self.validation.loss, "accuracy": self.validation.accuracy}
-            line += f", accuracy {self.validation.accuracy:.2%} of {self.validation.samples}"
+            line += f", {self.validation}"
         self._write("epoch", line, **values, ledger=asdict(self.totals))
         self._failures.raise_together()
         self.save()
@@ -321,13 +328,7 @@ class Trainer:
 
     def _unpack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, labels and which rows count, on the device."""
-        if isinstance(batch, Mapping):
-            inputs, labels, valid = batch["image"], batch["label"], batch.get("valid")
-        else:
-            (inputs, labels), valid = batch, None
-        if valid is None:
-            valid = torch.ones(len(inputs), dtype=torch.bool)
-        return tuple(each.to(self._device, non_blocking=True) for each in (inputs, labels, valid))  # type: ignore[return-value]
+        return tuple(each.to(self._device, non_blocking=True) for each in unpack(batch))  # type: ignore[return-value]
 
     def _update(self, samples: float) -> float:
         """Turn the summed gradients into those of the mean, clip them and step; the learning rate that was used."""
@@ -479,9 +480,15 @@ class Trainer:
         self._log.line(line)
 
     def _has_reached(self, target_accuracy: float | None) -> bool:
-        return (
-            target_accuracy is not None and self.validation is not None and self.validation.accuracy >= target_accuracy
-        )
+        if target_accuracy is None or self.validation is None:
+            return False
+        if self.validation.accuracy is None:
+            raise self._agreed(
+                UsageError(
+                    "target_accuracy needs outputs that are scores of classes: without them there is no accuracy"
+                )
+            )
+        return self.validation.accuracy >= target_accuracy
 
     def _summarise(self, seconds: float, reached_target: bool) -> Summary:
         summary = Summary(
