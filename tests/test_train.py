@@ -116,6 +116,39 @@ def test_the_accuracy_of_masks_is_the_share_of_their_pixels_that_count() -> None
     assert validation.samples == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accumulate": 0}, "accumulate=0 is not a number of anything: it is at least 1"),
+        ({"log_every_steps": 0}, "log_every_steps=0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
+        ({"checkpoint_every_steps": 0}, "checkpoint_every_steps=0"),
+        ({"checkpoint_every_steps": 5}, "needs a checkpoint_folder"),
+        ({"precision": "fp16"}, "precision='fp16' is not known: take one of fp32, bf16"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainer_of(nn.Linear(8, 3), cross_entropy, **arguments)
+
+
+def test_an_optimizer_over_other_parameters_is_refused() -> None:
+    model, scale = nn.Linear(8, 3), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+    with pytest.raises(UsageError, match="1 of the optimizer's parameters are none of the model's"):
+        Trainer(model, optimizer, cross_entropy, collective=make_collective("single", Communicator()))
+
+
+def test_folders_may_be_strings(tmp_path: Path) -> None:
+    folders = {"checkpoint_folder": str(tmp_path / "kept"), "run_folder": str(tmp_path / "run")}
+    trainer_of(nn.Linear(8, 3), cross_entropy, **folders).fit(
+        [(torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64))], 1
+    )
+    assert find_checkpoints(tmp_path / "kept")
+    assert (tmp_path / "run" / "log.jsonl").is_file()
+
+
 @pytest.mark.parametrize("rows", [4, 5])  # as many rows as outputs is no reason to compare them
 def test_a_regression_has_a_loss_and_no_accuracy(rows: int) -> None:
     trainer = trainer_of(nn.Linear(8, 4), lambda outputs, labels: (outputs - labels).square().mean(dim=1))

@@ -8,12 +8,12 @@ in the same allreduce: all of them act on it in the same step.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Trainer:
     run_folder    where log.jsonl is kept; None: nowhere.
 
     Making one is collective: parameters and buffers become those of rank 0. An error on one rank is raised on all, so is a folder
-    that cannot be written.
+    that cannot be written. Raises UsageError for arguments that fit neither themselves nor the model.
     """
 
     def __init__(
@@ -78,13 +78,25 @@ class Trainer:
         accumulate: int = 1,
         clip_norm: float | None = None,
         precision: Precision = "fp32",
-        checkpoint_folder: Path | None = None,
+        checkpoint_folder: Path | str | None = None,
         checkpoint_every_steps: int | None = None,
         keep_checkpoints: int = 2,
-        run_folder: Path | None = None,
+        run_folder: Path | str | None = None,
         log_every_steps: int = 50,
         say: Callable[[str], None] = say_at_once,
     ) -> None:
+        counts = {
+            "accumulate": accumulate,
+            "checkpoint_every_steps": checkpoint_every_steps,
+            "keep_checkpoints": keep_checkpoints,
+            "log_every_steps": log_every_steps,
+        }
+        _refuse_no_counts(counts)
+        if precision not in get_args(Precision):
+            raise UsageError(f"precision={precision!r} is not known: take one of {', '.join(get_args(Precision))}")
+        if checkpoint_every_steps is not None and checkpoint_folder is None:
+            raise UsageError("checkpoint_every_steps needs a checkpoint_folder, without which nothing is saved")
+        _refuse_other_parameters(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self.collective = collective
@@ -101,10 +113,11 @@ class Trainer:
         self._accumulate = accumulate
         self._clip_norm = clip_norm
         self._precision = precision
-        self._checkpoint_folder = checkpoint_folder
+        self._checkpoint_folder = None if checkpoint_folder is None else Path(checkpoint_folder)
         self._checkpoint_every_steps = checkpoint_every_steps
         self._keep_checkpoints = keep_checkpoints
         self._log_every_steps = log_every_steps
+        run_folder = None if run_folder is None else Path(run_folder)
         self._log = RunLog(run_folder, speaks=self.world.rank == 0, say=say)
 
         self._base_rates: list[float] = [group["lr"] for group in optimizer.param_groups]
@@ -127,7 +140,7 @@ class Trainer:
 
         with collective.communicator.together():
             if self.world.rank == 0:
-                refuse_unwritable(checkpoint_folder, "writing checkpoints to")
+                refuse_unwritable(self._checkpoint_folder, "writing checkpoints to")
                 refuse_unwritable(run_folder, "writing the run's log to")
         end_job_on_uncaught_error(collective.communicator)
         copy_from_rank_0(model, collective)
@@ -507,6 +520,23 @@ class Trainer:
         )
         self._log.event("end", **asdict(summary))
         return summary
+
+
+def _refuse_no_counts(counts: Mapping[str, int | None]) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name}={count} is not a number of anything: it is at least 1")
+
+
+def _refuse_other_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UsageError where some of the optimizer's parameters are none of the model's: no rank would tell the others of theirs."""
+    known = set(map(id, model.parameters()))
+    others = sum(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"])
+    if others:
+        raise UsageError(
+            f"{others} of the optimizer's parameters are none of the model's, and would differ from rank to rank: make the optimizer over "
+            "model.parameters(), of a module that holds all that is trained"
+        )
 
 
 def _loader_state(loader: Batches | None) -> dict[str, Any] | None:
