@@ -1,12 +1,15 @@
 """Settings files and overrides, and what `stagein train` makes of them."""
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mpi import run_ranks
 
+from stagein.formats import convert, scan_imagefolder
 from stagein.formats.errors import ExitCode, UsageError
 from stagein.tools.settings import load_settings
 from stagein.tools.train import share_of_batch, threads_of_rank
@@ -45,6 +48,7 @@ def test_a_file_of_ones_own_and_overrides_of_every_type(tmp_path: Path) -> None:
         ("data.crop_area=[0.5]", r"data\.crop_area = \[0\.5\] does not fit: it has too few values"),
         ("data.test=5", r"data\.test = 5 is not a path: write it in quotes"),
         ("train.checkpoint_every_steps=5", r"train: checkpoint_every_steps needs a checkpoint_folder"),
+        ("optim.target_accuracy=0.5", r"demo: optim\.target_accuracy needs data\.test, on which it is reached"),
         ("lr=1", r"--set 'lr=1' is not of the form table\.key=value"),
         ("optim.lr", r"is not of the form table\.key=value"),
     ],
@@ -90,6 +94,21 @@ def test_the_command_trains_on_two_ranks_and_writes_its_summary(jpeg_dataset_pat
     assert (summary["epochs"], summary["steps"], summary["images"]) == (2, 12, 170)
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["step"] * 3 + ["epoch"] + ["step"] * 3 + ["epoch", "end"]
+
+
+def test_a_test_set_in_which_labels_stand_for_other_classes_is_refused(
+    jpeg_folder: Path, jpeg_dataset_path: Path, tmp_path: Path, stagein: Callable[..., tuple[int, str, str]]
+) -> None:
+    first, second, *_ = sorted(folder.name for folder in jpeg_folder.iterdir())
+    shutil.copytree(jpeg_folder, tmp_path / "test", ignore=lambda _folder, names: {first} & set(names))
+    convert(scan_imagefolder(tmp_path / "test"), tmp_path / "test.st")
+    command = ["train", "demo", "--dry-run", "--set", f"data.train={jpeg_dataset_path}", "--set"]
+    code, _, complaint = stagein(*command, f"data.test={tmp_path / 'test.st'}")
+    assert code == ExitCode.USAGE
+    assert f"label 0 is '{second}' in {tmp_path / 'test.st'} and '{first}' in {jpeg_dataset_path}" in complaint
+    (tmp_path / "test" / first).mkdir()
+    convert(scan_imagefolder(tmp_path / "test"), tmp_path / "empty.st")
+    assert stagein(*command, f"data.test={tmp_path / 'empty.st'}")[0] == ExitCode.OK
 
 
 @pytest.mark.mpi

@@ -92,6 +92,12 @@ class Settings(_Table):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
 
+    @model_validator(mode="after")
+    def _a_target_is_tested(self) -> Self:
+        if self.optim.target_accuracy is not None and self.data.test is None:
+            raise ValueError("optim.target_accuracy needs data.test, on which it is reached")
+        return self
+
 
 def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings in `config`, a TOML file or the name of a packaged one, changed by `overrides` ("table.key=value").
@@ -156,7 +162,7 @@ def _sentence(error: ErrorDetails) -> str:
         case "path_type":
             return f"{where} = {error['input']!r} is not a path: write it in quotes"
         case "value_error":
-            return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+            return f"{where}: {error['msg']}".removeprefix(": ").replace("Value error, ", "", 1)
         case "extra_forbidden":
             return f"there is no setting {where}: known are {', '.join(_known_names(error['loc'][:-1]))}"
         case "missing":

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,10 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = Fa
     with communicator.together():
         train_set = RecordDataset(settings.data.train)
         train = _train_loader(train_set, settings.data, batch_size, world, device)
-        test = None if settings.data.test is None else _test_loader(settings.data, batch_size, world, device)
+        test_set = None if settings.data.test is None else RecordDataset(settings.data.test)
+        test = None if test_set is None else _test_loader(test_set, settings.data, batch_size, world, device)
+        if test_set is not None:
+            _refuse_other_classes(train_set, test_set)
         torch.manual_seed(settings.data.seed)
         model = build_model(settings.model.name, len(train_set.classes))
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -176,12 +180,23 @@ def _train_loader(
     )
 
 
-def _test_loader(data: DataSettings, batch_size: int, world: World, device: torch.device) -> DataLoader:
-    from stagein.loaders import DataLoader, RecordDataset, image_eval
+def _refuse_other_classes(train: RecordDataset, test: RecordDataset) -> None:
+    """Raise UsageError where a label of the test set stands for another class, as where one lacks a folder of the other's."""
+    for label, (trained, tested) in enumerate(zip_longest(train.classes, test.classes)):
+        if trained != tested:
+            raise UsageError(
+                f"data.test has other classes than data.train: label {label} is {tested!r} in {test.records.path} and {trained!r} in "
+                f"{train.records.path}; convert both from folders of the same classes, an empty one where there are no images"
+            )
 
-    assert data.test is not None
+
+def _test_loader(
+    dataset: RecordDataset, data: DataSettings, batch_size: int, world: World, device: torch.device
+) -> DataLoader:
+    from stagein.loaders import DataLoader, image_eval
+
     return DataLoader(
-        RecordDataset(data.test),
+        dataset,
         batch_size=batch_size,
         num_workers=data.workers,
         transform=image_eval(size=data.image_size, resize=data.test_resize or data.image_size),
