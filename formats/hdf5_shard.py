@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import h5py
-import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
 import numpy as np
 from numpy.typing import NDArray
 
@@ -218,6 +217,8 @@ def create_chunked(
 
     Returns the offset of each chunk in the file, in bytes.
     """
+    import hdf5plugin  # noqa: F401 (registers the filters of our codecs)
+
     shape = structure.payload_shape
     with _open(path, "w") as file:
         structure.write(file, values)

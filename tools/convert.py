@@ -31,13 +31,10 @@ from stagein.formats.source import PiecewiseSource, Source, record_nbytes
 from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
 from stagein.formats.sources.python import RecordStream
 from stagein.formats.sources.selection import refuse_shares, select, split
-from stagein.formats.writer import Writer
-from stagein.shard_ranks import RankPool, follow
 from stagein.world import Communicator, connect
 
 from .console import bytes_text, complain, count_text, progress_bytes, say, say_json, seconds_text
 from .convert_options import ConvertOptions
-from .info import print_fields
 
 _LISTED_SKIPPED = 20
 _MANY_READS = 4
@@ -74,6 +71,8 @@ def run(
 
 
 def _run_on_ranks(communicator: Communicator, convert: Callable[[Executors], None], options: ConvertOptions) -> None:
+    from stagein.shard_ranks import RankPool, follow
+
     workers = ShardWorkers(options.workers or _cores_of_this_rank(communicator))
     with workers, _noted_signals() as stopping_signal:
         try:
@@ -155,6 +154,8 @@ def _write_stream(stream: RecordStream, target: Path, options: ConvertOptions) -
             f"{stream.name} yields records one by one: {asked[0]} needs them by number, so return an object with __len__ and "
             "__getitem__, or leave the option out"
         )
+    from stagein.formats.writer import Writer
+
     start = last = time.monotonic()
     writer = Writer(
         target,
@@ -280,6 +281,8 @@ def _report_plans(plans: dict[Path, ConversionPlan], options: ConvertOptions) ->
         ]
         say_json(listed[0] if options.split is None else {"targets": listed})
         return
+    from .info import print_fields
+
     for target, plan in plans.items():
         records, nbytes, shards = len(plan.source.nbytes), int(record_nbytes(plan.source).sum()), len(plan.shards)
         say(
