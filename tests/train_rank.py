@@ -178,7 +178,7 @@ def validations(communicator: Communicator, folder: str) -> dict[str, Any]:
 
 
 class BrokenSamples(Samples):
-    """On the last rank a batch that cannot be read, or holds no numbers."""
+    """On the last rank a batch that cannot be read, at which the user's code ends the process, or that holds no numbers."""
 
     def __init__(self, world: World, fault: str) -> None:
         super().__init__(world)
@@ -189,6 +189,8 @@ class BrokenSamples(Samples):
         if self._batches == 3 and self._world.rank == self._world.size - 1:
             if self._fault == "read":
                 raise OSError("the disk is gone")
+            if self._fault == "exit":
+                sys.exit("no such sample")
             good["image"][:] = torch.nan  # type: ignore[call-overload]
         return good
 
@@ -196,7 +198,7 @@ class BrokenSamples(Samples):
 def failures(communicator: Communicator) -> dict[str, Any]:
     """What every rank is told about a fault on the last one."""
     told: dict[str, Any] = {}
-    for fault in ("read", "nan"):
+    for fault in ("read", "exit", "nan"):
         trainer = make_trainer(communicator, "mpi")
         try:
             trainer.fit(BrokenSamples(communicator.world, fault), 1)

@@ -26,6 +26,8 @@ class Failures:
             yield
         except Exception as error:
             self._first = self._first or error
+        except SystemExit as end:  # the user's code ended this rank; the others would wait for it in an allreduce
+            self._first = self._first or StageinError(f"the script called sys.exit({end.code!r})")
 
     def raise_together(self) -> None:
         """Raise what was kept on any rank, on all of them; nothing where nothing was. Collective."""
