@@ -407,9 +407,7 @@ def test_a_fault_on_one_rank_is_told_on_all_in_the_same_step() -> None:
     assert first[0].endswith("OSError: the disk is gone")
     assert [first[1], last[1]] == [True, False], "the rank that failed prints, the others do not"
     assert told["read steps"] == told["exit steps"] == told["nan steps"] == 2
-    assert [sentence[-41:] for sentence, _ in told["exit"]] == [
-        "the script called sys.exit('no such sample')"[-41:]
-    ] * 2
+    assert all(sentence.endswith("the script called sys.exit('no such sample')") for sentence, _ in told["exit"])
     assert [flag for _, flag in told["nan"]] == [False, True], "in the same words on all ranks: one is enough"
     assert told["nan"][0][0].startswith("the loss is not a number in step 3 (epoch 1) on rank 1:")
     assert "the parameters of rank 1 differ from those of rank 0" in told["diverged"]
