@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from stagein.formats.errors import UsageError
 
@@ -57,9 +58,11 @@ def understand(transform: Any, dataset: Any) -> Translation:
         return Translation()
     if not isinstance(dataset, RecordDataset):
         if isinstance(transform, Graph) or not callable(transform):
+            instead = "give a function of one sample"
+            if isinstance(dataset, Subset) and isinstance(dataset.dataset, RecordDataset):
+                instead = "give the whole of it, and sampler=SubsetRandomSampler(subset.indices), or subset.indices in their order"
             raise UsageError(
-                f"transform={type(transform).__name__} needs a RecordDataset, not a {type(dataset).__name__}: give a function "
-                "of one sample"
+                f"transform={type(transform).__name__} needs a RecordDataset, not a {type(dataset).__name__}: {instead}"
             )
         return Translation(per_sample=transform, lines=(f"{_name(transform)}: called for every sample",))
     if isinstance(transform, Graph):

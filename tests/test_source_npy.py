@@ -314,7 +314,7 @@ def test_what_cannot_be_guessed_is_said(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds no \.npy and no \.npz"):
         scan_npy(tmp_path)
     np.savez(tmp_path / "0.npz", density=np.zeros(3), velocity=np.zeros(3))
-    with pytest.raises(UsageError, match="holds the arrays density, velocity: say which"):
+    with pytest.raises(UsageError, match="holds the arrays density, velocity: say by --field NAME=ARRAY which"):
         scan_npy(tmp_path)
     with pytest.raises(SourceError, match="it has no array energy: it has density, velocity"):
         scan_npy(tmp_path, fields={"data": "energy"})

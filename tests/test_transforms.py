@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision_lookalikes as tv
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from stagein import formats
 from stagein.formats.errors import UsageError
@@ -186,6 +186,16 @@ def test_over_other_data_sets_any_callable_takes_samples():
             assert values == [2, 4, 6, 8, 10]
     with pytest.raises(UsageError, match="needs a RecordDataset, not a list"):
         DataLoader([1, 2], transform=image_train(16))
+
+
+def test_part_of_the_records_comes_through_a_graph_by_a_sampler(dataset):
+    part = Subset(dataset, [5, 2, 60])
+    with pytest.raises(
+        UsageError, match=r"not a Subset: give the whole of it, and sampler=.* or subset\.indices in their"
+    ):
+        DataLoader(part, transform=image_train(16))
+    batch = next(iter(DataLoader(dataset, 3, sampler=part.indices, transform=image_train(16))))
+    assert batch["label"].tolist() == [int(dataset[number]["label"]) for number in part.indices]
 
 
 def test_pad_and_collate_functions_without_a_graph(dataset):

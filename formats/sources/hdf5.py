@@ -182,7 +182,7 @@ def _choose_fields(path: Path, content: h5py.File, fields: Mapping[str, str] | N
     if not found:
         raise BadTensorError(path, "it holds no data sets")
     listed = ", ".join(f"{name} {content[name].shape}" for name in found)
-    raise UsageError(f"{path} holds {listed}: say which of them are the fields of a record")
+    raise UsageError(f"{path} holds {listed}: say by --field NAME=DATASET which of them are the fields of a record")
 
 
 def _dataset_paths(content: h5py.File) -> list[str]:

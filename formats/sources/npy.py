@@ -356,4 +356,6 @@ def _recognised_members(path: Path, archive: ZipFile) -> dict[str, str]:
         return {"data": found[0]}
     if not found:
         raise BadTensorError(path, "it holds no arrays")
-    raise UsageError(f"{path} holds the arrays {', '.join(found)}: say which of them are the fields of a record")
+    raise UsageError(
+        f"{path} holds the arrays {', '.join(found)}: say by --field NAME=ARRAY which of them are the fields of a record"
+    )
