@@ -115,6 +115,15 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class PartialSource(Protocol):
+    """A source that may hold more of its records than their fields."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What is no field though nobody chose the fields, the most frequent first: extensions of members, as `.flac`."""
+
+
+@runtime_checkable
 class PiecewiseSource(Protocol):
     """A source that may have to be read in pieces of many records, from which one alone cannot be had."""
 

@@ -347,3 +347,20 @@ def test_a_killed_worker_is_a_sentence_and_the_same_command_ends_in_the_same_byt
     )
     assert straight.returncode == 0, straight.stderr
     assert Dataset(tmp_path / "x.st").manifest == Dataset(tmp_path / "y.st").manifest
+
+
+def test_members_of_archives_that_become_no_field_are_told(
+    tmp_path: Path, stagein: Callable[..., tuple[int, str, str]]
+) -> None:
+    others = ["left.jpg", "right.jpg", "seg.png", "pth", "flac", "wav"]
+    members = {f"{n}.{extension}": jpeg(n) for n in range(3) for extension in others}
+    write_tar(tmp_path / "a.tar", members | {f"{n}.cls": b"%d" % n for n in range(3)})
+    code, _, complaint = stagein("convert", "webdataset", tmp_path / "a.tar", tmp_path / "x.st")
+    assert code == 0
+    assert (
+        "members .left.jpg, .right.jpg, .seg.png, .pth, .flac and 1 more are left out: --field NAME=EXTENSION"
+        in complaint
+    )
+    fields = [f"--field=f{number}={extension}" for number, extension in enumerate(others)]
+    code, _, complaint = stagein("convert", "webdataset", tmp_path / "a.tar", tmp_path / "y.st", *fields)
+    assert (code, "left out" in complaint) == (0, False)

@@ -235,7 +235,9 @@ def test_a_file_of_rows_that_is_none_is_a_sentence(tmp_path: Path) -> None:
 
 def test_fields_that_cannot_be_guessed_are_listed(tmp_path: Path) -> None:
     replace(tmp_path / "x.h5", density=np.zeros((7, 3)), group__velocity=np.zeros((7, 2)))
-    with pytest.raises(UsageError, match=r"density \(7, 3\), group/velocity \(7, 2\): say by --field NAME=DATASET which"):
+    with pytest.raises(
+        UsageError, match=r"density \(7, 3\), group/velocity \(7, 2\): say by --field NAME=DATASET which"
+    ):
         scan_hdf5(tmp_path / "x.h5")
     with pytest.raises(UsageError, match="primary field 'nothing' is not among"):
         scan_hdf5(tmp_path / "x.h5", fields={"a": "density"}, primary="nothing")

@@ -202,6 +202,8 @@ def test_what_few_records_have_is_no_field(tmp_path: Path) -> None:
     source = scan_webdataset(tmp_path)
     assert set(source.schema.fields) == {"image", "hw", "label"}
     assert not source.refused
+    assert source.left_out == (".txt", ".json")
+    assert scan_webdataset(tmp_path, {"note": "cls"}).left_out == ()
 
 
 def test_boxes_and_sounds_without_images(tmp_path: Path) -> None:

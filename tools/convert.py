@@ -27,7 +27,7 @@ from stagein.formats.conversion import (
 from stagein.formats.errors import ExitCode, SourceError, StageinError, UsageError, WatchdogError
 from stagein.formats.manifest import MANIFEST_NAME, Manifest
 from stagein.formats.shard_workers import ShardExecutor, ShardWorkers
-from stagein.formats.source import PiecewiseSource, Source, record_nbytes
+from stagein.formats.source import PartialSource, PiecewiseSource, Source, record_nbytes
 from stagein.formats.sources.images import BYTES_AFTER, BYTES_BEFORE, change_images
 from stagein.formats.sources.python import RecordStream
 from stagein.formats.sources.selection import refuse_shares, select, split
@@ -37,6 +37,7 @@ from .console import bytes_text, complain, count_text, progress_bytes, say, say_
 from .convert_options import ConvertOptions
 
 _LISTED_SKIPPED = 20
+_LISTED_LEFT_OUT = 5
 _MANY_READS = 4
 """How often a source is read before it is worth a warning."""
 _SPLIT = "{split}"
@@ -113,6 +114,8 @@ def _convert(
     if isinstance(scanned, RecordStream):
         _write_stream(scanned, target, options)
         return
+    if isinstance(scanned, PartialSource):
+        _warn_of_what_is_left_out(scanned.left_out, scanned.name)
     found = select(scanned, limit=options.limit, shuffle_seed=options.shuffle_seed)
     source = with_changed_images(found, options)
     refuse_bad_records(source, skip_bad=options.skip_bad)
@@ -127,6 +130,15 @@ def _convert(
     reports = [_carry_out(plan, path, options, executors) for path, plan in plans.items()]
     if options.json:
         say_json(reports[0] if options.split is None else {"targets": reports})
+
+
+def _warn_of_what_is_left_out(left_out: tuple[str, ...], name: str) -> None:
+    if left_out:
+        more = f" and {len(left_out) - _LISTED_LEFT_OUT} more" if len(left_out) > _LISTED_LEFT_OUT else ""
+        complain(
+            f"{name}: members {', '.join(left_out[:_LISTED_LEFT_OUT])}{more} are left out: --field NAME=EXTENSION, one for each "
+            "field, takes others than the usual ones"
+        )
 
 
 def _warn_of_costly_order(why: str | None, name: str, shards: int) -> None:

@@ -7,6 +7,7 @@ extension is the rest, in any case. Members of a record need not follow each oth
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -86,6 +87,8 @@ class WebDataset:
     sizes: NDArray[np.int64]
     refused: tuple[RefusedRecord, ...]
     kind: str = "webdataset"
+    left_out: tuple[str, ...] = ()
+    """Extensions of members that make no field, though nobody chose the fields."""
 
     @property
     def nbytes(self) -> NDArray[np.int64]:
@@ -192,6 +195,11 @@ def scan_webdataset(
         refused=tuple(refused for archive in scanned for refused in archive.refused),
     )
     found = _only_complete_records(_without_rare_fields(found))
+    if not fields:
+        taken = {extension for member in found.members for extension in member.extensions}
+        others = sum((archive.extensions for archive in scanned), Counter())
+        left_out = tuple(f".{extension}" for extension, _ in others.most_common() if extension not in taken)
+        found = replace(found, left_out=left_out)
     typed = tuple(_typed(found, place, member) for place, member in enumerate(found.members))
     encodings = {encoding for archive in scanned for encoding in archive.encodings}
     return replace(found, members=typed, schema=_schema(typed, encodings, primary))
@@ -231,6 +239,8 @@ class _ScannedArchive:
     sizes: NDArray[np.int64]
     encodings: frozenset[str]
     refused: list[RefusedRecord]
+    extensions: Counter[str]
+    """Of all members."""
 
 
 def _scan_archive(file: SourceFile, members: tuple[MemberField, ...]) -> _ScannedArchive:
@@ -238,6 +248,7 @@ def _scan_archive(file: SourceFile, members: tuple[MemberField, ...]) -> _Scanne
     samples: dict[str, dict[int, TarMember]] = {}
     bad: dict[str, str] = {}
     refused: list[RefusedRecord] = []
+    extensions: Counter[str] = Counter()
     with file.open() as descriptor:
         try:
             for member in read_members(descriptor, file.nbytes):
@@ -246,6 +257,7 @@ def _scan_archive(file: SourceFile, members: tuple[MemberField, ...]) -> _Scanne
                 if reason:
                     refused.append(RefusedRecord(_record_name(file, member.name), reason))
                     continue
+                extensions[extension] += 1
                 sample = samples.setdefault(key, {})
                 place = places.get(extension)
                 if place is None:
@@ -266,7 +278,7 @@ def _scan_archive(file: SourceFile, members: tuple[MemberField, ...]) -> _Scanne
             offsets[record, place], sizes[record, place] = member.offset, member.nbytes
             if members[place].content == "image":
                 encodings.add(IMAGE_SUFFIXES["." + _split_name(member.name)[1]])
-    return _ScannedArchive([key for key, _ in good], offsets, sizes, frozenset(encodings), refused)
+    return _ScannedArchive([key for key, _ in good], offsets, sizes, frozenset(encodings), refused, extensions)
 
 
 def _split_name(name: str) -> tuple[str, str]:
