@@ -23,9 +23,6 @@ _ELSEWHERE = 0
 _WHOLE_WORD = 1
 """The relocation R_X86_64_64."""
 
-_loaded: list[mmap.mmap] = []
-"""Code lives as long as the process."""
-
 
 def load(content: bytes, entry: str, address_of: Callable[[str], int]) -> int:
     """Where the function `entry` of this object file is, once its code is in memory.
@@ -87,7 +84,7 @@ class _ObjectFile:
         library = ctypes.CDLL(None, use_errno=True)
         if library.mprotect(ctypes.c_void_p(base), ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_EXEC):
             raise OSError(ctypes.get_errno(), "memory cannot be made executable")
-        _loaded.append(memory)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # code outlives Python: threads are in it when that ends
         return next(resolve(symbol) for symbol in self._symbols if self._name(symbol) == entry)
 
     def _lay_out(self) -> tuple[dict[int, int], int]:

@@ -114,6 +114,8 @@ fetch_add = _atomic("add")
 is there for those that see what it added."""
 fetch_min = _atomic("min")
 """The same, but it becomes the smaller of both."""
+exchange = _atomic("xchg")
+"""The same, but it becomes the second."""
 
 
 def _call_entry(_context: Any, entry: Any, frame: Any) -> Any:

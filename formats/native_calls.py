@@ -69,6 +69,15 @@ clock_gettime = _of_c_library("clock_gettime", types.int32, types.int32, _ADDRES
 sched_yield = _of_c_library("sched_yield", types.int32)
 """() -> 0: other threads that wait for this processor come first."""
 
+sem_post = _of_c_library("sem_post", types.int32, _ADDRESS)
+"""(address of a semaphore) -> 0, or -1. One thread that waits for it, now or next, goes on."""
+
+sem_getvalue = _of_c_library("sem_getvalue", types.int32, _ADDRESS, _ADDRESS)
+"""(address of a semaphore, where to put an int: how many threads can go on at once) -> 0, or -1."""
+
+sem_wait = _of_c_library("sem_wait", types.int32, _ADDRESS)
+"""(address of a semaphore) -> 0, or -1 where a signal came."""
+
 usleep = _of_c_library("usleep", types.int32, types.uint32)
 """(microseconds) -> 0."""
 

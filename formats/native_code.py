@@ -151,9 +151,10 @@ class NativeKernel:
     def entry(self, *arguments: Any) -> int | None:
         """Where the ENTRY of the machine code for arguments of these kinds is, for kernels that call it (`native.call_entry`) with a
         `frame_of` arguments; None until `is_ready`."""
-        if not self.is_ready(*arguments):
+        kinds = _kinds_of(arguments)
+        if kinds not in self._code and not self.is_ready(*arguments):
             return None
-        code = self._code[_kinds_of(arguments)]
+        code = self._code[kinds]
         return None if code is None else code.entry
 
     def _run_by_numba(self, arguments: tuple[Any, ...]) -> Any:

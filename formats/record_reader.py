@@ -22,6 +22,7 @@ from .codecs import WORK_BYTES
 from .errors import ChecksumError, SourceError, UsageError
 from .helper_threads import HelperThreads
 from .index import RecordIndex
+from .kernel_crew import KernelCrew
 from .located import LocatedRecords
 from .native_code import NativeKernel
 from .plain_reads import read_and_decode_plainly, read_plainly
@@ -94,6 +95,7 @@ class RecordReader:
         self._shards = tuple(shards)
         self._files = ShardFiles(shards)
         self._helpers = HelperThreads()
+        self._crew = KernelCrew()
         self._scratch = _Scratch()
 
     def read_records(self, records: RecordNumbers, buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
@@ -178,6 +180,9 @@ class RecordReader:
         Uncompressed records are read straight into it. Raises ChecksumError or SourceError, naming shard and record;
         UsageError for an array that does not fit.
         """
+        threads = max(1, min(threads, len(records)))
+        if threads > 1 and self.field.codec is not None:
+            self._crew.wake(threads - 1)
         numbers = np.asarray(records, np.int64)
         if out is None:
             out = np.empty((len(numbers), *self.field.fixed_shape), self.field.array_dtype)
@@ -214,6 +219,7 @@ class RecordReader:
     def close(self) -> None:
         """Close the shards and end the threads; nothing can be read afterwards."""
         self._helpers.close()
+        self._crew.close()
         self._files.close()
 
     def _read(
@@ -263,7 +269,6 @@ class RecordReader:
         """Fill `rows`, [records, bytes of a record], with these records as they were before compression."""
         codec, places, nbytes = self.field.codec, offset.view(np.int64), sizes.astype(np.int64)
         assert codec is not None
-        threads = max(1, min(threads, len(numbers)))
         room = -(-(WORK_BYTES + int(nbytes.max(initial=0))) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         scratch = self._scratch.of(threads * room).reshape(threads, room)
 
@@ -271,6 +276,8 @@ class RecordReader:
             records = places[some], nbytes[some], sums[some]
             shared = new_turns(), new_jobs(threads), piece_bytes, *shards, *records, codec.kernel_number
             arguments = *shared, scratch, rows[some], decode_nanoseconds
+            if threads > 1 and (done := self._crew.call(_read_and_decode, arguments, threads - 1)) is not None:
+                return done[0], done[1]
             if _read_and_decode.is_awaited(*arguments):
                 left = iter(range(len(records[0])))
                 return self._together(

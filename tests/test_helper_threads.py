@@ -15,12 +15,13 @@ import pytest
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.codecs import Codec
 from stagein.formats.helper_threads import HelperThreads
+from stagein.formats.kernel_crew import ENTRY, LEFT, LOOKING
 
 SHAPE = (40, 40)
 
 
 def _helpers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("stagein-helper")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("stagein-helper", "stagein-crew"))]
 
 
 def _wait_for(is_so: Callable[[], bool]) -> None:
@@ -36,6 +37,10 @@ def dataset(tmp_path: Path) -> Dataset:
     with Writer(tmp_path / "x.st", Schema(fields={"x": field}, primary="x"), container="hdf5") as writer:
         for number in range(20):
             writer.write({"x": np.full(SHAPE, number, np.float32)})
+    with Dataset(tmp_path / "x.st") as other:  # kernels are compiled, as they are on any machine from some seconds on
+        _wait_for(
+            lambda: bool(len(other.reader.read_tensors(range(20), threads=2)) and other.reader._crew._desk[ENTRY])
+        )
     return Dataset(tmp_path / "x.st")
 
 
@@ -102,6 +107,47 @@ def test_threads_end_with_their_reader(dataset: Dataset) -> None:
     _wait_for(lambda: not _helpers())
 
 
+def test_threads_of_a_crew_have_a_part_in_each_call_and_sleep_in_between(dataset: Dataset) -> None:
+    reader, order = dataset.reader, list(range(20)) * 50
+    expected = np.repeat(np.array(order, np.float32), SHAPE[0] * SHAPE[1]).reshape(-1, *SHAPE)
+    helped = 0
+    for _ in range(100):
+        assert np.array_equal(reader.read_tensors(order, threads=3), expected)
+        helped += reader._crew._desk[LEFT] == 2
+    assert helped > 50
+    _wait_for(lambda: reader._crew._desk[LOOKING] == 0)
+
+
+def test_a_crew_helps_one_caller_at_a_time_and_each_gets_its_own_records(dataset: Dataset) -> None:
+    reader, wrong = dataset.reader, []
+
+    def read(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(100):
+            order = random.integers(0, 20, 600)
+            if not np.array_equal(reader.read_tensors(order, threads=3)[:, 0, 0], order):
+                wrong.append(order)
+
+    callers = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_a_call_does_not_wait_for_threads_that_do_not_come(dataset: Dataset) -> None:
+    """They are asleep in the kernel when they are told to end, and are asked for once more."""
+    reader, order = dataset.reader, list(range(20))
+    expected = reader.read_tensors(order, threads=3)
+    crew = reader._crew
+    threads = list(crew._threads)
+    crew.close()
+    crew._threads = threads  # as if they were on their way
+    assert np.array_equal(reader.read_tensors(order, threads=3), expected)
+    crew._threads = []
+
+
 def _in_fork(work: Callable[[], bool]) -> bool:
     """Whether `work()` is true in a process forked now, within 20 s."""
     child = os.fork()
@@ -118,7 +164,7 @@ def test_a_forked_process_reads_with_threads_of_its_own(dataset: Dataset) -> Non
     expected = reader.read_tensors(order, threads=2)
 
     def hold_its_locks() -> None:
-        with reader._files._changed, reader._helpers._starting:
+        with reader._files._changed, reader._helpers._starting, reader._crew._starting, reader._crew._calling:
             held.set()
             leave.wait(20)
 
@@ -137,9 +183,9 @@ def test_a_forked_process_reads_with_threads_of_its_own(dataset: Dataset) -> Non
 
 def test_the_interpreter_exits_with_readers_open(dataset: Dataset) -> None:
     script = (
-        "import sys; from stagein.formats import Dataset\n"
+        "import sys; from stagein.formats import Dataset; from stagein.formats.kernel_crew import ENTRY\n"
         "dataset = Dataset(sys.argv[1])\n"
-        "dataset.reader.read_tensors(range(20), threads=3)\n"
+        "while not dataset.reader._crew._desk[ENTRY]: dataset.reader.read_tensors(range(20), threads=3)\n"
         "print('read')\n"
     )
     command = [sys.executable, "-c", script, str(dataset.path)]
