@@ -115,7 +115,7 @@ class Field(BaseModel):
         """Whether records differ in size."""
         return self.kind != "tensor"
 
-    @functools.cached_property
+    @property
     def fixed_shape(self) -> tuple[int, ...]:
         """The shape of one record of a `tensor` field."""
         return tuple(extent or 0 for extent in self.shape)
@@ -147,7 +147,7 @@ class Field(BaseModel):
         """Bytes of one row."""
         return _row_bytes(self.row_shape, self.stored_dtype)
 
-    @functools.cached_property
+    @property
     def record_bytes(self) -> int:
         """Bytes of one record of a `tensor` field."""
         return self.row_bytes
