@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -60,7 +61,8 @@ class Writer:
     container    what the shards are: HDF5, Zarr, or both at once.
     shard_bytes  size of a shard; two are held in memory: one fills while the other is written.
 
-    How each field is stored follows from the first records too. Nothing is left at `target` when the block raises.
+    How each field is stored follows from the first records too. Nothing is left at `target` when the block raises. Threads may
+    share a writer: records are then in the order in which they come.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Writer:
         self._quickly: list[tuple[str, Callable[[Value], bytes | None]]] = []
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
         self._is_closed = False
+        self._one_at_a_time = Lock()
         self._manifest: Manifest | None = None
         """What was published."""
 
@@ -100,6 +103,26 @@ class Writer:
         Raises UsageError when a field is missing, unknown, of another shape, or does not fit its dtype without loss, and when
         the writer is closed. The record is not in the data set then.
         """
+        with self._one_at_a_time:
+            self._write(record)
+
+    def close(self) -> Manifest:
+        """Write what is left and publish the data set. Called by the end of the `with` block, if not before."""
+        with self._one_at_a_time:
+            return self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif not self._is_closed:
+            self._discard()
+
+    def _write(self, record: Mapping[str, Value]) -> None:
         if self._shards is not None:
             self._shards.write(self._stored(record, self._shards.schema))
             return
@@ -123,8 +146,7 @@ class Writer:
         if len(self._first_records) == TRIED_RECORDS or self._first_bytes >= _TRIED_BYTES:
             self._begin()
 
-    def close(self) -> Manifest:
-        """Write what is left and publish the data set. Called by the end of the `with` block, if not before."""
+    def _close(self) -> Manifest:
         if self._manifest is not None:
             return self._manifest
         try:
@@ -138,17 +160,6 @@ class Writer:
         self._shards, self._is_closed = None, True
         self._growing.close()
         return self._manifest
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        elif not self._is_closed:
-            self._discard()
 
     def _discard(self) -> None:
         if self._shards is not None:

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -456,6 +457,22 @@ def test_large_bytes_are_stored_from_where_they_are_as_copies_are(tmp_path: Path
     for number, record in enumerate(records):
         assert bytes(dataset[number]["image"]) == record["image"]
         np.testing.assert_array_equal(dataset[number]["x"], record["x"])
+
+
+def test_threads_may_share_a_writer(tmp_path: Path) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with Writer(tmp_path / "x.st", shard_bytes=SHARD_BYTES) as writer, ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda n: writer.write({"x": np.full(50, n), "y": n, "text": str(n)}), range(8000)))
+    finally:
+        sys.setswitchinterval(before)
+    records = list(Dataset(tmp_path / "x.st"))
+    assert sorted(int(record["y"]) for record in records) == list(range(8000))
+    for record in records:
+        assert record["text"] == str(record["y"])
+        assert (record["x"] == record["y"]).all()
+    assert not list(verify(tmp_path / "x.st").problems)
 
 
 def test_a_writer_lets_go_of_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
