@@ -38,7 +38,7 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
     `dataset[i]` is a dict of arrays: an encoded image is decoded to uint8 height x width x 3 (RGB), as stored (an EXIF
     orientation is not applied); other encoded fields are their bytes (uint8); text is a str; bfloat16, which numpy does not
     have, is a torch tensor. `stagein.loaders.DataLoader` with a `transform` decodes whole batches with DALI instead.
-    Raises SourceError where `path` holds no data set, UsageError for a field that it does not have.
+    Raises SourceError where `path` holds no data set, UsageError for a field that it does not have, or that is named twice.
     """
 
     def __init__(
@@ -57,6 +57,9 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         unknown = [name for name in self.fields if name not in self.records.fields]
         if unknown:
             raise UsageError(f"{path} has no field {unknown[0]!r}: it has {', '.join(self.records.schema.fields)}")
+        twice = [name for name in self.fields if self.fields.count(name) > 1]
+        if twice:
+            raise UsageError(f"fields={list(self.fields)} names {twice[0]!r} twice: name each field once")
 
     @property
     def classes(self) -> list[str]:

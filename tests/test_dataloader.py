@@ -612,6 +612,8 @@ def test_what_is_no_sample_and_no_list_of_fields_is_told(jpeg_dataset_path):
         records[:2]
     with pytest.raises(UsageError, match=r"fields='image' is one name: write a list of them, \['image'\]"):
         RecordDataset(jpeg_dataset_path, "image")
+    with pytest.raises(UsageError, match="names 'label' twice: name each field once"):
+        RecordDataset(jpeg_dataset_path, ["label", "image", "label"], as_tuples=True)
 
 
 def test_a_data_set_is_picklable_and_works_in_torchs_worker_processes(numbered):
