@@ -26,9 +26,11 @@ from .read_kernels import read_ahead_where_cold, read_exactly
 CHANGED = -4
 """What is wrong with a file, where no error number (above 0) says it: its size is not what it was."""
 
-_PIECE_BYTES = 2 << 20
-"""Written and summed at a time, most of it in the second-level cache still when it is summed. A file system that keeps in one piece in
-memory what it is given in one call maps this as one page (x86-64): reading it from a memory map is a tenth faster than in pieces of 256 KiB."""
+_PIECE_BYTES = 256 << 10
+"""Written and summed at a time: it is still in the second-level cache when it is summed."""
+_LARGE_PIECE_BYTES = 2 << 20
+"""The same, where records are as large: they are read out of memory maps, a tenth faster where a file system keeps in one piece what it was
+given in one call, and the piece is a large page (x86-64). To get so much memory in one piece makes writing of other records slower."""
 _DISK_BYTES = 8 << 20
 """So much that is written is sent to the disk at a time, where it goes while we sum and write on: fsync finds little left."""
 _SYNC_FILE_RANGE_WRITE = 2
@@ -78,19 +80,21 @@ def write_and_sum(
         if progress[_STATE] == 0:
             return _ENOMEM, 0
         xxh3_reset(progress[_STATE])
+    is_large = len(record_nbytes) > 0 and nbytes.sum() >= len(record_nbytes) * _LARGE_PIECE_BYTES
+    piece_bytes = _LARGE_PIECE_BYTES if is_large else _PIECE_BYTES
     trouble, chunk, count, gathered, record, summed = 0, 0, 0, 0, 0, 0
     found = np.uint32(0)
     for number in range(len(nbytes)):
         address, left = addresses[number], nbytes[number]
         while left > 0 and trouble == 0:
             behind = progress[_OFFSET] + gathered
-            part_bytes = min(_PIECE_BYTES - behind % _PIECE_BYTES, chunk_bytes - behind % chunk_bytes, left)
+            part_bytes = min(piece_bytes - behind % piece_bytes, chunk_bytes - behind % chunk_bytes, left)
             parts[count, 0], parts[count, 1] = address, part_bytes
             address, left = address + part_bytes, left - part_bytes
             count, gathered = count + 1, gathered + part_bytes
             is_full = (behind + part_bytes) % chunk_bytes == 0
             is_last = left == 0 and number == len(nbytes) - 1
-            if (behind + part_bytes) % _PIECE_BYTES == 0 or is_full or count == len(parts) or is_last:
+            if (behind + part_bytes) % piece_bytes == 0 or is_full or count == len(parts) or is_last:
                 trouble = _write_parts(descriptor, parts[:count], gathered, progress)
                 record, summed, found = _sum_records(parts[:count], record_nbytes, record, summed, found, record_sums)
                 count, gathered = 0, 0
