@@ -29,8 +29,9 @@ CHANGED = -4
 _PIECE_BYTES = 256 << 10
 """Written and summed at a time: it is still in the second-level cache when it is summed."""
 _LARGE_PIECE_BYTES = 2 << 20
-"""The same, where records are as large: they are read out of memory maps, a tenth faster where a file system keeps in one piece what it was
+"""The same, where records are large: they are read out of memory maps, a tenth faster where a file system keeps in one piece what it was
 given in one call, and the piece is a large page (x86-64). To get so much memory in one piece makes writing of other records slower."""
+_LARGE_RECORD_BYTES = 1 << 20
 _DISK_BYTES = 8 << 20
 """So much that is written is sent to the disk at a time, where it goes while we sum and write on: fsync finds little left."""
 _SYNC_FILE_RANGE_WRITE = 2
@@ -80,7 +81,7 @@ def write_and_sum(
         if progress[_STATE] == 0:
             return _ENOMEM, 0
         xxh3_reset(progress[_STATE])
-    is_large = len(record_nbytes) > 0 and nbytes.sum() >= len(record_nbytes) * _LARGE_PIECE_BYTES
+    is_large = len(record_nbytes) > 0 and nbytes.sum() >= len(record_nbytes) * _LARGE_RECORD_BYTES
     piece_bytes = _LARGE_PIECE_BYTES if is_large else _PIECE_BYTES
     trouble, chunk, count, gathered, record, summed = 0, 0, 0, 0, 0, 0
     found = np.uint32(0)
