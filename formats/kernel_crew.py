@@ -59,6 +59,7 @@ class KernelCrew:
             return None
         try:
             frame = frame_of(*arguments)
+            assert len(frame) <= _MOST_WORDS, "threads copy it to frames of their own"
             results = _call_together(self._desk, entry, frame, count)
         finally:
             self._calling.release()

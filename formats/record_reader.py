@@ -239,7 +239,6 @@ class RecordReader:
             raise UsageError(f"a buffer of {len(packed)} bytes cannot take records of {total} bytes: make it larger")
         start = ends - nbytes
         targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
-        threads = max(1, min(threads, len(numbers)))
         share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
         def read(some: slice, shards: OpenShards, piece_bytes: int) -> tuple[int, int]:

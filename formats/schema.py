@@ -290,8 +290,10 @@ def _refuse_bad_name(name: str) -> None:
         )
 
 
-def array_field(kind: Literal["tensor", "ragged"], dtype: str, shape: tuple[int | None, ...]) -> Field:
-    """The field of arrays of numbers. Raises ValueError, in a sentence, where there is none for them."""
+def make_array_field(dtype: str, shape: tuple[int | None, ...]) -> Field:
+    """The field of arrays of numbers: `ragged` where their first extent differs (None), else `tensor`. Raises ValueError, in a
+    sentence, where there is none for them."""
+    kind: FieldKind = "ragged" if shape[:1] == (None,) else "tensor"
     try:
         return Field(kind=kind, dtype=dtype, shape=shape)
     except ValidationError as error:

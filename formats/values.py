@@ -3,12 +3,12 @@
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, array_field, bfloat16_dtype
+from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, bfloat16_dtype, make_array_field
 
 Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
 """A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
@@ -167,16 +167,17 @@ def infer_field(values: Sequence[Value]) -> Field:
     arrays = [as_array(value) for value in values]
     dtype, shapes = _common_dtype(values, arrays), {array.shape for array in arrays}
     if len(shapes) == 1:
-        return _array_field("tensor", dtype, shapes.pop())
+        return numbers_field(dtype, shapes.pop())
     tails = {shape[1:] for shape in shapes if shape != (0,)}
     if () in shapes or len(tails) != 1:
         raise BadValueError(f"its shapes {sorted(shapes)[:3]} differ in more than the first extent: give a schema")
-    return _array_field("ragged", dtype, (None, *tails.pop()))
+    return numbers_field(dtype, (None, *tails.pop()))
 
 
-def _array_field(kind: Literal["tensor", "ragged"], dtype: str, shape: tuple[int | None, ...]) -> Field:
+def numbers_field(dtype: str, shape: tuple[int | None, ...]) -> Field:
+    """As `schema.make_array_field`, but raises BadValueError."""
     try:
-        return array_field(kind, dtype, shape)
+        return make_array_field(dtype, shape)
     except ValueError as error:
         raise BadValueError(str(error)) from None
 

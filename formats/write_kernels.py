@@ -32,6 +32,7 @@ _LARGE_PIECE_BYTES = 2 << 20
 """The same, where records are large: they are read out of memory maps, a tenth faster where a file system keeps in one piece what it was
 given in one call, and the piece is a large page (x86-64). To get so much memory in one piece makes writing of other records slower."""
 _LARGE_RECORD_BYTES = 1 << 20
+"""From that size on, in the mean of those written at once, records are large."""
 _DISK_BYTES = 8 << 20
 """So much that is written is sent to the disk at a time, where it goes while we sum and write on: fsync finds little left."""
 _SYNC_FILE_RANGE_WRITE = 2

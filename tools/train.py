@@ -54,10 +54,7 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = Fa
     with communicator.together():
         train_set = RecordDataset(settings.data.train)
         train = _train_loader(train_set, settings.data, batch_size, world, device)
-        test_set = None if settings.data.test is None else RecordDataset(settings.data.test)
-        test = None if test_set is None else _test_loader(test_set, settings.data, batch_size, world, device)
-        if test_set is not None:
-            _refuse_other_classes(train_set, test_set)
+        test = None if settings.data.test is None else _test_loader(train_set, settings.data, batch_size, world, device)
         torch.manual_seed(settings.data.seed)
         model = build_model(settings.model.name, len(train_set.classes))
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -191,10 +188,13 @@ def _refuse_other_classes(train: RecordDataset, test: RecordDataset) -> None:
 
 
 def _test_loader(
-    dataset: RecordDataset, data: DataSettings, batch_size: int, world: World, device: torch.device
+    train_set: RecordDataset, data: DataSettings, batch_size: int, world: World, device: torch.device
 ) -> DataLoader:
-    from stagein.loaders import DataLoader, image_eval
+    from stagein.loaders import DataLoader, RecordDataset, image_eval
 
+    assert data.test is not None
+    dataset = RecordDataset(data.test)
+    _refuse_other_classes(train_set, dataset)
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import BadImageError
 from stagein.formats.listing import files_below
-from stagein.formats.schema import Field, Schema, array_field, reason_of
+from stagein.formats.schema import Field, Schema, reason_of
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
-from stagein.formats.values import BadValueError, Value
+from stagein.formats.values import BadValueError, Value, numbers_field
 
 from .fields import SIZE_FIELD, file_field, image_size
 from .files import SourceFile, find_files, most_common, source_name, used_files
@@ -359,11 +359,7 @@ def _list_field(arrow_type: Any, cells: Sequence[Any]) -> Field:
         if shape[axis] is None:
             extents = [np.shape(cell)[axis] for cell in cells if _depth(cell) > axis]
             shape[axis] = extents[0] if extents else 1
-    kind: Literal["tensor", "ragged"] = "ragged" if shape[0] is None else "tensor"
-    try:
-        return array_field(kind, np.dtype(arrow_type.to_pandas_dtype()).name, tuple(shape))
-    except ValueError as error:
-        raise BadValueError(str(error)) from None
+    return numbers_field(np.dtype(arrow_type.to_pandas_dtype()).name, tuple(shape))
 
 
 def _depth(cell: Any) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.checksums import pread_exactly
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.schema import Field, Schema, array_field
+from stagein.formats.schema import Field, Schema, make_array_field
 from stagein.formats.source import RefusedRecord, Room, SourceRecord
 
 from .files import SourceFile, most_common
@@ -101,7 +101,7 @@ def tensor_field(path: Path, what: str, dtype: np.dtype[np.generic], shape: tupl
     if dtype.kind not in "biufc":
         raise BadTensorError(path, f"{what} holds {dtype}, no plain numbers: save it as an array of numbers")
     try:
-        return array_field("tensor", dtype.name, shape)
+        return make_array_field(dtype.name, shape)
     except ValueError as error:
         raise BadTensorError(path, f"{what} cannot be a field: {error}") from None
 
