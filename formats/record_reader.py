@@ -6,7 +6,6 @@ page cache one record at a time.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from .plain_reads import read_and_decode_plainly, read_plainly
 from .read_troubles import CUT_OFF, DAMAGED, UNDECODABLE
 from .read_turns import new_jobs, new_turns
 from .schema import Field
+from .scratch import Scratch
 from .shard_files import OpenShards, ShardFiles
 
 RecordNumbers: TypeAlias = Sequence[int] | NDArray[np.integer]
@@ -96,7 +96,7 @@ class RecordReader:
         self._files = ShardFiles(shards)
         self._helpers = HelperThreads()
         self._crew = KernelCrew()
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
 
     def read_records(self, records: RecordNumbers, buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
         """The stored bytes of these records, in this order, as a list of views into one buffer; see `read_packed`."""
@@ -356,17 +356,6 @@ class RecordReader:
 
     def _place(self, record: int | np.integer) -> str:
         return f"record {record} in {self._shards[self.index.shard[record]]}"
-
-
-class _Scratch(threading.local):
-    """Memory of a thread, kept: fresh pages cost as much as reading into them."""
-
-    _memory = np.empty(0, np.uint8)
-
-    def of(self, nbytes: int) -> NDArray[np.uint8]:
-        if len(self._memory) < nbytes:
-            self._memory = np.empty(nbytes, np.uint8)
-        return self._memory[:nbytes]
 
 
 def _as_array(buffer: memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:

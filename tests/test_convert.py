@@ -334,8 +334,13 @@ from pathlib import Path
 
 from stagein.formats import convert, scan_imagefolder
 from stagein.formats import worker_preload
+from stagein.formats.seekable_images import SeekableJpegs
+from stagein.formats.sources.images import change_images
 
-assert convert(scan_imagefolder(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=64 << 20).manifest.num_records == 65
+source = scan_imagefolder(Path(sys.argv[1]))
+assert convert(source, Path(sys.argv[2]) / "plain.st", shard_bytes=64 << 20).manifest.num_records == 65
+seekable = change_images(source, SeekableJpegs())
+assert convert(seekable, Path(sys.argv[2]) / "seekable.st").counts["JPEGs made seekable"] == 65
 assert "numba" not in sys.modules
 """
 
@@ -347,9 +352,9 @@ def test_neither_workers_nor_a_conversion_by_kernels_load_numba(tmp_path: Path) 
     (folder / "0.jpg").write_bytes(simplejpeg.encode_jpeg(large, quality=99))
     for number in range(1, 65):  # above 32 MiB together
         shutil.copy(folder / "0.jpg", folder / f"{number}.jpg")
-    command = [sys.executable, "-c", WITHOUT_NUMBA, str(folder.parent), str(tmp_path / "x.st")]
+    command = [sys.executable, "-c", WITHOUT_NUMBA, str(folder.parent), str(tmp_path)]
     subprocess.run(command, check=True, timeout=100)
-    assert max(shard.nbytes for shard in Dataset(tmp_path / "x.st").manifest.shards) > 32 << 20
+    assert max(shard.nbytes for shard in Dataset(tmp_path / "plain.st").manifest.shards) > 32 << 20
 
 
 def test_the_command_ends_with_all_that_it_started(source: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from jpegs import opencv_pixels, picture, pillow_jpeg, pixels, variants
 from numpy.typing import NDArray
 
 from stagein.formats.jpeg.header import UnsupportedJpegError, read_frame
-from stagein.formats.jpeg.huffman import complete_dc_table, optimal_table, stack_tables
-from stagein.formats.jpeg.restart import choose_interval, make_seekable
+from stagein.formats.jpeg.huffman import optimal_table, stack_tables
+from stagein.formats.jpeg.restart import choose_interval, complete_dc_table, make_seekable
 from stagein.formats.jpeg.scans import BlockGrid, code_again, decode_coefficients
 
 VARIANTS = variants()
@@ -213,3 +213,25 @@ def test_missing_dc_codes_are_added_below_the_free_code() -> None:
         assert (after.code[0, size], after.length[0, size]) == (before.code[0, size], before.length[0, size])
     assert (after.length[0, :12] > 0).all()
     assert complete_dc_table(bytes([2, *[0] * 15, 0, 1])) is None  # no code is free
+
+
+def test_images_whose_dc_tables_have_no_room_are_coded_again() -> None:
+    """A table has 256 codes at most; these have that many, and yet not all sizes."""
+    original = VARIANTS["4:2:0 optimal tables"]
+    changed, start = original, 0
+    while (start := changed.find(b"\xff\xc4", start)) >= 0:
+        (nbytes,) = struct.unpack_from(">H", changed, start + 2)
+        kind, counts, symbols = (
+            changed[start + 4],
+            changed[start + 5 : start + 21],
+            changed[start + 21 : start + 2 + nbytes],
+        )
+        if kind >> 4 == 0:
+            assert len(symbols) == sum(counts) < 12
+            more = 256 - len(symbols)
+            segment = bytes((kind, *counts[:15], counts[15] + more)) + symbols + more * b"\x0f"
+            segment = b"\xff\xc4" + struct.pack(">H", 2 + len(segment)) + segment
+            changed = changed[:start] + segment + changed[start + 2 + nbytes :]
+        start += 4
+    assert_same_image(original, changed)
+    assert_same_image(original, make_seekable(changed).content.tobytes())

@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .huffman import LOOK_BITS, HuffmanTables
-from .limits import MAX_CODE_BITS, PADDING_BYTES
+from .huffman import HuffmanTables
+from .limits import LOOK_BITS, MAX_CODE_BITS, PADDING_BYTES
 
 INVALID = -1
+_WORD_BITS = 64
+_COPIED_BYTES = 7
+"""At a time, with up to 7 bits that wait: both fit into a word."""
 
 
 @kernel
@@ -86,6 +89,15 @@ def word_at(plain: NDArray[np.uint8], byte: int) -> np.uint64:
     return word
 
 
+@inlined_kernel
+def fill_word(plain: NDArray[np.uint8], byte: int, word: np.uint64, bits: int) -> tuple[int, np.uint64, int]:
+    """The next `bits` bits are the highest of `word`, what follows is in `plain` from `byte` on: the three with 56 bits at least.
+
+    Without a branch: which way it goes would have to be guessed anew for every code.
+    """
+    return byte + ((_WORD_BITS - 1 - bits) >> 3), word | word_at(plain, byte) >> np.uint64(bits), bits | 56
+
+
 @kernel
 def peek32(plain: NDArray[np.uint8], position: int) -> int:
     """The 32 bits from bit `position` on; reads 8 bytes."""
@@ -118,8 +130,8 @@ def find_code(window: int, tables: HuffmanTables, table: int) -> int:
 
 @kernel
 def extend(raw: int, size: int) -> int:
-    """The number that `size` raw bits stand for (T.81 F.2.2.1)."""
-    return raw if raw >> (size - 1) else raw - (1 << size) + 1
+    """The number that `size` raw bits stand for (T.81 F.2.2.1); 0 for none."""
+    return raw if raw >= 1 << size >> 1 else raw - (1 << size) + 1
 
 
 @kernel
@@ -192,7 +204,27 @@ def copy_bits(
     pending: int,
     pending_bits: int,
 ) -> tuple[int, int, int]:
-    """Append bits `position` to `stop` of `plain` to a bit stream; see `put`."""
+    """Append bits `position` to `stop` of `plain` to a bit stream; see `put`. Writes up to a byte more than that."""
+    while pending_bits >= 8:
+        pending_bits -= 8
+        filled = put_byte(target, filled, (pending >> pending_bits) & 0xFF)
+    waiting = np.uint64(pending & ((1 << pending_bits) - 1))
+    while stop - position >= 8 * _COPIED_BYTES:
+        seven = (word_at(plain, position >> 3) << np.uint64(position & 7)) >> np.uint64(8)
+        joined = waiting << np.uint64(8 * _COPIED_BYTES) | seven
+        word = joined >> np.uint64(pending_bits)
+        waiting = joined & np.uint64((1 << pending_bits) - 1)
+        position += 8 * _COPIED_BYTES
+        absent = ~signed(word)
+        if (absent - 0x01010101010101) & ~absent & 0x80808080808080:  # some byte is 0xFF
+            for shift in range(8 * (_COPIED_BYTES - 1), -1, -8):
+                filled = put_byte(target, filled, (signed(word) >> shift) & 0xFF)
+        else:
+            word <<= np.uint64(8)
+            for byte in range(8):  # becomes one store
+                target[np.uint64(filled + byte)] = word >> np.uint64(56 - 8 * byte)
+            filled += _COPIED_BYTES
+    pending = signed(waiting)
     while stop - position >= 32:
         filled, pending, pending_bits = put(target, filled, pending, pending_bits, peek32(plain, position), 32)
         position += 32

@@ -9,6 +9,10 @@ MOST_TABLES = 4
 """Tables of each kind that a JPEG can have at a time."""
 TABLE_SYMBOLS = 256
 BLOCK_COEFFICIENTS = 64
+DC_SIZES = 12
+"""Sizes that a DC difference of 8-bit samples can have: 0 to 11."""
+LOOK_BITS = 11
+"""Codes of up to so many bits are looked up at once, where files are coded anew."""
 
 # Of the decoder of windows:
 

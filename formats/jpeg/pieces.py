@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DAMAGED = "its entropy-coded data are cut off or no valid codes"
+BAD_TABLE = "a Huffman table is missing or no prefix code"
 
 
 @dataclass(frozen=True)

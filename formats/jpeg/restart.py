@@ -5,27 +5,19 @@ one scan, as nearly all are, is rewritten bit by bit: only the DC codes behind n
 (progressive, several scans) are decoded to coefficients and coded again (`jpeg.scans`).
 """
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.native import kernel, signed
+from stagein.formats.native_code import NativeKernel
+from stagein.formats.scratch import Scratch
 
-from .bits import (
-    INVALID,
-    bit_size,
-    copy_bits,
-    end_segment,
-    extend,
-    find_code,
-    peek32,
-    put,
-    unstuff,
-)
 from .header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
-from .huffman import DC_SIZES, LOOK_BITS, HuffmanTables, complete_dc_table, stack_tables
-from .limits import PADDING_BYTES
-from .pieces import DAMAGED, SeekableJpeg, target_bytes
-from .scans import code_again
+from .limits import DC_SIZES, LOOK_BITS, MAX_CODE_BITS, MOST_TABLES, PADDING_BYTES, TABLE_SYMBOLS
+from .pieces import BAD_TABLE, DAMAGED, SeekableJpeg, target_bytes
+
+_copy_with_restarts = NativeKernel(f"{__package__}.restart_kernels", "copy_with_restarts")
 
 MAX_OVERHEAD = 0.014
 """Restart markers are set so densely that they cost about this share of a file."""
@@ -34,6 +26,8 @@ _SEGMENT_COST_BYTES = 3.5
 """A marker, half a byte of fill bits, and longer DC codes, as measured on ImageNet."""
 
 _MAX_FILE_BYTES = 1 << 30
+_MOST_DEFINITIONS = 3 * MOST_TABLES
+"""Huffman tables of a scan, each component with others: for AC and DC coefficients, and for the DC codes that are written."""
 
 
 def make_seekable(content: bytes) -> SeekableJpeg:
@@ -55,6 +49,8 @@ def make_seekable(content: bytes) -> SeekableJpeg:
         complete = [table for table in dc_tables if table is not None]
         if len(complete) == len(dc_tables):
             return _insert_restarts(np.frombuffer(content, np.uint8), frame, complete, interval)
+    from .scans import code_again  # and numba, which few images need
+
     return code_again(np.frombuffer(content, np.uint8), frame, interval)
 
 
@@ -73,20 +69,37 @@ def _is_plain(frame: Frame) -> bool:
     return not frame.is_progressive and len(frame.scans) == 1 and len(scan.components) == len(frame.components)
 
 
+class _Memory(threading.local):
+    """What the kernel works in, for one thread: tables as `huffman.HuffmanTables` has them, one after the other, and the steps over AC codes
+    that `restart_kernels` makes of the first."""
+
+    def __init__(self) -> None:
+        self.tables = (
+            np.empty((_MOST_DEFINITIONS, 1 << LOOK_BITS), np.int32),
+            *np.empty((2, _MOST_DEFINITIONS, MAX_CODE_BITS + 1), np.int32),
+            *np.empty((3, _MOST_DEFINITIONS, TABLE_SYMBOLS), np.int32),
+        )
+        self.steps = np.empty((MOST_TABLES, 1 << LOOK_BITS), np.uint16)
+        self.dc = np.empty((2, MOST_TABLES), np.int64)
+
+
+_memory, _plain, _segments, _target = _Memory(), Scratch(), Scratch(), Scratch()
+
+
 def _insert_restarts(
     source: NDArray[np.uint8], frame: Frame, dc_definitions: list[bytes], interval: int
 ) -> SeekableJpeg:
+    """`source` with restart markers, its DC codes by these tables: those that it has, with codes for what they have none for."""
     scan = frame.scans[0]
-    source_tables, target_tables = stack_tables(list(scan.dc_tables)), stack_tables(dc_definitions)
-    ac_tables = stack_tables(list(scan.ac_tables), to_skip=True)
     header = sequential_header(frame, dc_definitions, list(scan.ac_tables), interval)
-    mcus = frame.mcu_columns * frame.mcu_rows
+    mcus, scan_bytes = frame.mcu_columns * frame.mcu_rows, scan.stop - scan.start
     source_interval = scan.restart_interval or mcus
-    room = target_bytes(len(header), scan.stop - scan.start, mcus // interval + mcus // source_interval)
-    target = np.empty(room, np.uint8)
+    target = _target.of(target_bytes(len(header), scan_bytes, mcus // interval + mcus // source_interval))
     target[: len(header)] = np.frombuffer(header, np.uint8)
     piece_ends = np.empty(1 + frame.mcu_rows, np.uint32)
     piece_ends[0] = len(header)
+    ac_definitions = list(dict.fromkeys(scan.ac_tables))
+    definitions = ac_definitions + list(dict.fromkeys((*scan.dc_tables, *dc_definitions)))
     nbytes = _copy_with_restarts(
         source,
         scan.start,
@@ -95,149 +108,54 @@ def _insert_restarts(
         interval,
         frame.mcu_columns,
         frame.mcu_rows,
-        np.array(frame.mcu_components, np.int64),
-        source_tables,
-        target_tables,
-        ac_tables,
+        _plan_blocks(frame, dc_definitions, definitions),
+        _as_rows(definitions),
+        len(ac_definitions),
+        *_memory.tables,
+        _memory.steps,
+        _memory.dc,
+        _plain.of(scan_bytes + PADDING_BYTES),
+        _segments.of(8 * (mcus // source_interval + 2)).view(np.int64),
         target,
         piece_ends,
     )
-    if nbytes < 0:
-        damaged(DAMAGED)
-    return SeekableJpeg(target[:nbytes], piece_ends, BLOCK_PIXELS * frame.vertical)
+    if nbytes <= 0:
+        damaged(DAMAGED if nbytes else BAD_TABLE)
+    return SeekableJpeg(target[:nbytes].copy(), piece_ends, BLOCK_PIXELS * frame.vertical)
 
 
-@kernel
-def _copy_with_restarts(
-    source: NDArray[np.uint8],
-    start: int,
-    stop: int,
-    source_interval: int,
-    interval: int,
-    mcu_columns: int,
-    mcu_rows: int,
-    mcu_components: NDArray[np.int64],
-    source_tables: HuffmanTables,
-    target_tables: HuffmanTables,
-    ac_tables: HuffmanTables,
-    target: NDArray[np.uint8],
-    piece_ends: NDArray[np.uint32],
-) -> int:
-    """Copy a scan of all components to `target` from `piece_ends[0]` on, with a restart marker every `interval` MCUs.
+def _plan_blocks(frame: Frame, dc_definitions: list[bytes], definitions: list[bytes]) -> NDArray[np.int64]:
+    """Of each block of an MCU, [blocks, 4]: its component, and of `definitions` that of its AC codes, of its DC codes, and of those to be."""
+    scan, place = frame.scans[0], definitions.index
+    of_component = [
+        (number, place(ac), place(dc), place(complete))
+        for number, (ac, dc, complete) in enumerate(zip(scan.ac_tables, scan.dc_tables, dc_definitions, strict=True))
+    ]
+    return np.array([of_component[number] for number in frame.mcu_components], np.int64)
 
-    Only DC codes whose prediction changes are written anew, by `target_tables`: `source_tables` with codes for what they have
-    none for. All between them is copied bit by bit without a look at its values. Returns the bytes that `target` then has,
-    INVALID when the scan is damaged.
+
+def _as_rows(definitions: list[bytes]) -> NDArray[np.uint8]:
+    """Definitions as rows of equal length, [definitions, 16 counts and 256 symbols]: zeros fill them up."""
+    width = MAX_CODE_BITS + TABLE_SYMBOLS
+    return np.frombuffer(b"".join(each.ljust(width, b"\0") for each in definitions), np.uint8).reshape(-1, width)
+
+
+def complete_dc_table(definition: bytes) -> bytes | None:
+    """The same DC codes, and codes for all sizes that are missing; None when there is no room for them.
+
+    They go below the code of all ones, which T.81 leaves free: codes that are in use stay as they are.
     """
-    mcus = mcu_columns * mcu_rows
-    plain = np.empty(stop - start + PADDING_BYTES, np.uint8)
-    segments = np.empty((mcus - 1) // source_interval + 2, np.int64)
-    plain_bytes, num_segments = unstuff(source, start, stop, plain, segments)
-    if num_segments * source_interval < mcus:
-        return INVALID
-    source_dc, target_dc = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    filled, pending, pending_bits = signed(piece_ends[0]), 0, 0
-    segment = 0
-    segment_end = 8 * (segments[1] if num_segments > 1 else plain_bytes)
-    position = copied = 0  # bits of `plain` that are understood, and that are in `target`
-    until_source_restart, until_restart = source_interval, interval
-    column, row, marker = 0, 0, 0
-    for _ in range(mcus):
-        if until_source_restart == 0:
-            filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
-            segment += 1
-            position = copied = 8 * segments[segment]
-            segment_end = 8 * (segments[segment + 1] if segment + 1 < num_segments else plain_bytes)
-            source_dc[:] = 0
-            until_source_restart = source_interval
-        if until_restart == 0:
-            filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
-            copied = position
-            filled = end_segment(target, filled, pending, pending_bits, 0xD0 + marker)
-            pending = pending_bits = 0
-            marker = (marker + 1) & 7
-            target_dc[:] = 0
-            until_restart = interval
-            if column == mcu_columns:
-                column = 0
-                row += 1
-                piece_ends[row] = filled
-        until_source_restart -= 1
-        until_restart -= 1
-        column += 1
-        for component in mcu_components:
-            window = peek32(plain, position)
-            found = find_code(window >> 16, source_tables, component)
-            bits, size = found >> 8, found & 0xFF
-            if bits == 0 or size >= DC_SIZES:
-                return INVALID
-            before = position
-            position += bits + size
-            change = extend((window >> (32 - bits - size)) & ((1 << size) - 1), size) if size else 0
-            source_dc[component] += change
-            new_change = source_dc[component] - target_dc[component]
-            target_dc[component] = source_dc[component]
-            if new_change != change:
-                filled, pending, pending_bits = copy_bits(plain, copied, before, target, filled, pending, pending_bits)
-                size = bit_size(new_change)
-                if size >= DC_SIZES:
-                    return INVALID
-                bits = signed(target_tables.length[component, size])
-                code = signed(target_tables.code[component, size]) << size
-                raw = new_change if new_change >= 0 else new_change + (1 << size) - 1
-                filled, pending, pending_bits = put(target, filled, pending, pending_bits, code | raw, bits + size)
-                copied = position
-            position = _skip_ac(plain, position, component, ac_tables)
-            if position < 0 or position > segment_end:
-                return INVALID
-    filled, pending, pending_bits = copy_bits(plain, copied, position, target, filled, pending, pending_bits)
-    filled = end_segment(target, filled, pending, pending_bits, 0xD9)
-    piece_ends[mcu_rows] = filled
-    return filled
-
-
-@kernel
-def _skip_ac(plain: NDArray[np.uint8], position: int, component: int, tables: HuffmanTables) -> int:
-    """Where the AC coefficients of a block that start at bit `position` end; INVALID when they are no valid codes."""
-    byte = np.uint64(position >> 3)
-    # The bits to come stand at the top of the window; shifts by the low six bits of an entry need no mask on most processors.
-    window = np.uint64(plain[byte]) << np.uint64(56 + (position & 7))
-    window_bits = 8 - (position & 7)
-    byte += np.uint64(1)
-    done = 1
-    while True:
-        if window_bits < 32:
-            four = (
-                np.uint64(plain[byte]) << np.uint64(24)
-                | np.uint64(plain[byte + np.uint64(1)]) << np.uint64(16)
-                | np.uint64(plain[byte + np.uint64(2)]) << np.uint64(8)
-                | np.uint64(plain[byte + np.uint64(3)])
-            )
-            window |= four << np.uint64(32 - window_bits)
-            byte += np.uint64(4)
-            window_bits += 32
-        entry = signed(tables.skip[component, window >> np.uint64(64 - LOOK_BITS)])
-        moved = (entry >> 6) & 63
-        if entry and done + moved <= 63:
-            window <<= np.uint64(entry & 63)
-            window_bits -= entry & 63
-            done += moved
-            if entry & (1 << 12):
-                break
-            continue
-        bits, moved, ends = (entry >> 13) & 31, (entry >> 18) & 31, entry >> 23
-        if entry == 0:
-            code = find_code(signed(window >> np.uint64(48)), tables, component)
-            run, size = (code >> 4) & 15, code & 15
-            if code == 0 or (size == 0 and 0 < run < 15):
-                return INVALID
-            bits, ends = (code >> 8) + size, 1 if run == 0 and size == 0 else 0
-            moved = 0 if ends else run + 1
-        window <<= np.uint64(bits)
-        window_bits -= bits
-        done += moved
-        if done >= 64 or ends:
-            break
-    if done > 64:
-        return INVALID
-    return 8 * signed(byte) - window_bits
+    counts, symbols = list(definition[:MAX_CODE_BITS]), definition[MAX_CODE_BITS:]
+    missing = bytes(size for size in range(DC_SIZES) if size not in symbols)
+    if not missing or not symbols:
+        return definition
+    if len(symbols) + len(missing) >= TABLE_SYMBOLS:
+        return None
+    longest = max((bits for bits in range(1, MAX_CODE_BITS + 1) if counts[bits - 1]), default=1)
+    taken = sum(count << (longest - bits) for bits, count in enumerate(counts[:longest], start=1))
+    for bits in range(longest, MAX_CODE_BITS + 1):
+        free = ((1 << longest) - taken) << (bits - longest)
+        if free > len(missing):  # one more: the code of all ones stays free
+            counts[bits - 1] += len(missing)
+            return bytes(counts) + symbols + missing
+    return None

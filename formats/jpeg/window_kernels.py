@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .bits import INVALID, copy_bytes, unstuff, word_at
+from .bits import INVALID, copy_bytes, fill_word, unstuff
 from .header import BLOCK_PIXELS
 from .limits import BAND_ROWS, BLOCK_COEFFICIENTS, LOOKED_UP_BITS, MAX_CODE_BITS, VECTOR_PIXELS
 from .vectors import interpolate, to_rgb, to_samples
@@ -225,13 +225,13 @@ def _decode_block(
     The next `bits` bits are the highest of `word`, what follows is in `plain` from `byte` on. Of a block that is seen, the AC
     coefficients go into `block`, which is 0 before.
     """
-    byte, word, bits = _filled(plain, byte, word, bits)
+    byte, word, bits = fill_word(plain, byte, word, bits)
     entry = _entry(word, dc_table, look, limit, delta, symbols)
     difference = _raw_value(word, entry) if (entry >> FREE_SHIFT) & FREE_BITS else 0
     word, bits = _behind(word, bits, entry)
     done = 1 + (entry >> RUN_SHIFT)
     while done < BLOCK_COEFFICIENTS:
-        byte, word, bits = _filled(plain, byte, word, bits)
+        byte, word, bits = fill_word(plain, byte, word, bits)
         entry = _entry(word, ac_table, look, limit, delta, symbols)
         done += entry >> RUN_SHIFT
         if done < BLOCK_COEFFICIENTS:
@@ -244,12 +244,6 @@ def _decode_block(
             done = NO_CODE_RUN
         word, bits = _behind(word, bits, entry)
     return byte, word, bits, difference, done == BLOCK_COEFFICIENTS or END_RUN < done < ZEROS_RUN
-
-
-@inlined_kernel
-def _filled(plain: NDArray[np.uint8], byte: int, word: np.uint64, bits: int) -> tuple[int, np.uint64, int]:
-    """With 56 bits at least, without a branch: which way it goes would have to be guessed anew for every code."""
-    return byte + ((_WORD_BITS - 1 - bits) >> 3), word | word_at(plain, byte) >> np.uint64(bits), bits | 56
 
 
 @inlined_kernel
