@@ -55,15 +55,9 @@ def copy_with_restarts(
     Only DC codes whose prediction changes are written anew, by tables with codes for all sizes. All between them is copied bit by bit
     without a look at its values. Returns the bytes that `target` then has, INVALID when the scan is damaged, or BAD_DEFINITION.
     """
-    for table in range(len(definitions)):
-        if not fill_table(
-            definitions[table], look[table], limit[table], delta[table], symbols[table], code[table], length[table]
-        ):
-            return BAD_DEFINITION
-        if table < num_ac:
-            for window in range(1 << LOOK_BITS):
-                steps[table, window] = _step_over(look, table, window)
     tables = HuffmanTables(look, limit, delta, symbols, code, length)
+    if not _fill_tables(definitions, num_ac, tables, steps):
+        return BAD_DEFINITION
     mcus = mcu_columns * mcu_rows
     plain_bytes, num_segments = unstuff(source, start, stop, plain, segments)
     if num_segments * source_interval < mcus:
@@ -134,6 +128,26 @@ def copy_with_restarts(
     filled = end_segment(target, filled, pending, pending_bits, 0xD9)
     piece_ends[mcu_rows] = filled
     return filled
+
+
+@kernel
+def _fill_tables(definitions: NDArray[np.uint8], num_ac: int, tables: HuffmanTables, steps: NDArray[np.uint16]) -> bool:
+    """Fill the tables of all definitions, and the steps over AC codes of the first of them; False when one is no prefix code."""
+    for number in range(len(definitions)):
+        if not fill_table(
+            definitions[number],
+            tables.look[number],
+            tables.limit[number],
+            tables.delta[number],
+            tables.symbols[number],
+            tables.code[number],
+            tables.length[number],
+        ):
+            return False
+    for number in range(num_ac):
+        for window in range(1 << LOOK_BITS):
+            steps[number, window] = _step_over(tables.look, number, window)
+    return True
 
 
 @inlined_kernel
