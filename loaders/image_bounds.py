@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.dlpack
-from numpy.typing import NDArray
 
 from .dali import import_dali
 from .dali_pipeline import QUEUE_DEPTH
 from .dataloader import DataLoader
 from .dataset import RecordDataset
-from .device_bounds import from_memory, shuffled_rows
+from .device_bounds import BATCHES_OF_FILES, FilesInMemory, first_tasks, from_memory
 from .engine import CPU, Batch
 from .graphs import Nodes
 from .image_peers import ImageWork, dali_image
@@ -54,17 +52,19 @@ def _loader(work: ImageWork, dataset: Path, transform: Any) -> Iterator[Batch]:
 
 
 def engine_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
-    """Our engine, of batches read before it starts."""
+    """Our engine, of the batches of `stagein_loader`: the same images and windows in the same order, planned and in memory
+    before it starts, for `BATCHES_OF_FILES`."""
     records = RecordDataset(dataset, staged=None)
-    return from_memory(records, work.graph, CPU, _rows(work, len(records)), work.threads)
+    return from_memory(records, work.graph, CPU, work.batch_size, work.threads, shuffle=work.is_shuffled)
 
 
 def dali_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
-    """A DALI pipeline with the operators of `stagein_dali`, of batches read before it starts."""
+    """A DALI pipeline with the operators of `stagein_dali`, of its images in its order, in memory before it starts; DALI draws the
+    same windows of them."""
     records = RecordDataset(dataset, staged=None)
-    batches = [
-        (records.records.read_records(ids.tolist()), records.rows("label", ids)) for ids in _rows(work, len(records))
-    ]
+    tasks = first_tasks(len(records), work.batch_size, BATCHES_OF_FILES, shuffle=work.is_shuffled)
+    files = FilesInMemory(records, tasks)
+    batches = [(list(files.of(task.rows.ids)), records.rows("label", task.rows.ids)) for task in tasks]
     dali, source = import_dali(), itertools.cycle(batches)
     pipeline = dali.Pipeline(
         batch_size=work.batch_size, num_threads=work.threads, device_id=None, prefetch_queue_depth=QUEUE_DEPTH
@@ -76,11 +76,6 @@ def dali_alone(work: ImageWork, dataset: Path) -> Iterator[Batch]:
     while True:
         image, label = (torch.utils.dlpack.from_dlpack(each.as_tensor()) for each in pipeline.run())
         yield {"image": image, "label": label}
-
-
-def _rows(work: ImageWork, num_samples: int) -> NDArray[np.int64]:
-    """The samples of whole batches of one epoch, as often as it takes to have more batches than any engine works on."""
-    return shuffled_rows(num_samples, work.batch_size, max(num_samples // work.batch_size, 2 * QUEUE_DEPTH + 1))
 
 
 OURS: dict[str, Callable[[ImageWork, Path], Iterator[Batch]]] = {

@@ -61,12 +61,12 @@ def dali_file_reader(work: ImageWork) -> Iterator[Batch]:
 
 
 def dali_image(work: ImageWork, encoded: Any) -> Any:
-    """The work as DALI's operators do it; windows and flips are drawn by DALI."""
+    """The work as DALI's operators do it; windows and flips are drawn by DALI, the same in every pipeline."""
     dali, output = import_dali(), work.graph.output
     image = dali.fn.decoders.image_random_crop(
-        encoded, output_type=dali.types.RGB, adjust_orientation=False, random_area=work.area
+        encoded, output_type=dali.types.RGB, adjust_orientation=False, random_area=work.area, seed=0
     )
-    mirror = dali.fn.random.coin_flip(probability=work.flip)
+    mirror = dali.fn.random.coin_flip(probability=work.flip, seed=1)
     return output.normalise(output.resize(image), mirror=mirror)
 
 

@@ -29,7 +29,7 @@ class Work:
 def run_device(work: Work, rounds: int, round_s: float) -> None:
     """Measure and print: a line of JSON for each, a table of shares of the rate from memory, then what `explain()` says."""
     from stagein.loaders import RecordDataset, image_train
-    from stagein.loaders.device_bounds import from_memory, our_loader, some_rows
+    from stagein.loaders.device_bounds import from_memory, our_loader
     from stagein.loaders.devices import delivery_device
 
     device = delivery_device(work.device, "--device {}")
@@ -38,7 +38,7 @@ def run_device(work: Work, rounds: int, round_s: float) -> None:
         graph = None if work.tensors else image_train(work.size)
         loader = our_loader(dataset, graph, device, work.batch_size, work.threads)
         contestants = {
-            "from memory": from_memory(dataset, graph, device, some_rows(len(dataset), work.batch_size), work.threads),
+            "from memory": from_memory(dataset, graph, device, work.batch_size, work.threads),
             "stagein": _for_ever(loader),
         }
         rates: dict[str, list[float]] = {name: [] for name in contestants}
