@@ -1,6 +1,7 @@
 """`stagein bench load` as a command: contestants that are installed have their line, in one unit; no timing is judged."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from stagein.formats import Dataset
 from stagein.formats.library_readers import read_by_h5py, read_by_preadv, read_by_tensorstore
 from stagein.loaders.synthetic import make_image_folder
-from stagein.tools.bench_load import make_tensors
+from stagein.tools.bench_load import in_random_order, make_tensors
 
 
 def _bench_load(*options: str) -> str:
@@ -34,6 +35,16 @@ def test_images_have_a_line_for_each_contestant_chosen_and_look_as_pillows() -> 
     assert min(psnr.values()) > 50
     assert re.search(r"^stagein / engine alone: ", output, re.MULTILINE)
     assert all(int(peak) > 50 for peak in re.findall(r"peak_mb (\d+)", output))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_contestants_that_are_compared_in_pairs_run_one_after_the_other(seed: int) -> None:
+    pair = {"stagein, DALI graph", "DALI alone"}
+    names = ["stagein", "stagein, DALI graph", "DALI alone", "spdl", "litdata"]
+    shuffled = in_random_order(names, random.Random(seed))
+    assert sorted(shuffled) == sorted(names)
+    first = min(map(shuffled.index, pair))
+    assert set(shuffled[first : first + 2]) == pair
 
 
 def test_a_contestant_that_there_is_not_is_refused() -> None:

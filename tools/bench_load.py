@@ -4,6 +4,7 @@ A peer takes part where its package can be imported; who is missing, or fails, i
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,9 @@ from .console import say
 from .rates import print_rates
 
 _START_SECONDS = 100
-_SETTLE_SECONDS = 0.3
-"""Pause between two contestants: what one still has in its queue must not cost the other."""
+_PAUSE_SECONDS, _RESTING_SHARE, _SETTLE_SECONDS = 0.2, 0.1, 10
+"""Between two contestants: until the first took less than this share of a core so long, at most some seconds. Some fill their queues
+for more than two."""
 _MEMORY_SECONDS = 0.05
 """Between two looks at the memory of a contestant."""
 TensorKind = Literal["float32", "int16"]
@@ -41,7 +43,7 @@ _PAIRS = (
     ("stagein", "reading alone"),
     ("stagein", "preadv alone"),
 )
-"""Whose ratio is printed too."""
+"""Whose ratio is printed too; such contestants run one after the other, as the machine's speed changes by the minute."""
 
 
 class Contestant:
@@ -84,6 +86,13 @@ class Contestant:
         answer = self.answer(timeout_s)
         return None if answer is None else float(answer["rate"])
 
+    def settle(self) -> None:
+        """Wait until it rests: what it still does for its queues must not cost the next contestant."""
+        deadline, taken, before = time.monotonic() + _SETTLE_SECONDS, self._cpu_seconds(), -math.inf
+        while taken - before > _RESTING_SHARE * _PAUSE_SECONDS and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+            taken, before = self._cpu_seconds(), taken
+
     def watch_memory(self, timeout_s: float) -> None:
         """One more round, in which `peak_bytes` is looked for: looking costs time, so its rate does not count."""
         self._begin_round()
@@ -92,6 +101,10 @@ class Contestant:
             if self._process.poll() is not None:
                 return
             self.peak_bytes = max(self.peak_bytes, sum(map(_resident_bytes, _with_children(self._process.pid))))
+
+    def _cpu_seconds(self) -> float:
+        """Of all its processes that there are."""
+        return sum(map(_cpu_seconds, _with_children(self._process.pid)))
 
     def _begin_round(self) -> None:
         assert self._process.stdin is not None
@@ -229,7 +242,7 @@ def _compete(
     rates: dict[str, list[float]] = {}
     facts: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        contestants = []
+        contestants: dict[str, Contestant] = {}
         for number, spec in enumerate(specs):
             own = folder / f"contestant{number}"
             own.mkdir()
@@ -239,21 +252,23 @@ def _compete(
             if ready is None:
                 say(f"{contestant.name} does not take part: {contestant.last_words}")
                 continue
-            contestants.append(contestant)
+            contestants[contestant.name] = contestant
             if spec["kind"] == "images" and spec["name"] not in _BOUNDS:
                 with Contestant({**whole, "psnr": True}, folder / f"{number}-psnr.log") as measured:
                     ready |= measured.answer(_START_SECONDS) or {"psnr": measured.last_words}
             rates[contestant.name], facts[contestant.name] = [], ready
+            contestant.settle()
         order = random.Random(0)
         for _ in range(rounds):
-            for contestant in order.sample(contestants, len(contestants)):
+            for name in in_random_order(list(contestants), order):
+                contestant = contestants[name]
                 rate = contestant.run_round(_START_SECONDS)
                 if rate is not None:
-                    rates[contestant.name].append(rate)
-                time.sleep(_SETTLE_SECONDS)
-        for contestant in contestants:
+                    rates[name].append(rate)
+                contestant.settle()
+        for contestant in contestants.values():
             contestant.watch_memory(_START_SECONDS)
-    for contestant in contestants:
+    for contestant in contestants.values():
         facts[contestant.name]["peak_mb"] = contestant.peak_bytes // 10**6
     complete = {name: of_rounds for name, of_rounds in rates.items() if len(of_rounds) == rounds}
     for name in rates.keys() - complete.keys():
@@ -270,6 +285,17 @@ def _compete(
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def in_random_order(names: Sequence[str], random: random.Random) -> list[str]:
+    """The contestants of a round; those that are compared in pairs come one after the other, in random order too."""
+    places = {_first_of_pairs(name): random.random() for name in names}
+    return sorted(random.sample(names, len(names)), key=lambda name: places[_first_of_pairs(name)])
+
+
+def _first_of_pairs(name: str) -> str:
+    """The same for all contestants that pairs connect."""
+    return next((_first_of_pairs(first) for first, second in _PAIRS if second == name), name)
+
+
 def _with_children(pid: int) -> list[int]:
     """A process and all that it started."""
     found = [pid]
@@ -280,6 +306,15 @@ def _with_children(pid: int) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    """That a process took so far, with its children that ended; 0 where it ended itself."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident_bytes(pid: int) -> int:
