@@ -136,6 +136,17 @@ def test_a_crew_helps_one_caller_at_a_time_and_each_gets_its_own_records(dataset
     assert not wrong
 
 
+def test_a_crew_is_not_asked_while_it_helps_another_caller(dataset: Dataset) -> None:
+    reader, order = dataset.reader, list(range(20))
+    expected = reader.read_tensors(order, threads=3)
+    reader._crew._desk[ENTRY] = 0
+    with reader._crew._calling:  # as that caller does
+        assert np.array_equal(reader.read_tensors(order, threads=3), expected)
+    assert reader._crew._desk[ENTRY] == 0
+    assert np.array_equal(reader.read_tensors(order, threads=3), expected)
+    assert reader._crew._desk[ENTRY] != 0
+
+
 def test_a_call_does_not_wait_for_threads_that_do_not_come(dataset: Dataset) -> None:
     """They are asleep in the kernel when they are told to end, and are asked for once more."""
     reader, order = dataset.reader, list(range(20))
