@@ -34,16 +34,19 @@ def help_until_told(desk: NDArray[np.int64], frame: NDArray[np.int64]) -> None:
 
 
 @kernel
-def call_together(desk: NDArray[np.int64], entry: int, frame: NDArray[np.int64], seats: int) -> int:
-    """Call the kernel at `entry` with `frame`, and let so many threads at `desk` do the same meanwhile; returns what the caller's call
-    did, when all have left."""
+def call_together(
+    desk: NDArray[np.int64], entry: int, frame: NDArray[np.int64], own_frame: NDArray[np.int64], seats: int
+) -> int:
+    """Call the kernel at `entry` with `own_frame`, and let so many threads at `desk` do the same meanwhile, with copies of `frame`, which
+    is equal; returns what the caller's call did, when all have left. Results go to `own_frame`: threads may copy `frame` until then.
+    """
     desk[ENTRY], desk[FRAME], desk[WORDS], desk[LEFT] = entry, frame.ctypes.data, len(frame), 0
     exchange(desk[SEATS:], seats)
     desk[WOKEN] = 0
     sem_getvalue(desk.ctypes.data, desk[WOKEN:].ctypes.data)
     for _ in range(seats - fetch_add(desk[LOOKING:], 0) - desk[WOKEN]):
         sem_post(desk.ctypes.data)
-    results = call_entry(entry, frame.ctypes.data)
+    results = call_entry(entry, own_frame.ctypes.data)
     taken = seats - max(0, exchange(desk[SEATS:], 0))
     while fetch_add(desk[LEFT:], 0) < taken:
         sched_yield()

@@ -60,12 +60,13 @@ class KernelCrew:
         try:
             frame = frame_of(*arguments)
             assert len(frame) <= _MOST_WORDS, "threads copy it to frames of their own"
-            results = _call_together(self._desk, entry, frame, count)
+            own_frame = frame.copy()
+            results = _call_together(self._desk, entry, frame, own_frame, count)
         finally:
             self._calling.release()
         if results < 0:
             raise RuntimeError("a kernel failed")
-        return frame[:results].tolist()  # type: ignore[no-any-return]
+        return own_frame[:results].tolist()  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End the threads, and wait until they have."""
@@ -85,7 +86,9 @@ class KernelCrew:
 
     def _start(self, count: int) -> None:
         frame = np.zeros(_MOST_WORDS, np.int64)
-        if not (_help_until_told.is_ready(self._desk, frame) and _call_together.is_ready(self._desk, 0, frame, 0)):
+        if not (
+            _help_until_told.is_ready(self._desk, frame) and _call_together.is_ready(self._desk, 0, frame, frame, 0)
+        ):
             return
         with self._starting:
             while len(self._threads) < count and not self._desk[ENDED]:

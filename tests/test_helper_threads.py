@@ -1,5 +1,6 @@
 """Threads that help their caller: all at work at once, none left behind, none missed in a process that is forked."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.codecs import Codec
 from stagein.formats.helper_threads import HelperThreads
-from stagein.formats.kernel_crew import ENTRY, LEFT, LOOKING
+from stagein.formats.kernel_crew import ENTRY, FRAME, LEFT, LOOKING, SEATS, WORDS
 
 SHAPE = (40, 40)
 
@@ -145,6 +147,38 @@ def test_a_crew_is_not_asked_while_it_helps_another_caller(dataset: Dataset) -> 
     assert reader._crew._desk[ENTRY] == 0
     assert np.array_equal(reader.read_tensors(order, threads=3), expected)
     assert reader._crew._desk[ENTRY] != 0
+
+
+def test_a_thread_that_comes_late_still_finds_the_arguments(dataset: Dataset) -> None:
+    """It may have taken a seat, and be without a processor until all is done: results take the place of arguments."""
+    reader, order = dataset.reader, list(range(20)) * 1000
+    expected = reader.read_tensors(order, threads=2)
+    reader._crew.close()
+    late, desk = reader._crew, reader._crew._desk
+    late._threads = [threading.current_thread()]  # as if it were one of them
+    tensors: list[NDArray[np.generic]] = []
+    caller = threading.Thread(target=lambda: tensors.append(reader.read_tensors(order, threads=2)))
+    caller.start()
+    _wait_at_once_for(lambda: desk.item(SEATS) == 1)
+    desk[SEATS] = -1  # a seat is taken, and another one that is not there
+    arguments = _words(desk.item(FRAME), desk.item(WORDS))
+    _wait_for(lambda: desk.item(SEATS) == 0)  # the caller has done it all, and waits
+    assert _words(desk.item(FRAME), desk.item(WORDS)) == arguments
+    assert caller.is_alive()
+    desk[LEFT] = 1
+    caller.join(20)
+    assert np.array_equal(tensors[0], expected)
+    late._threads = []
+
+
+def _wait_at_once_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+
+
+def _words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_int64 * count).from_address(address))
 
 
 def test_a_call_does_not_wait_for_threads_that_do_not_come(dataset: Dataset) -> None:
