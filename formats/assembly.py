@@ -351,6 +351,7 @@ def _write_all_but_shards(
         )
         files.write("skipped.tsv", [lines.encode(errors="surrogateescape")])
     manifest = Manifest(
+        version=layout.schema.format_version,
         container=layout.container,
         schema=layout.schema,
         num_records=sum(shard.records for shard in shards),

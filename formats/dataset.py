@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .errors import SourceError
 from .fallback_reader import FallbackReader
 from .index import RecordIndex, load_column
 from .located import LocatedRecords
 from .manifest import Manifest
 from .record_reader import PackedRecords, RecordNumbers, RecordReader
-from .schema import Field, Schema
-from .values import from_rows
+from .schema import Field, Schema, shape_name
+from .values import fits_shapes, from_rows
 
 if TYPE_CHECKING:
     from .jpeg.cut import CutJpegs
@@ -136,10 +137,31 @@ class Dataset:
             if reader.field.codec:
                 values: Sequence[Any] = list(reader.read_tensors(numbers))
             else:
-                values = [from_rows(reader.field, stored) for stored in reader.read_records(numbers)]
+                values = self.values_of(name, numbers, reader.read_records(numbers))
             for record, value in zip(records, values, strict=True):
                 record[name] = value
         return records
+
+    def values_of(self, name: str, records: RecordNumbers, stored: Sequence[NDArray[np.uint8]]) -> list[Any]:
+        """What the uncompressed bytes of these records of an indexed field stand for: see `values.from_rows`.
+
+        Raises SourceError for a record whose shape does not fit its bytes.
+        """
+        field = self.schema.fields[name]
+        if not field.has_shapes:
+            return [from_rows(field, content) for content in stored]
+        numbers = np.asarray(records, np.int64)
+        shapes = self.columns[shape_name(name)][numbers].astype(np.int64)
+        fits = fits_shapes(field, shapes, np.array([len(content) for content in stored], np.int64))
+        if not fits.all():
+            wrong = int(np.argmin(fits))
+            number, shape = int(numbers[wrong]), tuple(shapes[wrong].tolist())
+            shard = self.manifest.parts_of(name)[int(self.readers[name].index.shard[number])]
+            raise SourceError(
+                f"record {number} in {self.path / shard.file} has {len(stored[wrong])} bytes, which are no array of the "
+                f"shape {shape} that it is said to have: run `stagein verify {self.path}`"
+            )
+        return [from_rows(field, content, shape) for content, shape in zip(stored, shapes.tolist(), strict=True)]
 
     def read_records(self, records: Sequence[int], buffer: memoryview | None = None) -> list[NDArray[np.uint8]]:
         """The stored bytes of these records of the primary field: see `RecordReader.read_records`."""

@@ -17,11 +17,12 @@ from pydantic import Field as pydantic_field
 from .checksums import CHUNK_SUM_BYTES
 from .errors import SourceError
 from .publish import publish_bytes
-from .schema import Schema, column_chunk_path
+from .schema import FIRST_VERSION, Schema, column_chunk_path, shape_name
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "stagein"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
+"""The newest that is read; a data set has the oldest that says what is in it."""
 DEFAULT_CHUNK_BYTES = 8 << 20
 MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 1 << 30
@@ -84,7 +85,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["stagein"] = "stagein"
-    version: tuple[int, int] = FORMAT_VERSION
+    version: tuple[int, int] = FIRST_VERSION
     id: str = ""
     container: Container
     record_schema: Schema = pydantic_field(alias="schema")
@@ -101,6 +102,8 @@ class Manifest(BaseModel):
         for name, field in self.record_schema.fields.items():
             if field.storage is None:
                 raise ValueError(f"field {name!r} does not say how it is stored")
+            if field.has_shapes and shape_name(name) not in self.record_schema.fields:
+                raise ValueError(f"no field has the shapes of {name!r}")
         large = list(self.record_schema.large_fields)
         if sorted(self.capacity) != sorted(large):
             raise ValueError(f"it has capacities of {sorted(self.capacity)}, the large fields are {sorted(large)}")

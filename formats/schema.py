@@ -6,11 +6,19 @@ bytes of a file or a text, the boxes of an image. That one view serves payloads,
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic import Field as pydantic_field
 
 from .codecs import Codec
@@ -36,11 +44,15 @@ _SHOWN_LETTERS = 40
 """Of a name in an error, at most."""
 
 
+FIRST_VERSION, SHAPES_VERSION = (1, 0), (1, 1)
+"""Of the format: the first, and the one that has shapes of records."""
+
+
 class Field(BaseModel):
     """One field of a record.
 
     kind      `encoded`: a file's bytes as they are (JPEG, PNG, FLAC, …); `tensor`: numbers of a fixed shape;
-              `ragged`: numbers whose first extent differs from record to record; `text`: UTF-8.
+              `ragged`: numbers whose shape differs from record to record, in one extent or several; `text`: UTF-8.
     dtype     name of the element type; for `encoded`, of what it decodes to. `bfloat16` is stored as uint16.
     shape     extents of one record; None where they differ from record to record.
     encoding  for `encoded`: the format's name, `jpeg`, or `image` for a mixture; for `text`, such as `json`.
@@ -48,6 +60,7 @@ class Field(BaseModel):
     codec     for `tensor`: how records are compressed; None: they are stored as they are.
     storage   `shards`: in shard files, read record by record; `column`: whole, in one file. None: follows from its size.
     rows_of   the JPEG field whose MCU rows this one lists (`jpeg.rows`): an index for readers, no part of a record.
+    shape_of  the `ragged` field of several free extents whose shapes this one has: for readers, no part of a record.
     meta      what else users need to know: `classes`, `ignore_index`, `sampling_rate`.
     """
 
@@ -61,6 +74,7 @@ class Field(BaseModel):
     codec: Codec | None = None
     storage: Storage | None = None
     rows_of: str | None = None
+    shape_of: str | None = None
     meta: dict[str, object] = pydantic_field(default_factory=dict)
 
     @field_validator("dtype")
@@ -81,14 +95,16 @@ class Field(BaseModel):
         if any(extent is not None and extent < 0 for extent in self.shape):
             raise ValueError(f"the shape {self.shape} has a negative extent")
         if self.kind == "tensor" and None in self.shape:
-            raise ValueError("a tensor field has a fixed shape: where the first extent differs, its kind is ragged")
+            raise ValueError("a tensor field has a fixed shape: where extents differ, its kind is ragged")
         if self.kind == "tensor" and self.record_bytes > MAX_RECORD_BYTES:
             raise ValueError(
                 f"a record of {self.record_bytes} bytes is above the limit of {MAX_RECORD_BYTES}: split it"
             )
         if self.kind == "ragged":
-            if self.shape[:1] != (None,) or None in self.shape[1:]:
-                raise ValueError(f"a ragged field has the shape (None, …) with one free extent, not {self.shape}")
+            if None not in self.shape:
+                raise ValueError(
+                    f"a ragged field has a free extent, as the first of (None, 4), not the shape {self.shape}"
+                )
             if self.row_bytes == 0:
                 raise ValueError(f"a ragged field of shape {self.shape} has rows of no bytes")
         if self.kind == "text" and (self.dtype != "uint8" or self.shape not in ((), (None,))):
@@ -104,6 +120,14 @@ class Field(BaseModel):
             raise ValueError(f"dims {self.dims} name {len(self.dims)} extents, the shape has {len(self.shape)}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_later_attributes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """What only later versions have is left out where it says nothing: the bytes and ids of data sets stay what they were."""
+        content: dict[str, object] = serialize(self)
+        if self.shape_of is None:
+            del content["shape_of"]
+        return content
+
     def __str__(self) -> str:
         """In a few words, as `encoded jpeg` or `float32 [?, 4]`."""
         shape = f" [{', '.join('?' if extent is None else str(extent) for extent in self.shape)}]" if self.shape else ""
@@ -117,15 +141,26 @@ class Field(BaseModel):
 
     @property
     def fixed_shape(self) -> tuple[int, ...]:
-        """The shape of one record of a `tensor` field."""
+        """The shape of one record of a `tensor` field; of others, that of a record without anything in it."""
         return tuple(extent or 0 for extent in self.shape)
 
     @property
+    def has_shapes(self) -> bool:
+        """Whether the shape of a record does not follow from its size: several extents are free, or one behind another."""
+        return self.kind == "ragged" and None in self.shape[1:]
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether a record may have this shape."""
+        return len(shape) == len(self.shape) and all(
+            declared in (None, extent) for declared, extent in zip(self.shape, shape, strict=True)
+        )
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of a row: a whole record of a `tensor` field, one step along the free extent of a `ragged` one, a byte."""
+        """The shape of a row: a whole record of a `tensor` field, the extents behind the last free one of a `ragged` one, a byte."""
         if self.kind == "tensor":
             return self.fixed_shape
-        return tuple(extent or 0 for extent in self.shape[1:]) if self.kind == "ragged" else ()
+        return _extents_behind_free(self.shape) if self.kind == "ragged" else ()
 
     @property
     def stored_dtype(self) -> np.dtype[np.generic]:
@@ -183,7 +218,22 @@ class Schema(BaseModel):
             _refuse_bad_field(name, field, is_primary=name == self.primary)
             if field.rows_of is not None and field.rows_of not in self.fields:
                 raise ValueError(f"field {name!r} lists the rows of {field.rows_of!r}, which is not among the fields")
+            if field.has_shapes:
+                self._refuse_other_shapes(name, field)
+            if field.shape_of is not None and name not in map(shape_name, self.shaped_fields):
+                raise ValueError(
+                    f"field {name!r} claims to have the shapes of {field.shape_of!r}, which has none of its own"
+                )
         return self
+
+    def _refuse_other_shapes(self, name: str, field: Field) -> None:
+        """Raise ValueError where the column for the shapes of a field cannot be beside it."""
+        _refuse_bad_name(shape_name(name))
+        for other, declared in self.fields.items():
+            if other.casefold() == shape_name(name).casefold() and declared != shape_field(name, field):
+                raise ValueError(
+                    f"{other!r} cannot be the name of a field: the shapes of {name!r} are kept there, so take another"
+                )
 
     @property
     def primary_field(self) -> Field:
@@ -191,8 +241,23 @@ class Schema(BaseModel):
 
     @property
     def record_fields(self) -> dict[str, Field]:
-        """The fields that users see: all but those that list rows of others."""
-        return {name: field for name, field in self.fields.items() if field.rows_of is None}
+        """The fields that users see: all but those that list rows of others or have their shapes."""
+        return {name: field for name, field in self.given_fields.items() if field.rows_of is None}
+
+    @property
+    def given_fields(self) -> dict[str, Field]:
+        """The fields that whoever writes records gives: all but the shapes of others, which are seen from those."""
+        return {name: field for name, field in self.fields.items() if field.shape_of is None}
+
+    @property
+    def shaped_fields(self) -> dict[str, Field]:
+        """The fields whose records have their shape in a column."""
+        return {name: field for name, field in self.fields.items() if field.has_shapes}
+
+    @property
+    def format_version(self) -> tuple[int, int]:
+        """The oldest version of the format in which there are such records."""
+        return SHAPES_VERSION if self.shaped_fields else FIRST_VERSION
 
     @property
     def columns(self) -> dict[str, Field]:
@@ -216,12 +281,14 @@ class Schema(BaseModel):
         return self.large_fields | self.ragged_columns
 
     def resolved(self, mean_bytes: Mapping[str, float], num_records: int | None = None) -> "Schema":
-        """The schema with the storage of every field settled.
+        """The schema with the storage of every field settled, and with the columns for shapes.
 
         `mean_bytes` are the bytes a record on average of the fields whose records differ in size; one that is not in it
         becomes a column. `num_records` is how many records there are, where that is known.
         """
-        fields = dict(self.fields)
+        fields = self.fields | {
+            shape_name(name): shape_field(name, field) for name, field in self.shaped_fields.items()
+        }
         for name, field in fields.items():
             if field.storage is None:
                 mean = mean_bytes.get(name, 0) if field.is_variable else field.record_bytes
@@ -236,6 +303,13 @@ class Schema(BaseModel):
         field = self.fields[name]
         certain = not field.is_variable and field.record_bytes <= SMALL_FIELD_BYTES and field.codec is None
         return name != self.primary and (field.storage == "column" or (field.storage is None and certain))
+
+
+@functools.cache
+def _extents_behind_free(shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Those behind the last free one."""
+    num_behind = shape[::-1].index(None)
+    return tuple(extent or 0 for extent in shape[len(shape) - num_behind :])
 
 
 @functools.cache
@@ -290,10 +364,32 @@ def _refuse_bad_name(name: str) -> None:
         )
 
 
+def shape_name(name: str) -> str:
+    """The column with the shapes of the field `name`."""
+    return f"{name}_shape"
+
+
+def shape_field(name: str, field: Field) -> Field:
+    """The schema of that column: all extents of a record, also those that are fixed."""
+    extents = (len(field.shape),)
+    return Field(kind="tensor", dtype="int64", shape=extents, dims=("extent",), storage="column", shape_of=name)
+
+
+def common_shape(shapes: Collection[tuple[int, ...]]) -> tuple[int | None, ...]:
+    """The shape of which these, of equally many extents, are: an extent in which they differ is free (None).
+
+    Where any is, one of 0 is free, too: rows of it would have no bytes.
+    """
+    extents = [set(each) for each in zip(*shapes, strict=True)]
+    if all(len(each) == 1 for each in extents):
+        return tuple(each.pop() for each in extents)
+    return tuple((each.pop() or None) if len(each) == 1 else None for each in extents)
+
+
 def make_array_field(dtype: str, shape: tuple[int | None, ...]) -> Field:
-    """The field of arrays of numbers: `ragged` where their first extent differs (None), else `tensor`. Raises ValueError, in a
+    """The field of arrays of numbers: `ragged` where an extent differs (None), else `tensor`. Raises ValueError, in a
     sentence, where there is none for them."""
-    kind: FieldKind = "ragged" if shape[:1] == (None,) else "tensor"
+    kind: FieldKind = "ragged" if None in shape else "tensor"
     try:
         return Field(kind=kind, dtype=dtype, shape=shape)
     except ValidationError as error:

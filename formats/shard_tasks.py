@@ -76,7 +76,7 @@ def _fill(builder: ShardBuilder, task: ShardTask) -> tuple[list[RefusedRecord], 
             if isinstance(record, RefusedRecord):
                 bad.append(record)
             else:
-                builder.add(record.values)
+                builder.add(record.values, record.shapes)
                 counts.update(record.counts)
         except BadValueError as error:
             bad.append(RefusedRecord(f"record {task.plan.first + place}", str(error)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from . import hdf5_shard, zarr_view
 from .checksums import pwrite_all
 from .hdf5_shard import Attribute, Hdf5Structure, Skeleton, SmallValues
-from .manifest import FORMAT_VERSION, ShardEntry
+from .manifest import ShardEntry
 from .payload import FieldContent
 from .payload_file import PayloadFile, first_sums
 from .publish import publish_file
@@ -209,7 +209,7 @@ def shard_attributes(schema: Schema, name: str, records: int) -> dict[str, Attri
     """The HDF5 attributes of a shard file of the field `name`."""
     return {
         "stagein_format": "stagein-shard",
-        "stagein_version": FORMAT_VERSION,
+        "stagein_version": schema.format_version,
         "schema": json.dumps(schema.model_dump(mode="json"), sort_keys=True),
         "field": name,
         "num_records": np.uint64(records),

@@ -22,9 +22,9 @@ from .payload import (
     ShardBuffers,
 )
 from .payload_file import PayloadFile
-from .schema import MAX_RECORD_BYTES, Field, Schema
+from .schema import MAX_RECORD_BYTES, Field, Schema, shape_name
 from .source import RecordBatch
-from .values import BadValueError, Value, row_bytes, stack_rows, to_rows
+from .values import BadValueError, Value, fits_shapes, record_shape, row_bytes, stack_rows, to_rows
 
 DEFAULT_SHARD_BYTES = 256 << 20
 
@@ -217,6 +217,7 @@ class ShardBuilder:
         `buffers`, kept by the caller from shard to shard, are this builder's until the next one is made.
         """
         self._schema = schema
+        self._given, self._shaped = schema.given_fields.keys(), schema.shaped_fields
         self._builders: dict[str, PayloadCollector | PayloadStream | RaggedColumnBuilder] = {}
         for name, field in schema.large_fields.items():
             place = name, field, buffers.setdefault(name, PayloadBuffer()), payload_bytes[name]
@@ -275,16 +276,14 @@ class ShardBuilder:
         """The record for which room was asked is none."""
         self._asked.clear()
 
-    def add(self, values: Mapping[str, Value]) -> None:
-        """The record is whole: the fields for which room was asked are in it, `values` are the others.
+    def add(self, values: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The record is whole: the fields for which room was asked are in it, with these `shapes`, `values` are the others.
 
         Raises BadValueError, and nothing is added, when a field is missing, given twice, unknown, or does not fit.
         """
         given = self._asked.keys() | values.keys()
-        if given != self._schema.fields.keys() or self._asked.keys() & values.keys():
-            raise BadValueError(
-                f"it has the fields {sorted(given)}, the schema {sorted(self._schema.fields)}: each once"
-            )
+        if given != self._given or self._asked.keys() & values.keys():
+            raise BadValueError(f"it has the fields {sorted(given)}, the schema {sorted(self._given)}: each once")
         for name in self._builders.keys() - self._asked.keys():
             field = self._schema.fields[name]
             try:
@@ -292,12 +291,27 @@ class ShardBuilder:
             except BadValueError as error:
                 raise BadValueError(f"field {name!r}: {error}") from None
             self.room(name, rows.nbytes)[:] = row_bytes(rows)
+        if self._shaped:
+            values = {**values, **self._shape_columns(values, shapes)}
         for name, column in self._columns.items():
             column.add(self._column_value(name) if name in self._asked else values[name])
         for name, builder in self._builders.items():
             builder.add(len(self._asked[name]))
         self.records += 1
         self._asked.clear()
+
+    def _shape_columns(
+        self, values: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """What the columns for shapes say of the record in the room, of which `values` were put there."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, field in self._shaped.items():
+            shape = record_shape(field, values[name]) if name in values else shapes[name]
+            nbytes = len(self._asked[name])
+            if not fits_shapes(field, np.array([shape], np.int64), np.array([nbytes])).all():
+                raise BadValueError(f"field {name!r}: {nbytes} bytes are no array of shape {shape}")
+            found[shape_name(name)] = shape
+        return found
 
     def _column_value(self, name: str) -> NDArray[np.generic]:
         field = self._schema.fields[name]

@@ -26,11 +26,13 @@ class SourceRecord:
     """A record as it is read: the fields for which room was asked are in it; `values` are all others.
 
     Small fields are easiest given as values; what is large is read into room, where it is not copied again. `counts` are
-    added up over all records of a conversion, to be reported at its end.
+    added up over all records of a conversion, to be reported at its end. `shapes` are those of the fields in the room whose
+    shape does not follow from their size.
     """
 
     values: Mapping[str, Value] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, bfloat16_dtype, make_array_field
+from .schema import BFLOAT16, MAX_RECORD_BYTES, Field, Schema, bfloat16_dtype, common_shape, make_array_field
 
 Value: TypeAlias = "ArrayLike | bytes | bytearray | memoryview | str"
 """A number or an array for `tensor` and `ragged` fields (also a torch tensor), bytes for `encoded`, a string for `text`."""
@@ -56,11 +56,26 @@ def to_rows(field: Field, value: Value) -> NDArray[np.generic]:
             raise BadValueError(f"its shape is {array.shape}, not {field.fixed_shape}")
     elif array.size == 0 and array.ndim <= 1:  # an empty list knows no further extents
         array = array.reshape(0, *field.row_shape)
-    elif array.shape[1:] != field.row_shape or array.ndim == 0:
-        expected = ", ".join(map(str, ("any", *field.row_shape)))
+    elif not field.holds(array.shape):
+        expected = ", ".join("any" if extent is None else str(extent) for extent in field.shape)
         raise BadValueError(f"its shape is {array.shape}, not ({expected})")
-    num_rows = 1 if field.kind == "tensor" else len(array)
+    num_rows = 1 if field.kind == "tensor" else -1
     return np.ascontiguousarray(array).reshape(num_rows, *field.row_shape)
+
+
+def record_shape(field: Field, value: Value) -> tuple[int, ...]:
+    """The shape of a value that `to_rows` takes for a `ragged` field."""
+    shape = tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+    return shape if len(shape) == len(field.shape) else field.fixed_shape  # an empty list knows no further extents
+
+
+def fits_shapes(field: Field, shapes: NDArray[np.int64], nbytes: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Whether records of a field may be of these shapes [records, extents], and have so many bytes then."""
+    is_free = np.array([extent is None for extent in field.shape])
+    may_be = (is_free | (shapes == np.array(field.fixed_shape))) & (shapes >= 0)
+    with np.errstate(all="ignore"):
+        sizes = shapes.astype(np.float64).prod(axis=1)  # exact wherever a record can be so large
+    return np.asarray(may_be.all(axis=1) & (sizes * field.stored_dtype.itemsize == nbytes))
 
 
 Stored: TypeAlias = bytes | memoryview
@@ -97,7 +112,19 @@ def quick_storing(field: Field) -> Callable[[Any], bytes | None]:
             return None
         return value.tobytes() if value.shape[1:] == row_shape and value.nbytes <= _QUICK_BYTES else None
 
-    return tensor if field.kind == "tensor" else ragged
+    def shaped(value: Any) -> bytes | None:
+        if type(value) is not np.ndarray or value.dtype != dtype or not field.holds(value.shape):
+            return None
+        return value.tobytes() if value.nbytes <= _QUICK_BYTES else None
+
+    if field.kind == "tensor":
+        return tensor
+    return shaped if field.has_shapes else ragged
+
+
+def quick_shape(value: Any) -> bytes | None:
+    """The stored shape of a value that `quick_storing` takes for a field of several free extents."""
+    return np.array(value.shape, "<i8").tobytes() if type(value) is np.ndarray else None
 
 
 def row_bytes(rows: NDArray[np.generic]) -> memoryview:
@@ -116,13 +143,17 @@ def stack_rows(field: Field, values: Sequence[Value]) -> NDArray[np.generic]:
     return array
 
 
-def from_rows(field: Field, content: NDArray[np.uint8]) -> Any:
-    """What a record's uncompressed bytes stand for: an array over them, for `text` a string."""
+def from_rows(field: Field, content: NDArray[np.uint8], shape: Sequence[int] | None = None) -> Any:
+    """What a record's uncompressed bytes stand for: an array over them, for `text` a string.
+
+    `shape` is that of the record, for a field of several free extents.
+    """
     if field.kind == "text":
         return content.tobytes().decode()
     if field.kind == "encoded":
         return content
-    shape = field.fixed_shape if field.kind == "tensor" else (-1, *field.row_shape)
+    if shape is None:
+        shape = field.fixed_shape if field.kind == "tensor" else (-1, *field.row_shape)
     return content.view(field.array_dtype).reshape(shape)
 
 
@@ -154,8 +185,8 @@ def infer_schema(records: Sequence[Mapping[str, Value]]) -> Schema:
 def infer_field(values: Sequence[Value]) -> Field:
     """The field that holds these values. Raises BadValueError where there is none.
 
-    Arrays that differ in their first extent make a `ragged` field, other arrays and numbers a `tensor`; bytes are
-    `encoded`, in the encoding by which they start; strings are `text`.
+    Arrays that differ in shape make a `ragged` field, other arrays and numbers a `tensor`; bytes are `encoded`, in the
+    encoding by which they start; strings are `text`.
     """
     if isinstance(values[0], str):
         return Field(kind="text")
@@ -168,10 +199,14 @@ def infer_field(values: Sequence[Value]) -> Field:
     dtype, shapes = _common_dtype(values, arrays), {array.shape for array in arrays}
     if len(shapes) == 1:
         return numbers_field(dtype, shapes.pop())
-    tails = {shape[1:] for shape in shapes if shape != (0,)}
-    if () in shapes or len(tails) != 1:
-        raise BadValueError(f"its shapes {sorted(shapes)[:3]} differ in more than the first extent: give a schema")
-    return numbers_field(dtype, (None, *tails.pop()))
+    known = shapes - {(0,)}  # an empty list knows no further extents
+    if () in shapes or len({len(shape) for shape in known}) != 1:
+        raise BadValueError(
+            f"its shapes {sorted(shapes)[:3]} have other numbers of extents: no field takes all of them"
+        )
+    if known != shapes:
+        known.add((0, *next(iter(known))[1:]))
+    return numbers_field(dtype, common_shape(known))
 
 
 def numbers_field(dtype: str, shape: tuple[int | None, ...]) -> Field:

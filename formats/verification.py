@@ -18,9 +18,10 @@ from .checksums import chunk_sum, crc32c, pread_exactly
 from .errors import ChecksumError, SourceError, StageinError
 from .index import ROW_FIELD, RecordIndex, load_column
 from .manifest import FileEntry, Manifest, ShardEntry
-from .schema import Field, column_chunk_path
+from .schema import Field, column_chunk_path, shape_name
 from .shard_writing import hdf5_count_name, shard_attributes
 from .shards import ShardLayout
+from .values import fits_shapes
 
 _READ_BYTES = 16 << 20
 _LISTED = 20
@@ -72,7 +73,7 @@ def verify(
     manifest = Manifest.load(path)
     report = VerifyReport(manifest)
     tables = _Tables(path, manifest)
-    report.problems += tables.problems
+    report.problems += [*tables.problems, *_shape_problems(tables)]
     parts: dict[str, list[ShardEntry]] = {entry.file: [] for entry in manifest.all_files()}
     for name in manifest.record_schema.indexed_fields:
         for part in manifest.parts_of(name):
@@ -251,6 +252,19 @@ def _hdf5_problems(path: Path, entry: ShardEntry, tables: _Tables) -> Iterator[P
                 yield Problem(entry.file, f"it has no HDF5 data set {name}")
             elif (found.dtype, found.shape) != (rows.dtype, rows.shape) or found.tobytes() != rows.tobytes():
                 yield Problem(entry.file, f"its HDF5 data set {name} is not what the data set has for its records")
+
+
+def _shape_problems(tables: _Tables) -> Iterator[Problem]:
+    """The shape of every record that has one in a column is one of its field and fits its bytes."""
+    for name, field in tables.manifest.record_schema.shaped_fields.items():
+        column = shape_name(name)
+        if name not in tables.indexes or column not in tables.columns:
+            continue
+        shapes, nbytes = tables.columns[column].astype(np.int64), tables.indexes[name].nbytes
+        for record in np.flatnonzero(~fits_shapes(field, shapes, nbytes)).tolist():
+            text = f"record {record} has {nbytes[record]} bytes of {name!r}, which are no array of the shape"
+            file = column_chunk_path(column, tables.manifest.record_schema.fields[column])
+            yield Problem(file, f"{text} {tuple(shapes[record].tolist())}", damage=True)
 
 
 def _link_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from .codecs import Codec, CodecChoice, parse_codec
 from .errors import UsageError, destination_error
 from .manifest import DEFAULT_CHUNK_BYTES, Container, Manifest, Origin
 from .payload import ShardBuffers
-from .schema import Schema, reason_of
+from .schema import Schema, reason_of, shape_name
 from .shards import (
     DEFAULT_SHARD_BYTES,
     ShardBuilder,
@@ -33,7 +33,18 @@ from .shards import (
     refuse_sizes,
     shard_capacity,
 )
-from .values import BadValueError, Stored, Value, as_array, infer_schema, quick_storing, row_bytes, to_rows
+from .values import (
+    BadValueError,
+    Stored,
+    Value,
+    as_array,
+    infer_schema,
+    quick_shape,
+    quick_storing,
+    record_shape,
+    row_bytes,
+    to_rows,
+)
 from .zarr_view import padded_bytes
 
 Rows: TypeAlias = dict[str, NDArray[np.generic]]
@@ -55,7 +66,7 @@ class Writer:
 
     target       where the data set will be.
     schema       what a record holds; without it, the first records say: bytes are `encoded`, strings `text`, arrays `tensor`
-                 or, where they differ in their first extent, `ragged`.
+                 or, where they differ in shape, `ragged`.
     codec        how large tensors are compressed, for all fields or by field, where the schema does not say: a codec or its
                  name, such as "blosc-lz4"; "auto": as the first records suggest.
     container    what the shards are: HDF5, Zarr, or both at once.
@@ -91,6 +102,8 @@ class Writer:
         self._first_bytes = 0
         self._shards: _ShardWriter | None = None
         self._quickly: list[tuple[str, Callable[[Value], bytes | None]]] = []
+        """What makes the stored bytes of each field of the schema, and of the value of which field of a record."""
+        self._num_given = 0
         self._growing = GrowingDataset(Path(target), overwrite=overwrite)
         self._is_closed = False
         self._one_at_a_time = Lock()
@@ -189,7 +202,11 @@ class Writer:
         refuse_codecs(schema, self._container)
         layout = ShardLayout(schema, self._container, shard_capacity(schema, self._shard_bytes), self._chunk_bytes)
         self._shards = _ShardWriter(self._growing, layout, self._shard_bytes)
-        self._quickly = [(name, quick_storing(field)) for name, field in schema.fields.items()]
+        self._quickly = [
+            (name, quick_storing(field)) if field.shape_of is None else (field.shape_of, quick_shape)
+            for name, field in schema.fields.items()
+        ]
+        self._num_given = len(schema.given_fields)
         for record in records:
             self._shards.write(_row_bytes(record, schema))
         self._first_records = []
@@ -210,7 +227,7 @@ class Writer:
 
     def _stored(self, record: Mapping[str, Value], schema: Schema) -> Sequence[Stored]:
         """The bytes of every field of a record, in the order of the schema."""
-        if isinstance(record, dict) and len(record) == len(self._quickly):
+        if isinstance(record, dict) and len(record) == self._num_given:
             try:
                 stored = [quickly(record[name]) for name, quickly in self._quickly]
             except KeyError:
@@ -222,18 +239,21 @@ class Writer:
 
     def _checked(self, record: Mapping[str, Value], schema: Schema) -> Rows:
         """The rows of every field of a record."""
-        if record.keys() != schema.fields.keys():
+        given = schema.given_fields
+        if record.keys() != given.keys():
             raise UsageError(
-                f"a record has the fields {sorted(record)}, the schema {sorted(schema.fields)}: give each exactly once"
+                f"a record has the fields {sorted(record)}, the schema {sorted(given)}: give each exactly once"
             )
         rows = {}
-        for name, field in schema.fields.items():
+        for name, field in given.items():
             try:
                 rows[name] = to_rows(field, record[name])
             except BadValueError as error:
                 guessed = "; the first records said so: pass a schema that says what may differ"
                 raise UsageError(f"field {name!r}: {error}{guessed if self._schema is None else ''}") from None
             refuse_large_record(rows[name].nbytes, f"field {name!r}")
+            if field.has_shapes:
+                rows[shape_name(name)] = np.array([record_shape(field, record[name])], "<i8")
         return rows
 
 

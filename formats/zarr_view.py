@@ -80,7 +80,10 @@ def _dims(field: Field) -> tuple[str, ...]:
     if field.kind in ("encoded", "text"):
         return ("byte",)
     names = field.dims or tuple(f"axis{axis}" for axis in range(1, len(field.shape) + 1))
-    return ("record", *names) if field.kind == "tensor" else (field.dims[0] if field.dims else "row", *names[1:])
+    if field.kind == "tensor":
+        return ("record", *names)
+    num_free = len(field.shape) - len(field.row_shape)
+    return (field.dims[0] if field.dims and num_free == 1 else "row", *names[num_free:])
 
 
 def inner_rows(field: Field) -> int:

@@ -334,9 +334,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             if collate_fn is not None:
                 collate = TransformedCollate(dataset.shaped, collate, batched)
             else:
-                collate = (
-                    RecordCollate(dataset.listed_fields, dataset.shaped) if batched else RecordConvert(dataset.shaped)
-                )
+                listed = dataset.listed_fields if per_sample is None else dataset.listed_after_transform
+                collate = RecordCollate(listed, dataset.shaped) if batched else RecordConvert(dataset.shaped)
             dataset = SamplesAsDicts(dataset)
         by_torch = collate if per_sample is None else TransformedCollate(per_sample, collate, batched)
         if isinstance(dataset, IterableDataset):

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from stagein.finding import find_staged
 from stagein.formats import Dataset, Manifest
 from stagein.formats.errors import SourceError, UsageError
-from stagein.formats.record_reader import RecordReader
 from stagein.formats.schema import BFLOAT16, Field
-from stagein.formats.values import from_rows
 from stagein.leases import ReaderLease
 
 from .stats import PhaseTimes
@@ -37,7 +35,8 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
 
     `dataset[i]` is a dict of arrays: an encoded image is decoded to uint8 height x width x 3 (RGB), as stored (an EXIF
     orientation is not applied); other encoded fields are their bytes (uint8); text is a str; bfloat16, which numpy does not
-    have, is a torch tensor. `stagein.loaders.DataLoader` with a `transform` decodes whole batches with DALI instead.
+    have, is a torch tensor; arrays have the shape that each was written with. `stagein.loaders.DataLoader` with a `transform`
+    decodes whole batches with DALI instead.
     Raises SourceError where `path` holds no data set, UsageError for a field that it does not have, or that is named twice.
     """
 
@@ -79,6 +78,12 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         """
         fields = self.records.schema.fields
         return frozenset(name for name in self.fields if fields[name].is_variable and not is_image(fields[name]))
+
+    @property
+    def listed_after_transform(self) -> frozenset[str]:
+        """The same when samples are transformed one by one: arrays of which several extents differ are like images then, to be
+        brought to one shape."""
+        return self.listed_fields - self.records.schema.shaped_fields.keys()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -123,8 +128,7 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         started = time.perf_counter()
         stored = reader.read_records(indices)
         read = time.perf_counter()
-        pairs = zip(indices, stored, strict=True)
-        values = [typed(reader.field, self._decode(reader, index, content)) for index, content in pairs]
+        values = [typed(reader.field, value) for value in self._decoded(name, indices, stored)]
         seconds, nbytes = time.perf_counter() - read, sum(value.nbytes for value in values if hasattr(value, "nbytes"))
         times.add(PhaseTimes(read_s=read - started, bytes_read=sum(content.nbytes for content in stored)))
         if reader.field.codec is not None:
@@ -142,7 +146,7 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         reader = self.records.readers[name]
         if field.kind == "tensor":
             return typed(field, reader.read_tensors(indices))
-        return [typed(field, from_rows(field, stored)) for stored in reader.read_records(indices)]
+        return [typed(field, value) for value in self.records.values_of(name, indices, reader.read_records(indices))]
 
     @property
     def description(self) -> str:
@@ -170,12 +174,15 @@ class RecordDataset(torch.utils.data.Dataset[Any]):
         shard = self.records.manifest.shards[int(self.records.index.shard[index])]
         return f"record {index} in {self.records.path / shard.file}"
 
-    def _decode(self, reader: RecordReader, index: int, stored: NDArray[np.uint8]) -> Any:
-        field = reader.field
-        if field.codec is not None:
-            return reader.decode(stored)
-        if not is_image(field):
-            return from_rows(field, stored)
+    def _decoded(self, name: str, indices: Sequence[int], stored: Sequence[NDArray[np.uint8]]) -> list[Any]:
+        reader = self.records.readers[name]
+        if reader.field.codec is not None:
+            return [reader.decode(content) for content in stored]
+        if not is_image(reader.field):
+            return self.records.values_of(name, indices, stored)
+        return [self._decoded_image(reader.field, *each) for each in zip(indices, stored, strict=True)]
+
+    def _decoded_image(self, field: Field, index: int, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
         image = decode_image(stored)
         if image is None:
             raise SourceError(f"{self.place(index)} cannot be decoded: its {field.encoding} data are damaged")

@@ -26,6 +26,9 @@ class PerSample:
     field  None: it takes the sample, a dict of fields, and returns what takes its place, which torch's `default_collate`
            takes where it is no dict; else the value of this field.
     as_pil  it takes the image of that field as a PIL image.
+
+    Arrays of which several extents differ from sample to sample, such as volumes, come in their own shapes, and have to leave in
+    one, cropped or padded, so that batches are tensors.
     """
 
     function: Callable[[Any], Any]

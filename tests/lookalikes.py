@@ -124,16 +124,20 @@ def read_source(
         else:
             assert not rooms.keys() & record.values.keys()
             assert rooms.keys() | record.values.keys() == source.schema.fields.keys()
-            contents = {name: _as_declared(source.schema.fields[name], content) for name, content in rooms.items()}
+            contents = {
+                name: _as_declared(source.schema.fields[name], content, record.shapes.get(name))
+                for name, content in rooms.items()
+            }
             records.append(contents | {name: np.asarray(value) for name, value in record.values.items()})
         rooms.clear()
     return records
 
 
-def _as_declared(field: Field, content: bytearray) -> NDArray[np.generic]:
+def _as_declared(field: Field, content: bytearray, shape: tuple[int, ...] | None) -> NDArray[np.generic]:
     assert field.is_variable or len(content) == field.record_bytes
-    shape = (-1, *field.row_shape) if field.is_variable else field.fixed_shape
-    return np.frombuffer(bytes(content), field.stored_dtype).reshape(shape)
+    assert (shape is not None) == field.has_shapes
+    declared = (-1, *field.row_shape) if field.is_variable else field.fixed_shape
+    return np.frombuffer(bytes(content), field.stored_dtype).reshape(shape or declared)
 
 
 def assert_same_bits(record: object, expected: Mapping[str, NDArray[np.generic]]) -> None:

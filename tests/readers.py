@@ -23,7 +23,7 @@ def rows_of(field: Field, value: Any) -> NDArray[np.generic]:
         return np.frombuffer(value.encode(), np.uint8)
     rows = np.asarray(value)
     rows = rows.view(field.stored_dtype) if field.dtype == "bfloat16" else rows
-    return rows[None] if field.kind == "tensor" else rows
+    return rows[None] if field.kind == "tensor" else rows.reshape(-1, *field.row_shape)
 
 
 def by_h5py(dataset: Dataset) -> ReadRows:

@@ -81,7 +81,8 @@ def fields(draw: st.DrawFn) -> Field:
     dtype = draw(st.sampled_from(DTYPES))
     tail = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))
     if kind == "ragged":
-        return Field(kind="ragged", dtype=dtype, shape=(None, *tail))
+        before = draw(st.sampled_from([(), (), (None,), (2, None), (None, 3)]))
+        return Field(kind="ragged", dtype=dtype, shape=(*before, None, *tail))
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 7, 31, 64]), max_size=3)))
     codec = draw(st.sampled_from(CODECS))
     storage = draw(st.sampled_from([None, "shards"]))
@@ -97,6 +98,9 @@ def any_value(draw: st.DrawFn, field: Field) -> Any:
         return random_array("uint8", (size,), seed).tobytes()
     if field.kind == "tensor":
         return random_array(field.dtype, field.fixed_shape, seed)
+    if field.has_shapes:
+        shape = (draw(st.sampled_from([0, 1, 5, 17])) if extent is None else extent for extent in field.shape)
+        return random_array(field.dtype, tuple(shape), seed)
     rows = draw(st.sampled_from([0, 1, 5, 100, 3 * SHARD_BYTES // field.row_bytes]))
     return random_array(field.dtype, (rows, *field.row_shape), seed)
 
@@ -583,12 +587,12 @@ def test_schemas_that_cannot_be_guessed(tmp_path: Path) -> None:
         pass
     with (
         pytest.raises(
-            UsageError, match=r"field 'x': its shapes .* differ in more than the first extent: give a schema"
+            UsageError, match=r"field 'x': its shapes .* have other numbers of extents: no field takes all of them"
         ),
         Writer(tmp_path / "x.st") as writer,
     ):
         writer.write({"x": np.zeros((2, 3))})
-        writer.write({"x": np.zeros((2, 4))})
+        writer.write({"x": np.zeros((2, 3, 4))})
     with (
         pytest.raises(UsageError, match="field 'x': a dict is no array of numbers"),
         Writer(tmp_path / "x.st") as writer,
@@ -613,8 +617,8 @@ def test_schemas_that_cannot_be_guessed(tmp_path: Path) -> None:
         ({"kind": "tensor", "shape": (None,)}, "its kind is ragged"),
         ({"kind": "tensor", "shape": (-1,)}, "negative extent"),
         ({"kind": "tensor", "shape": (1 << 40,)}, "above the limit"),
-        ({"kind": "ragged", "shape": (4,)}, "one free extent"),
-        ({"kind": "ragged", "shape": (None, None)}, "one free extent"),
+        ({"kind": "ragged", "shape": (4,)}, "a ragged field has a free extent"),
+        ({"kind": "ragged", "shape": (None, None, 0)}, "rows of no bytes"),
         ({"kind": "ragged", "shape": (None, 0)}, "rows of no bytes"),
         ({"kind": "ragged", "shape": (None,), "codec": {"name": "zstd"}}, "it has no codec"),
         ({"kind": "encoded", "encoding": "jpeg", "codec": {"name": "zstd"}}, "is compressed already"),

@@ -196,11 +196,6 @@ def test_records_that_differ_are_refused_by_number(define: Define) -> None:
         ("return [{'x': torch.zeros(3, dtype=torch.float8_e5m2)}]", UsageError, "field 'x': a Tensor that is no array"),
         ("return [{'x': np.zeros(3, np.longdouble)}]", UsageError, "field 'x': dtype 'float128' is not .* take one of"),
         ("return [{'x': np.zeros((0, 3))}]", UsageError, "the primary field 'x' has records of no bytes"),
-        (
-            "return [{'x': np.zeros((n, 0))} for n in range(4)]",
-            UsageError,
-            "field 'x': a ragged field of shape .* has rows of no bytes",
-        ),
         ("return [{'x': [[1], [1, 2]]}]", UsageError, "field 'x': a list that is no array"),
         ("return [{'not a name': np.zeros(3)}]", UsageError, "cannot be the name of a field"),
         ("items = Items(3, int)\nitems.schema = 7\nreturn items", UsageError, "its attribute schema is a int"),

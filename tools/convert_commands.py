@@ -23,6 +23,9 @@ Fields = Annotated[
     typer.Option("--field", metavar="NAME=PLACE", help="A field and its place in the source; repeat it."),
 ]
 Primary = Annotated[str | None, typer.Option(help="The field that fills the shards.")]
+AnyShape = Annotated[
+    bool, typer.Option("--any-shape", help="Look at all files: records may differ in shape, also where few do.")
+]
 
 
 def parse_fields(texts: list[str] | None) -> dict[str, str] | None:
@@ -165,14 +168,15 @@ def _hdf5(
     fields: Fields = None,
     primary: Primary = None,
     pattern: Annotated[str | None, typer.Option(help="Which files of the folder, such as data-*.h5.")] = None,
+    any_shape: AnyShape = False,
 ) -> "Source":
     """Pack HDF5 files.
 
-    Of a folder one record a file (DeepCAM), of one file one record a row.
+    Of a folder one record a file (DeepCAM), of any shape; of one file one record a row.
     """
     from stagein.formats.sources.hdf5 import scan_hdf5
 
-    return scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern)
+    return scan_hdf5(source, fields=parse_fields(fields), primary=primary, pattern=pattern, any_shape=any_shape)
 
 
 @_kind("npy")
@@ -180,14 +184,15 @@ def _npy(
     source: Annotated[Path, path_argument("SOURCE", "A folder of .npy or .npz files, or one .npy file.")],
     fields: Fields = None,
     primary: Primary = None,
+    any_shape: AnyShape = False,
 ) -> "Source":
     """Pack .npy or .npz files.
 
-    Of a folder one record a file (CosmoFlow), of one file one record a row.
+    Of a folder one record a file (CosmoFlow), of any shape (U-Net3D); of one file one record a row.
     """
     from stagein.formats.sources.npy import scan_npy
 
-    return scan_npy(source, fields=parse_fields(fields), primary=primary)
+    return scan_npy(source, fields=parse_fields(fields), primary=primary, any_shape=any_shape)
 
 
 @_kind("python")

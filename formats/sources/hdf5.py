@@ -21,17 +21,16 @@ from stagein.formats.source import Room, SourceRecord
 from .files import SourceFile, find_files
 from .tensors import (
     BadTensorError,
+    RecordPlace,
     Sample,
     StoredArray,
     TensorFiles,
     TensorRows,
     common_row_count,
-    describe_most,
-    read_record,
-    refuse_other_field,
+    refuse_any_shape,
     row_count,
+    scan_samples,
     tensor_field,
-    without_empty_files,
 )
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
@@ -57,21 +56,26 @@ class Hdf5Samples:
     def mark(self) -> object:
         return dict(self.paths)
 
+    def fields(self, files: Sample) -> dict[str, Field]:
+        (file,) = files
+        with file.open(), _opened(file.path) as content:
+            datasets = {name: _dataset(content, file.path, path) for name, path in self.paths.items()}
+            return {name: _field(file.path, dataset, dataset.shape) for name, dataset in datasets.items()}
+
     def read(self, files: Sample, schema: Schema, room: Room) -> SourceRecord:
         (file,) = files
+        place = RecordPlace(schema, room)
         with file.open() as descriptor, _opened(file.path) as content:
-
-            def read_field(name: str, target: memoryview) -> None:
-                dataset = _dataset(content, file.path, self.paths[name])
+            for name, path in self.paths.items():
+                dataset = _dataset(content, file.path, path)
                 found = _field(file.path, dataset, dataset.shape)
-                refuse_other_field(file.path, f"the data set {self.paths[name]}", found, schema.fields[name])
+                target = place.take(name, file.path, f"the data set {path}", found)
                 stored = _stored_array(file.path, content, dataset)
                 if stored is not None:
                     stored.read(descriptor, target)
                 else:
                     _read_through_library(file.path, dataset, (), target)
-
-            return read_record(schema, room, read_field)
+        return place.record()
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,12 @@ class Hdf5Rows:
 
 
 def scan_hdf5(
-    source: Path, *, fields: Mapping[str, str] | None = None, primary: str | None = None, pattern: str | None = None
+    source: Path,
+    *,
+    fields: Mapping[str, str] | None = None,
+    primary: str | None = None,
+    pattern: str | None = None,
+    any_shape: bool = False,
 ) -> TensorFiles | TensorRows:
     """The records of HDF5 files: of a folder, one a file in the order of their names; of one file, one a row.
 
@@ -121,13 +130,15 @@ def scan_hdf5(
     all are taken whose name ends in .h5, .hdf5, .hdf or .he5.
 
     In a folder most of a few files, from all over it, say what type and shape records have; files that differ are
-    refused when they are read. Raises SourceError when nothing can be read or rows do not match, and UsageError when
+    refused when they are read. Where more than a quarter of these differ in shape (and not in the number of extents), or with
+    `any_shape`, all files are looked at, and records may have any extent where files differ. Raises SourceError when nothing can be read or rows do not match, and UsageError when
     the fields are not to be guessed, not there, or make no record.
     """
     is_wanted = _name_test(pattern)
     files = find_files(source, is_wanted, f"files {pattern or '*.h5, *.hdf5'}")
     if source.is_dir():
-        return _scan_folder(source, files, fields, primary)
+        return _scan_folder(source, files, fields, primary, any_shape=any_shape)
+    refuse_any_shape(source, any_shape=any_shape)
     return _scan_file(files[0], fields, primary)
 
 
@@ -138,20 +149,19 @@ def _name_test(pattern: str | None) -> Callable[[str], bool]:
 
 
 def _scan_folder(
-    root: Path, files: tuple[SourceFile, ...], fields: Mapping[str, str] | None, primary: str | None
+    root: Path,
+    files: tuple[SourceFile, ...],
+    fields: Mapping[str, str] | None,
+    primary: str | None,
+    *,
+    any_shape: bool,
 ) -> TensorFiles:
-    samples, empty = without_empty_files(root, [(file,) for file in files])
-
-    def describe(sample: Sample) -> tuple[dict[str, str], dict[str, Field]]:
+    def choose_reader(sample: Sample) -> Hdf5Samples:
         (file,) = sample
         with file.open(), _opened(file.path) as content:
-            paths = _choose_fields(file.path, content, fields)
-            datasets = {name: _dataset(content, file.path, path) for name, path in paths.items()}
-            return paths, {name: _field(file.path, dataset, dataset.shape) for name, dataset in datasets.items()}
+            return Hdf5Samples(_choose_fields(file.path, content, fields))
 
-    paths, found = describe_most(root, samples, describe)
-    schema = make_schema(found, primary or next(iter(found)))
-    return TensorFiles("hdf5", root, schema, samples, Hdf5Samples(paths), empty)
+    return scan_samples("hdf5", root, [(file,) for file in files], choose_reader, primary=primary, any_shape=any_shape)
 
 
 def _scan_file(file: SourceFile, fields: Mapping[str, str] | None, primary: str | None) -> TensorRows:

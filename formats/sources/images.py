@@ -1,7 +1,7 @@
 """Images changed on their way into a data set: made seekable, or anything a function makes of them; a source around a source."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -143,7 +143,7 @@ class ChangedImagesPart:
         if self.has_size and changed.size is not None:
             values[_SIZE_NAME] = changed.size
         counts = {BYTES_BEFORE: len(content), **record.counts, BYTES_AFTER: len(result)}
-        return SourceRecord(values, counts | {changed.outcome: 1})
+        return replace(record, values=values, counts=counts | {changed.outcome: 1})
 
 
 class _OriginalImage:

@@ -28,17 +28,16 @@ from .npy_files import (
 )
 from .tensors import (
     BadTensorError,
+    RecordPlace,
     Sample,
     StoredArray,
     TensorFiles,
     TensorRows,
     common_row_count,
     copy_little_endian,
-    describe_most,
-    read_record,
-    refuse_other_field,
+    refuse_any_shape,
+    scan_samples,
     tensor_field,
-    without_empty_files,
 )
 
 _KNOWN_PAIRS = (
@@ -51,24 +50,27 @@ _KNOWN_MEMBERS = ({"data": "data", "label": "labels"}, {"data": "data", "label":
 
 @dataclass(frozen=True)
 class NpySamples:
-    """Reads records whose fields lie in an .npy file each; `fields` are their names in the order of the files."""
+    """Reads records whose fields lie in an .npy file each; `names` are those of the fields in the order of the files."""
 
-    fields: tuple[str, ...]
+    names: tuple[str, ...]
 
     def mark(self) -> object:
-        return self.fields
+        return self.names
+
+    def fields(self, files: Sample) -> dict[str, Field]:
+        found = {}
+        for name, file in zip(self.names, files, strict=True):
+            with file.open() as descriptor:
+                found[name] = array_field(stored_array(file, descriptor))
+        return found
 
     def read(self, files: Sample, schema: Schema, room: Room) -> SourceRecord:
-        file_of = dict(zip(self.fields, files, strict=True))
-
-        def read_field(name: str, target: memoryview) -> None:
-            file = file_of[name]
+        place = RecordPlace(schema, room)
+        for name, file in zip(self.names, files, strict=True):
             with file.open() as descriptor:
                 array = stored_array(file, descriptor)
-                refuse_other_field(file.path, "its array", array_field(array), schema.fields[name])
-                array.read(descriptor, target)
-
-        return read_record(schema, room, read_field)
+                array.read(descriptor, place.take(name, file.path, "its array", array_field(array)))
+        return place.record()
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,24 @@ class NpzSamples:
     def mark(self) -> object:
         return dict(self.members)
 
+    def fields(self, files: Sample) -> dict[str, Field]:
+        (file,) = files
+        found = {}
+        with opened_npz(file) as archive:
+            for name, member in self.members.items():
+                with opened_member(file.path, archive, member) as (array, _):
+                    found[name] = array_field(array)
+        return found
+
     def read(self, files: Sample, schema: Schema, room: Room) -> SourceRecord:
         (file,) = files
+        place = RecordPlace(schema, room)
         with opened_npz(file) as archive:
-
-            def read_field(name: str, target: memoryview) -> None:
-                with opened_member(file.path, archive, self.members[name]) as (array, stream):
-                    what = f"its array {self.members[name]}"
-                    refuse_other_field(file.path, what, array_field(array), schema.fields[name])
+            for name, member in self.members.items():
+                with opened_member(file.path, archive, member) as (array, stream):
+                    target = place.take(name, file.path, f"its array {member}", array_field(array))
                     read_stream(array, stream, target)
-
-            return read_record(schema, room, read_field)
+        return place.record()
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,11 @@ class NpyRows:
 
 
 def scan_npy(
-    source: Path, *, fields: Mapping[str, str] | None = None, primary: str | None = None
+    source: Path,
+    *,
+    fields: Mapping[str, str] | None = None,
+    primary: str | None = None,
+    any_shape: bool = False,
 ) -> TensorFiles | TensorRows:
     """The records of .npy or .npz files: of a folder, one a file in the order of their names; of one .npy file, one a row.
 
@@ -140,12 +153,14 @@ def scan_npy(
     the first.
 
     Most of a few files, from all over the folder, say what type and shape records have; files that differ are refused when they are
-    read. Raises SourceError when nothing can be read or what belongs together does not match, and UsageError when
+    read. Where more than a quarter of these differ in shape (and not in the number of extents), or with `any_shape`, all files
+    are looked at, and records may have any extent where files differ. Raises SourceError when nothing can be read or what belongs together does not match, and UsageError when
     the fields are not to be guessed, not there, or make no record.
     """
     if not source.is_dir():
         if fields:
             raise UsageError(f"{source} is a file: to choose fields by name, give the folder that it lies in")
+        refuse_any_shape(source, any_shape=any_shape)
         return _scan_rows(source, {"data": source}, primary)
     names = _listed(source)
     chosen = dict(fields or _recognised(source, names))
@@ -156,15 +171,17 @@ def scan_npy(
         )
     match ways.pop() if ways else "member":
         case "rows":
+            refuse_any_shape(source, any_shape=any_shape)
             return _scan_rows(source, {name: source / place for name, place in chosen.items()}, primary)
         case "list":
-            return _scan_samples(source, *_listed_samples(source, chosen), tuple(chosen), primary)
+            samples, refused = _listed_samples(source, chosen)
         case "pattern":
             samples, unpaired = _paired_samples(source, names, chosen)
-            strays = () if fields else _strays(names, chosen)
-            return _scan_samples(source, samples, (*unpaired, *strays), tuple(chosen), primary)
+            refused = (*unpaired, *(() if fields else _strays(names, chosen)))
         case _:
-            return _scan_npz(source, names, chosen, primary)
+            return _scan_npz(source, names, chosen, primary, any_shape=any_shape)
+    reader = NpySamples(tuple(chosen))
+    return scan_samples("npy", source, samples, lambda _: reader, primary=primary, any_shape=any_shape, refused=refused)
 
 
 def _listed(root: Path) -> list[str]:
@@ -285,45 +302,19 @@ def _found_samples(root: Path, names: Sequence[Sequence[str]]) -> list[Sample]:
     return [tuple(next(files) for _ in sample) for sample in names]
 
 
-def _scan_samples(
-    root: Path,
-    samples: Sequence[Sample],
-    refused: tuple[RefusedRecord, ...],
-    fields: tuple[str, ...],
-    primary: str | None,
+def _scan_npz(
+    root: Path, names: Sequence[str], members: Mapping[str, str], primary: str | None, *, any_shape: bool
 ) -> TensorFiles:
-    whole, empty = without_empty_files(root, samples)
-
-    def describe(sample: Sample) -> dict[str, Field]:
-        found = {}
-        for name, file in zip(fields, sample, strict=True):
-            with file.open() as descriptor:
-                array = stored_array(file, descriptor)
-            found[name] = array_field(array)
-        return found
-
-    found = describe_most(root, whole, describe)
-    schema = make_schema(found, primary or fields[0])
-    return TensorFiles("npy", root, schema, whole, NpySamples(fields), (*refused, *empty))
-
-
-def _scan_npz(root: Path, names: Sequence[str], members: Mapping[str, str], primary: str | None) -> TensorFiles:
     files = find_files([root / name for name in names if name.endswith(".npz")], bool, ".npz files")
-    samples, empty = without_empty_files(root, [(file,) for file in files])
 
-    def describe(sample: Sample) -> tuple[dict[str, str], dict[str, Field]]:
+    def choose_reader(sample: Sample) -> NpzSamples:
         (file,) = sample
-        found = {}
+        if members:
+            return NpzSamples(members)
         with opened_npz(file) as archive:
-            chosen = dict(members) or _recognised_members(file.path, archive)
-            for name, member in chosen.items():
-                with opened_member(file.path, archive, member) as (array, _):
-                    found[name] = array_field(array)
-        return chosen, found
+            return NpzSamples(_recognised_members(file.path, archive))
 
-    chosen, found = describe_most(root, samples, describe)
-    schema = make_schema(found, primary or next(iter(found)))
-    return TensorFiles("npy", root, schema, samples, NpzSamples(chosen), empty)
+    return scan_samples("npy", root, [(file,) for file in files], choose_reader, primary=primary, any_shape=any_shape)
 
 
 def _scan_rows(root: Path, paths: Mapping[str, Path], primary: str | None) -> TensorRows:

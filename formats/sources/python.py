@@ -103,7 +103,7 @@ class PythonRecordsPart:
             yield record
 
     def _read_record(self, number: int, values: Mapping[str, object], nbytes: int, room: Room) -> SourceRecord:
-        fields = dict(self.schema.fields)
+        fields = dict(self.schema.given_fields)
         primary = self.schema.primary_field
         derived: dict[str, Value] = {}
         if primary.encoding == _IMAGE and _SIZE_NAME in fields and _SIZE_NAME not in values:
@@ -160,9 +160,9 @@ def scan_python(target: str, *, primary: str | None = None) -> PythonRecords | R
 
     It returns an object with a length and items by number: dicts of fields, or pairs of a tensor and its label, which are
     called `data` and `label`. A few records say what the fields are, unless the object has an attribute `schema`: numpy
-    arrays and torch tensors are tensors of their type and shape, or `ragged` where they differ in their first extent, numbers are
-    columns, strings `text`, bytes an encoded field (an image, with the column `hw`, if they start like one). `primary` is by
-    default the bytes, else the largest.
+    arrays and torch tensors are tensors of their type and shape, or `ragged` where they differ in shape, numbers are columns,
+    strings `text`, bytes an encoded field (an image, with the column `hw`, if they start like one). `primary` is by default the
+    bytes, else the largest.
 
     Sizes must be known before shards are planned: where those of the primary field differ, every record is asked for twice.
     A generator, or another iterable without a length, is returned as a RecordStream. Raises UsageError when there is no such
@@ -291,9 +291,10 @@ def _infer_schema(origin: PythonFunction, records: Sequence[Mapping[str, object]
     return make_schema(fields, primary)
 
 
-def _largeness(field: Field) -> tuple[bool, int]:
-    """What the largest tensor field has most of: extents at all, then bytes."""
-    return field.kind == "tensor" and bool(field.shape), field.record_bytes if field.kind == "tensor" else 0
+def _largeness(field: Field) -> tuple[bool, bool, int]:
+    """What the largest field of arrays has most of: free extents, extents at all, then bytes."""
+    is_tensor = field.kind == "tensor"
+    return field.has_shapes, is_tensor and bool(field.shape), field.record_bytes if is_tensor else 0
 
 
 def _infer_field(values: Sequence[object]) -> Field:

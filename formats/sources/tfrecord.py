@@ -318,6 +318,8 @@ def _parse_place(place: str) -> tuple[str, Field | None]:
     dtype, _, extents = rest.partition(":")
     try:
         shape = tuple(None if extent == "?" else int(extent) for extent in extents.split("x")) if extents else ()
+        if None in shape[1:]:
+            raise ValueError("a list of numbers does not say which shape it has")
         return feature, Field(kind="ragged" if None in shape else "tensor", dtype=dtype, shape=shape)
     except ValueError:  # pydantic's is one
         raise UsageError(f"{place!r} is not FEATURE:TYPE:SHAPE, such as x:int16:128x128x128x4") from None
