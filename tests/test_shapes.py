@@ -457,6 +457,15 @@ def test_any_shapes_and_types_come_back(
         assert verify(folder).problems == []
 
 
+def test_extents_of_nothing_are_no_obstacle(tmp_path: Path) -> None:
+    samples = [{"x": np.zeros((number, 0, 4), np.int32), "n": np.int64(number)} for number in range(5)]
+    with Writer(tmp_path / "x.st") as writer:
+        for sample in samples:
+            writer.write(sample)
+    assert Dataset(tmp_path / "x.st").fields["x"].shape == (None, None, 4)
+    assert_holds(tmp_path / "x.st", samples)
+
+
 def test_a_shape_beyond_all_bytes_fits_none() -> None:
     field = Field(kind="ragged", dtype="uint8", shape=(None, None))
     shapes = np.array([[2**32, 2**32], [2**63 - 1, 0], [-1, -6], [2, 3], [6, 1], [0, 6]], np.int64)
