@@ -53,6 +53,8 @@ _SHARDS_ON_THE_WAY = 4
 """Those that are written, or waited for until the disk has them: it is not to fall behind by more."""
 _TRIED_BYTES = 64 << 20
 """When the first records have so many bytes, they are enough to settle what is not yet."""
+_FEWEST_COMPARED = 2
+"""So many records say together what the schema is, however large they are: one does not tell what differs."""
 _DONE: Future[None] = Future()
 _DONE.set_result(None)
 
@@ -156,7 +158,9 @@ class Writer:
             except BadValueError as error:
                 raise UsageError(f"record {len(self._first_records)}: field {name!r}: {error}") from None
         self._first_records.append(kept)
-        if len(self._first_records) == TRIED_RECORDS or self._first_bytes >= _TRIED_BYTES:
+        num_first = len(self._first_records)
+        is_enough = self._schema is not None or num_first >= _FEWEST_COMPARED
+        if num_first == TRIED_RECORDS or (self._first_bytes >= _TRIED_BYTES and is_enough):
             self._begin()
 
     def _close(self) -> Manifest:

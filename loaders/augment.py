@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from stagein.formats.errors import UsageError
 
@@ -102,9 +102,10 @@ def volume_uniforms(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np
     return sample_uniforms(seed, epoch, ids, 2)
 
 
-def random_starts(uniforms: NDArray[np.float64], shape: Sequence[int], crop: Sequence[int]) -> NDArray[np.int32]:
-    """Where crops of a fixed size begin along each axis of volumes of `shape`, any place alike: int32 `[batch, axes]`."""
-    room: NDArray[np.int64] = np.subtract(shape, crop) + 1
+def random_starts(uniforms: NDArray[np.float64], shapes: ArrayLike, crop: Sequence[int]) -> NDArray[np.int32]:
+    """Where crops of a fixed size begin along each axis, any place alike, in volumes of these shapes, `[axes]` for all or
+    `[batch, axes]`: int32 `[batch, axes]`."""
+    room: NDArray[np.int64] = np.subtract(shapes, crop) + 1
     return np.floor(uniforms[:, 0, : len(crop)] * room).astype(np.int32)
 
 

@@ -1,13 +1,14 @@
 """Graphs of tensor volumes: a crop of fixed size, flips along each axis, values normalised per channel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stagein.formats.errors import UsageError
-from stagein.formats.schema import Field
+from stagein.formats.schema import Field, shape_name
 
 from .augment import random_axis_flips, random_starts, volume_uniforms
 from .dali import import_dali
@@ -29,12 +30,12 @@ class VolumeGraph:
     is_random: bool
 
     def plan(self, batch: SampleBatch) -> HostPlan:
-        shape = self._spatial_shape(self._checked(batch))
+        shapes = self._spatial_shapes(self._checked(batch), batch)
         if self.is_random:
             uniforms = volume_uniforms(batch.seed, batch.epoch, batch.ids)
-            start, flips = random_starts(uniforms, shape, self.crop), random_axis_flips(uniforms, self.flip)
+            start, flips = random_starts(uniforms, shapes, self.crop), random_axis_flips(uniforms, self.flip)
         else:
-            start = np.tile(np.subtract(shape, self.crop) // 2, (len(batch.ids), 1))
+            start = np.subtract(shapes, self.crop) // 2
             flips = np.zeros_like(start)
         fed = {_PLAN: np.column_stack([start, flips]).astype(np.int32)}
         if self.field in batch.columns:
@@ -65,9 +66,22 @@ class VolumeGraph:
         axes = "DHW"[-len(self.crop) :]
         return f"C{axes}" if self.channels == "first" else f"{axes}C"
 
-    def _spatial_shape(self, field: Field) -> tuple[int, ...]:
-        shape = field.fixed_shape
-        return shape[1:] if self.channels == "first" else shape[:-1]
+    def _spatial_shapes(self, field: Field, batch: SampleBatch) -> NDArray[np.int64]:
+        """Extents of the volumes but for their channels, `[batch, axes]`. Raises UsageError where a crop does not lie in one."""
+        if field.has_shapes:
+            shapes = np.asarray(batch.columns[shape_name(self.field)])
+        else:
+            shapes = np.tile(np.array(field.fixed_shape, np.int64), (len(batch.ids), 1))
+        spatial = shapes[:, 1:] if self.channels == "first" else shapes[:, :-1]
+        too_small = np.less(spatial, self.crop).any(axis=1)
+        if too_small.any():
+            row = int(np.argmax(too_small))
+            place = f"of record {batch.ids[row]}, " if field.has_shapes else ""
+            raise UsageError(
+                f"a crop of {_by(self.crop)} does not lie in {self.field!r} {place}of {_by(shapes[row].tolist())} with channels "
+                f"{self.channels}"
+            )
+        return spatial
 
     def _checked(self, batch: SampleBatch) -> Field:
         """The field. Raises UsageError for one that this graph does not fit."""
@@ -77,16 +91,18 @@ class VolumeGraph:
         if name != batch.schema.primary and name not in batch.columns:
             raise UsageError(f"the volume graph needs the field {name!r}: name it in the data set's fields=")
         field = fields[name]
-        if field.kind != "tensor" or field.array_dtype.kind not in "iuf" or field.array_dtype_name == "bfloat16":
+        has_known_shapes = field.kind == "tensor" or field.has_shapes
+        if not has_known_shapes or field.array_dtype.kind not in "iuf" or field.array_dtype_name == "bfloat16":
             raise UsageError(f"the volume graph takes tensors of whole or real numbers, and {name!r} is {field}")
-        spatial = self._spatial_shape(field)
-        if len(spatial) != len(self.crop) or any(np.greater(self.crop, spatial)):
+        if len(field.shape) != len(self.crop) + 1:
+            shape = _by("?" if extent is None else extent for extent in field.shape)
             raise UsageError(
-                f"a crop of {_by(self.crop)} does not lie in {name!r} of {_by(field.fixed_shape)} with channels {self.channels}"
+                f"a crop of {_by(self.crop)} does not lie in {name!r} of {shape} with channels {self.channels}"
             )
-        num_channels = field.fixed_shape[0 if self.channels == "first" else -1]
+        num_channels = field.shape[0 if self.channels == "first" else -1]
         if num_channels != len(self.mean):
-            raise UsageError(f"{name!r} has {num_channels} channels, mean and std are given for {len(self.mean)}")
+            found = "any number of" if num_channels is None else num_channels
+            raise UsageError(f"{name!r} has {found} channels, mean and std are given for {len(self.mean)}")
         return field
 
 
@@ -105,7 +121,8 @@ def volume_train(
 ) -> VolumeGraph:
     """Training on tensors, two- or three-dimensional: a random crop, reversed at random along each axis, normalised.
 
-    crop      extents of the window along each axis but the channels'; any place in the tensor is as likely.
+    crop      extents of the window along each axis but the channels'; any place in the tensor is as likely. Tensors may differ
+              in shape, as volumes do, if none is smaller and all have as many channels.
     mean, std  one for each channel: `(value - mean) / std`.
     flip      how likely a reversal is, along every axis, or along each.
     channels  whether they are the first axis, as torch has them, or the last. The batch is float32 in the same layout.
@@ -155,5 +172,5 @@ def _volume_graph(
     return VolumeGraph(field, crop, mean, std, channels, flip, is_random)
 
 
-def _by(extents: Sequence[Any]) -> str:
+def _by(extents: Iterable[Any]) -> str:
     return " x ".join(map(str, extents))

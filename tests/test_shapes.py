@@ -241,6 +241,17 @@ def test_a_writer_sees_from_the_first_records_what_differs(tmp_path: Path) -> No
     assert_holds(tmp_path / "again.st", expected)
 
 
+def test_two_records_are_compared_however_large_they_are(tmp_path: Path) -> None:
+    records = [np.full((number + 1, 65, 1 << 20), number, np.uint8) for number in range(2)]
+    with Writer(tmp_path / "x.st", container="hdf5") as writer:
+        for record in records:
+            writer.write({"x": record[:, : 65 - len(record)]})
+    dataset = Dataset(tmp_path / "x.st")
+    assert dataset.fields["x"].shape == (None, None, 1 << 20)
+    for read, record in zip(dataset, records, strict=True):
+        assert np.array_equal(read["x"], record[:, : 65 - len(record)])
+
+
 def test_what_a_writer_is_not_given(tmp_path: Path) -> None:
     schema = Schema(fields={"x": Field(kind="ragged", dtype="int64", shape=(2, None, None))})
     with Writer(tmp_path / "x.st", schema) as writer:

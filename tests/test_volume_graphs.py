@@ -1,5 +1,6 @@
 """Crops, flips and normalised values of volumes are those of plain numpy, for the same numbers of Philox."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,57 @@ def test_training_volumes_are_numpys_crops_flipped_and_normalised(tmp_path, shap
                 np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
                 row += 1
         assert row == RECORDS
+
+
+@pytest.mark.parametrize("channels", ["first", "last"])
+def test_volumes_that_differ_in_shape_are_cropped_to_one(tmp_path, channels):
+    extents = [(12 + record, 20 - record, 16) for record in range(RECORDS)]
+    shapes = [(2, *each) if channels == "first" else (*each, 2) for each in extents]
+    records = [
+        {"volume": volume(number, shape, "int16"), "mask": np.zeros(shape, np.uint8)}
+        for number, shape in enumerate(shapes)
+    ]
+    with Writer(tmp_path / "v.st", shard_bytes=64 << 10) as writer:
+        for record in records:
+            writer.write(record)
+    dataset, crop = RecordDataset(tmp_path / "v.st", staged=None), (9, 13, 16)
+    train = DataLoader(
+        dataset, 3, device="cpu", seed=4, transform=volume_train(crop, mean=MEAN, std=STD, channels=channels)
+    )
+    uniforms = volume_uniforms(4, 0, np.arange(RECORDS))
+    starts = np.concatenate([random_starts(uniforms[row : row + 1], each, crop) for row, each in enumerate(extents)])
+    centres, unflipped = np.subtract(extents, crop) // 2, np.zeros((RECORDS, 3), int)
+    middle = DataLoader(dataset, 3, device="cpu", transform=volume_eval(crop, mean=MEAN, std=STD, channels=channels))
+    for loader, begins, flips in (
+        (train, starts, random_axis_flips(uniforms, [0.5] * 3)),
+        (middle, centres, unflipped),
+    ):
+        row = 0
+        for batch in loader:
+            assert batch.keys() == {"volume", "mask"}
+            assert [tuple(mask.shape) for mask in batch["mask"]] == shapes[row : row + len(batch["mask"])]
+            for image in batch["volume"]:
+                expected = seen(records[row]["volume"], begins[row], crop, flips[row], channels)
+                np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
+                row += 1
+        assert row == RECORDS
+    too_large = volume_train((14, 9, 9), mean=MEAN, std=STD, channels=channels)
+    with pytest.raises(UsageError, match="a crop of 14 x 9 x 9 does not lie in 'volume' of record 0, of"):
+        next(iter(DataLoader(dataset, 3, device="cpu", transform=too_large)))
+
+
+def test_volumes_of_any_number_of_channels_are_refused(tmp_path):
+    with Writer(tmp_path / "v.st") as writer:
+        for number in range(3):
+            writer.write({"volume": np.zeros((number + 1, 9, 9 + number), np.float32)})
+    dataset = RecordDataset(tmp_path / "v.st", staged=None)
+    for crop, sentence in (
+        ((4, 4), "'volume' has any number of channels"),
+        ((4, 4, 4), "in 'volume' of ? x 9 x ? with"),
+    ):
+        graph = volume_train(crop, mean=MEAN, std=STD)
+        with pytest.raises(UsageError, match=re.escape(sentence)):
+            next(iter(DataLoader(dataset, 2, device="cpu", transform=graph)))
 
 
 def test_crops_reach_both_ends_and_every_place_between():
