@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import jpeg, png
 
-from stagein.formats import Dataset, convert
+from stagein.formats import Dataset, convert, verify
 from stagein.formats.errors import SourceError, StageinError, UsageError
 from stagein.formats.source import SourceRecord
 from stagein.formats.sources.tar_headers import BadTarError, read_members
@@ -222,6 +222,24 @@ def test_boxes_and_sounds_without_images(tmp_path: Path) -> None:
         assert record["boxes"].tolist() == boxes[number]
     with pytest.raises(SourceError, match="end in nothing that is known"):
         scan_webdataset(write_tar(tmp_path / "b.tar", {"1.mp4": b"?"}))
+
+
+@pytest.mark.parametrize("extension", ["npy", "json"])
+@pytest.mark.parametrize("widths", [(50,), (40, 50, 60)], ids=["one extent", "two extents"])
+def test_arrays_that_differ_in_shape_fill_shards(tmp_path: Path, extension: str, widths: tuple[int, ...]) -> None:
+    arrays = [np.arange(n * 100 * widths[n % len(widths)]).reshape(n * 100, -1) % 10 for n in range(1, 8)]
+    members = {}
+    for number, array in enumerate(arrays):
+        content = io.BytesIO()
+        np.save(content, array)
+        text = json.dumps(array.tolist(), separators=(",", ":")).encode()
+        members[f"{number}.{extension}"] = content.getvalue() if extension == "npy" else text
+    source = scan_webdataset(write_tar(tmp_path / "a.tar", members), {"grid": extension})
+    manifest = convert(source, tmp_path / "x.st", shard_bytes=400_000).manifest
+    assert manifest.num_shards > 2
+    for read, array in zip(Dataset(tmp_path / "x.st"), arrays, strict=True):
+        assert np.array_equal(read["grid"], array)
+    assert verify(tmp_path / "x.st").problems == []
 
 
 def test_a_column_of_another_shape_is_refused(tmp_path: Path) -> None:

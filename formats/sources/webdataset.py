@@ -64,6 +64,14 @@ class MemberField:
         """Whether the bytes of the field are those of the member."""
         return self.content in ("image", "file") or self.field.kind == "text"
 
+    def most_bytes(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bounds on the bytes of the field in records whose members have these sizes; exact but for arrays that differ in size."""
+        if not self.field.is_variable:
+            return np.full(len(sizes), self.field.record_bytes, np.int64)
+        if self.content == "json" and not self.is_copied:  # a number has a digit and what ends it
+            return (sizes // 2 + 1) * self.field.stored_dtype.itemsize
+        return sizes
+
 
 _IMAGE_FIELD = MemberField("image", _IMAGE_EXTENSIONS, "image", image_field("image"), is_wanted=False)
 _LABEL_FIELD = MemberField("label", ("cls",), "number", LABEL_FIELD, is_wanted=False)
@@ -92,8 +100,11 @@ class WebDataset:
 
     @property
     def nbytes(self) -> NDArray[np.int64]:
-        fixed = np.full(len(self.keys), self.schema.primary_field.record_bytes, np.int64)
-        return self._copied_nbytes().get(self.schema.primary, fixed)
+        """Bounds, where arrays differ in size: what is in a member is not known before it is read."""
+        for place, member in enumerate(self.members):
+            if member.name == self.schema.primary:
+                return member.most_bytes(self.sizes[:, place])
+        return np.full(len(self.keys), self.schema.primary_field.record_bytes, np.int64)
 
     @property
     def secondary_nbytes(self) -> Mapping[str, NDArray[np.int64]]:
