@@ -28,7 +28,8 @@ class PerSample:
     as_pil  it takes the image of that field as a PIL image.
 
     Arrays of which several extents differ from sample to sample, such as volumes, come in their own shapes, and have to leave in
-    one, cropped or padded, so that batches are tensors.
+    one, cropped or padded, so that batches are tensors. Where the first extent alone differs, as that of boxes does, batches
+    stay lists; what has one shape then makes a tensor under another name.
     """
 
     function: Callable[[Any], Any]

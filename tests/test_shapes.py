@@ -368,6 +368,19 @@ def test_a_crop_of_every_scan_makes_one_tensor(scans: Path) -> None:
         next(iter(uncropped))
 
 
+def test_what_differs_in_its_first_extent_alone_makes_a_tensor_under_another_name(tmp_path: Path) -> None:
+    with Writer(tmp_path / "x.st") as writer:
+        for number in range(4):
+            writer.write({"slices": np.full((number + 2, 3, 3), number, np.float32)})
+
+    def first_two(sample: Arrays) -> Arrays:
+        return {**sample, "pair": sample["slices"][:2]}
+
+    (batch,) = DataLoader(RecordDataset(tmp_path / "x.st"), batch_size=4, transform=PerSample(first_two))
+    assert [len(slices) for slices in batch["slices"]] == [2, 3, 4, 5]
+    assert batch["pair"][:, :, 0, 0].tolist() == [[number] * 2 for number in range(4)]
+
+
 @pytest.mark.parametrize("wrong", [(1, 1, 1, 1), (-1, -1, 1, 1), (2**62, 4, 2**62, 4), (0, 2**63 - 1, 2**63 - 1, 1)])
 def test_a_wrong_shape_is_found_named_and_not_believed(tmp_path: Path, wrong: tuple[int, ...]) -> None:
     """Written so: all sums hold."""
