@@ -241,3 +241,16 @@ def test_samples_are_kept_of_a_few_rows_only_however_high_a_window_is(decoder):
         tracemalloc.stop()
     assert pixels is not None
     assert peak - before < pixels.nbytes + record.nbytes + 200_000
+
+
+def test_decoders_of_several_threads_work_in_cache_lines_of_their_own():
+    decoders = [WindowDecoder() for _ in range(4)]
+    for decoder in decoders:
+        decoder.reserve(nbytes=1000, width=50, num_pixels=900)
+    places = sorted((_address(array), array.nbytes) for decoder in decoders for array in decoder._memory())
+    for (place, nbytes), (following, _) in itertools.pairwise(places):
+        assert (place + nbytes - 1) // 128 < following // 128
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -1,10 +1,11 @@
 """Decoding the window of a JPEG that a crop needs, and little else, to the very pixels that libjpeg-turbo makes of it."""
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from stagein.formats.native_code import NativeKernel, frame_of
 
@@ -30,21 +31,26 @@ _decode_window = NativeKernel(f"{__package__}.window_kernels", "decode_window")
 _MOST_SEGMENTS = 4096
 """Restart segments of a JPEG that is decoded here."""
 
+_LINES_BYTES = 128
+"""A pair of cache lines: processors fetch the other one as well."""
+
 
 class WindowDecoder:
     """Decodes sequential JPEGs, grey or in colour. For one thread at a time: the next call overwrites the pixels."""
 
     def __init__(self) -> None:
         self._is_ready = False
-        self._zigzag = _zigzag()
-        self._header = np.zeros(HEADER_WORDS, np.int64)
-        self._quantization = np.zeros(MOST_TABLES * BLOCK_COEFFICIENTS, np.int16)
-        self._look = np.zeros((2 * MOST_TABLES, 1 << LOOKED_UP_BITS), np.int32)
-        self._limit, self._delta = (np.zeros((2 * MOST_TABLES, MAX_CODE_BITS + 1), np.int32) for _ in range(2))
-        self._symbols = np.zeros((2 * MOST_TABLES, TABLE_SYMBOLS), np.uint8)
-        self._segments = np.zeros(_MOST_SEGMENTS, np.int64)
-        self.block = np.zeros(BLOCK_COEFFICIENTS, np.int16)
-        self._plan, self._dc = np.zeros((MCU_BLOCKS, BLOCK_WORDS), np.int64), np.zeros(MOST_COMPONENTS, np.int64)
+        self._zigzag = _zeros_apart(np.uint8, BLOCK_COEFFICIENTS)
+        self._zigzag[:] = _zigzag()
+        self._header = _zeros_apart(np.int64, HEADER_WORDS)
+        self._quantization = _zeros_apart(np.int16, MOST_TABLES * BLOCK_COEFFICIENTS)
+        self._look = _zeros_apart(np.int32, 2 * MOST_TABLES, 1 << LOOKED_UP_BITS)
+        self._limit, self._delta = (_zeros_apart(np.int32, 2 * MOST_TABLES, MAX_CODE_BITS + 1) for _ in range(2))
+        self._symbols = _zeros_apart(np.uint8, 2 * MOST_TABLES, TABLE_SYMBOLS)
+        self._segments = _zeros_apart(np.int64, _MOST_SEGMENTS)
+        self.block = _zeros_apart(np.int16, BLOCK_COEFFICIENTS)
+        self._plan = _zeros_apart(np.int64, MCU_BLOCKS, BLOCK_WORDS)
+        self._dc = _zeros_apart(np.int64, MOST_COMPONENTS)
         self._plain, self._planes, self._rows, self.pixels = (np.zeros(0, np.uint8) for _ in range(4))
         self._columns = np.zeros(0, np.uint16)
 
@@ -97,7 +103,16 @@ def _some_arguments() -> tuple[NDArray[Any], ...]:
 
 def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
     """This memory, or more, where it has fewer elements than `count`."""
-    return memory if len(memory) >= count else np.zeros(count, memory.dtype)
+    return memory if len(memory) >= count else _zeros_apart(memory.dtype, count)
+
+
+def _zeros_apart(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+    """Zeros in cache lines that they share with nothing. What a thread writes for every block, beside what another reads for every
+    coefficient, is fetched from its core again and again: by chance of where memory was, that made decoding 10 % slower."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(nbytes + 2 * _LINES_BYTES, np.uint8)
+    start = -memory.__array_interface__["data"][0] % _LINES_BYTES
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _zigzag() -> NDArray[np.uint8]:
