@@ -261,9 +261,9 @@ def _shape_problems(tables: _Tables) -> Iterator[Problem]:
         if name not in tables.indexes or column not in tables.columns:
             continue
         shapes, nbytes = tables.columns[column].astype(np.int64), tables.indexes[name].nbytes
+        file = column_chunk_path(column, tables.manifest.record_schema.fields[column])
         for record in np.flatnonzero(~fits_shapes(field, shapes, nbytes)).tolist():
             text = f"record {record} has {nbytes[record]} bytes of {name!r}, which are no array of the shape"
-            file = column_chunk_path(column, tables.manifest.record_schema.fields[column])
             yield Problem(file, f"{text} {tuple(shapes[record].tolist())}", damage=True)
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .huffman import HuffmanTables
 from .limits import LOOK_BITS, MAX_CODE_BITS, PADDING_BYTES
+from .tables import HuffmanTables
 
 INVALID = -1
 _WORD_BITS = 64

@@ -4,8 +4,6 @@ A table is given as in a DHT segment: how many codes have each length 1 to 16, t
 `run << 4 | size`, a DC symbol the size; `size` raw bits follow the code.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,48 +12,36 @@ from stagein.formats.native import kernel, signed
 from .header import damaged
 from .limits import LOOK_BITS, MAX_CODE_BITS, TABLE_SYMBOLS
 from .pieces import BAD_TABLE
-
-
-class HuffmanTables(NamedTuple):
-    """Several tables of one class, the first axis counts them.
-
-    look    [tables, 2**LOOK_BITS]  by the next bits: length << 8 | symbol of the code they start with, 0 for longer codes.
-    limit   [tables, 17]            16 bits below limit[n] start with a code of at most n bits.
-    delta   [tables, 17]            symbol of an n-bit code: symbols[code + delta[n]].
-    symbols, code, length [tables, 256]: symbols in order; code and its length by symbol, length 0 for no code.
-    """
-
-    look: NDArray[np.int32]
-    limit: NDArray[np.int32]
-    delta: NDArray[np.int32]
-    symbols: NDArray[np.int32]
-    code: NDArray[np.int32]
-    length: NDArray[np.int32]
+from .tables import HuffmanTables, definition_rows, room_for_tables
 
 
 def stack_tables(definitions: list[bytes]) -> HuffmanTables:
     """The tables of these definitions. Raises UnsupportedJpegError when one is no prefix code."""
-    tables = [_build_table(definition) for definition in definitions]
-    return HuffmanTables(*(np.stack(parts) for parts in zip(*tables, strict=True)))
-
-
-def _build_table(definition: bytes) -> tuple[NDArray[np.int32], ...]:
-    table = HuffmanTables(
-        look=np.zeros(1 << LOOK_BITS, np.int32),
-        limit=np.zeros(MAX_CODE_BITS + 1, np.int32),
-        delta=np.zeros(MAX_CODE_BITS + 1, np.int32),
-        symbols=np.zeros(TABLE_SYMBOLS, np.int32),
-        code=np.zeros(TABLE_SYMBOLS, np.int32),
-        length=np.zeros(TABLE_SYMBOLS, np.int32),
-    )
-    content = np.frombuffer(definition, np.uint8)
-    if len(content) <= MAX_CODE_BITS or not fill_table(content, *table):
+    tables = room_for_tables(len(definitions))
+    if not fill_tables(definition_rows(definitions), tables):
         damaged(BAD_TABLE)
-    return tuple(table)
+    return tables
 
 
 @kernel
-def fill_table(
+def fill_tables(definitions: NDArray[np.uint8], tables: HuffmanTables) -> bool:
+    """Fill the first tables from `definition_rows`; False when one is no prefix code."""
+    for number in range(len(definitions)):
+        if not _fill_table(
+            definitions[number],
+            tables.look[number],
+            tables.limit[number],
+            tables.delta[number],
+            tables.symbols[number],
+            tables.code[number],
+            tables.length[number],
+        ):
+            return False
+    return True
+
+
+@kernel
+def _fill_table(
     definition: NDArray[np.uint8],
     look: NDArray[np.int32],
     limit: NDArray[np.int32],
@@ -64,14 +50,14 @@ def fill_table(
     code: NDArray[np.int32],
     length: NDArray[np.int32],
 ) -> bool:
-    """Fill the arrays of one table; False when it is no prefix code. What is behind the symbols of `definition` does not matter."""
+    """Fill the arrays of one table; False when it is no prefix code."""
     look[:] = 0
     length[:] = 0
     next_code, number = 0, 0
     for bits in range(1, MAX_CODE_BITS + 1):
         delta[bits] = number - next_code
         for _ in range(definition[bits - 1]):
-            if number == TABLE_SYMBOLS or MAX_CODE_BITS + number == len(definition) or next_code >= 1 << bits:
+            if number == TABLE_SYMBOLS or next_code >= 1 << bits:
                 return False
             symbol = signed(definition[MAX_CODE_BITS + number])
             symbols[number], code[symbol], length[symbol] = symbol, next_code, bits

@@ -16,6 +16,7 @@ from stagein.formats.scratch import Scratch
 from .header import BLOCK_PIXELS, Frame, UnsupportedJpegError, damaged, read_frame, sequential_header
 from .limits import DC_SIZES, LOOK_BITS, MAX_CODE_BITS, MOST_TABLES, PADDING_BYTES, TABLE_SYMBOLS
 from .pieces import BAD_TABLE, DAMAGED, SeekableJpeg, target_bytes
+from .tables import definition_rows, room_for_tables
 
 _copy_with_restarts = NativeKernel(f"{__package__}.restart_kernels", "copy_with_restarts")
 
@@ -70,15 +71,10 @@ def _is_plain(frame: Frame) -> bool:
 
 
 class _Memory(threading.local):
-    """What the kernel works in, for one thread: tables as `huffman.HuffmanTables` has them, one after the other, and the steps over AC codes
-    that `restart_kernels` makes of the first."""
+    """What the kernel works in, for one thread: tables, and the steps over AC codes that `restart_kernels` makes of the first."""
 
     def __init__(self) -> None:
-        self.tables = (
-            np.empty((_MOST_DEFINITIONS, 1 << LOOK_BITS), np.int32),
-            *np.empty((2, _MOST_DEFINITIONS, MAX_CODE_BITS + 1), np.int32),
-            *np.empty((3, _MOST_DEFINITIONS, TABLE_SYMBOLS), np.int32),
-        )
+        self.tables = room_for_tables(_MOST_DEFINITIONS)
         self.steps = np.empty((MOST_TABLES, 1 << LOOK_BITS), np.uint16)
         self.dc = np.empty((2, MOST_TABLES), np.int64)
 
@@ -109,7 +105,7 @@ def _insert_restarts(
         frame.mcu_columns,
         frame.mcu_rows,
         _plan_blocks(frame, dc_definitions, definitions),
-        _as_rows(definitions),
+        definition_rows(definitions),
         len(ac_definitions),
         *_memory.tables,
         _memory.steps,
@@ -132,12 +128,6 @@ def _plan_blocks(frame: Frame, dc_definitions: list[bytes], definitions: list[by
         for number, (ac, dc, complete) in enumerate(zip(scan.ac_tables, scan.dc_tables, dc_definitions, strict=True))
     ]
     return np.array([of_component[number] for number in frame.mcu_components], np.int64)
-
-
-def _as_rows(definitions: list[bytes]) -> NDArray[np.uint8]:
-    """Definitions as rows of equal length, [definitions, 16 counts and 256 symbols]: zeros fill them up."""
-    width = MAX_CODE_BITS + TABLE_SYMBOLS
-    return np.frombuffer(b"".join(each.ljust(width, b"\0") for each in definitions), np.uint8).reshape(-1, width)
 
 
 def complete_dc_table(definition: bytes) -> bytes | None:

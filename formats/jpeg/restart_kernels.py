@@ -6,8 +6,9 @@ from numpy.typing import NDArray
 from stagein.formats.native import inlined_kernel, kernel, signed
 
 from .bits import INVALID, bit_size, copy_bits, end_segment, extend, fill_word, find_code, put, unstuff
-from .huffman import HuffmanTables, fill_table
+from .huffman import fill_tables
 from .limits import BLOCK_COEFFICIENTS, DC_SIZES, LOOK_BITS, MAX_CODE_BITS
+from .tables import HuffmanTables
 
 BAD_DEFINITION = 0
 """Instead of a number of bytes: a Huffman table is no prefix code."""
@@ -56,8 +57,11 @@ def copy_with_restarts(
     without a look at its values. Returns the bytes that `target` then has, INVALID when the scan is damaged, or BAD_DEFINITION.
     """
     tables = HuffmanTables(look, limit, delta, symbols, code, length)
-    if not _fill_tables(definitions, num_ac, tables, steps):
+    if not fill_tables(definitions, tables):
         return BAD_DEFINITION
+    for table in range(num_ac):
+        for window in range(1 << LOOK_BITS):
+            steps[table, window] = _step_over(look, table, window)
     mcus = mcu_columns * mcu_rows
     plain_bytes, num_segments = unstuff(source, start, stop, plain, segments)
     if num_segments * source_interval < mcus:
@@ -128,26 +132,6 @@ def copy_with_restarts(
     filled = end_segment(target, filled, pending, pending_bits, 0xD9)
     piece_ends[mcu_rows] = filled
     return filled
-
-
-@kernel
-def _fill_tables(definitions: NDArray[np.uint8], num_ac: int, tables: HuffmanTables, steps: NDArray[np.uint16]) -> bool:
-    """Fill the tables of all definitions, and the steps over AC codes of the first of them; False when one is no prefix code."""
-    for number in range(len(definitions)):
-        if not fill_table(
-            definitions[number],
-            tables.look[number],
-            tables.limit[number],
-            tables.delta[number],
-            tables.symbols[number],
-            tables.code[number],
-            tables.length[number],
-        ):
-            return False
-    for number in range(num_ac):
-        for window in range(1 << LOOK_BITS):
-            steps[number, window] = _step_over(tables.look, number, window)
-    return True
 
 
 @inlined_kernel

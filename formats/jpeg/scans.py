@@ -11,9 +11,10 @@ from stagein.formats.native import kernel, signed
 
 from .bits import INVALID, bit_size, end_segment, extend, find_code, peek32, put, unstuff
 from .header import BLOCK_PIXELS, Frame, Scan, UnsupportedJpegError, damaged, sequential_header
-from .huffman import HuffmanTables, optimal_table, stack_tables
+from .huffman import optimal_table, stack_tables
 from .limits import DC_SIZES, MAX_CODE_BITS, PADDING_BYTES
 from .pieces import DAMAGED, SeekableJpeg, target_bytes
+from .tables import HuffmanTables
 
 _COEFFICIENTS = 64
 _OUT_OF_RANGE = -2

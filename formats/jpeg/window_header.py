@@ -41,7 +41,7 @@ def read_header(
 
     zigzag        [64]: the place of each coefficient in its block, row by row.
     quantization  [MOST_TABLES * 64], row by row.
-    look, limit, delta, symbols  [2 * MOST_TABLES, 1 << LOOKED_UP_BITS, 17, 17 and 256]: DC tables, then AC tables; see `huffman.HuffmanTables`.
+    look, limit, delta, symbols  [2 * MOST_TABLES, 1 << LOOKED_UP_BITS, 17, 17 and 256]: DC tables, then AC tables; see `tables.HuffmanTables`.
     """
     for word in range(HEADER_WORDS):
         header[word] = 0
