@@ -102,6 +102,24 @@ class NativeKernel:
         self._loading = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
+        kinds, frame = self._kinds_and_frame(arguments)
+        code = self._wait_for_code(kinds, arguments)
+        return self._run_by_numba(arguments) if code is None else code.call(frame)
+
+    def call_with(self, *arguments: Any) -> Callable[[], Any] | None:
+        """What calls it with these arguments, from any thread; None where a call would have to wait, as `is_awaited` says."""
+        kinds, frame = self._kinds_and_frame(arguments)
+        if kinds not in self._code and self.is_awaited(*arguments):
+            return None
+        code = self._wait_for_code(kinds, arguments)
+
+        def call() -> Any:
+            return self._run_by_numba(arguments) if code is None else code.call(frame)
+
+        return call
+
+    def _kinds_and_frame(self, arguments: tuple[Any, ...]) -> tuple[_Kinds, list[int]]:
+        """What these arguments are, and the words that the code is called with, as `frame_of` says."""
         kinds: list[Any] = []  # called for every image: some 5 us with a dozen arguments
         frame: list[int] = []
         for argument in arguments:
@@ -115,8 +133,7 @@ class NativeKernel:
             else:
                 kinds.append(kind)
                 frame.append(int(argument))
-        code = self._wait_for_code(tuple(kinds), arguments)
-        return self._run_by_numba(arguments) if code is None else code.call(frame)
+        return tuple(kinds), frame
 
     def prepare(self, *arguments: Any) -> None:
         """Have the machine code for arguments of these kinds compiled meanwhile, before all that nobody will wait for."""

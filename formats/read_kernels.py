@@ -74,12 +74,17 @@ _EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
 
 @kernel
 def read_ahead_where_cold(
-    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64], vector: NDArray[np.int64]
+    shards: NDArray[np.uint32],
+    descriptors: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    vector: NDArray[np.int64],
 ) -> None:
     """Let the kernel fetch all these ranges at once, should they not be in memory: a disk serves many requests in the time of
     one. A few ranges are probed, so that this costs nothing where everything is in memory, or cannot be asked.
 
-    vector  memory to work in, three words.
+    shards, descriptors  which shard each range is of, and the file of each shard.
+    vector               memory to work in, three words.
     """
     count = len(offsets)
     if count == 0:
@@ -88,14 +93,14 @@ def read_ahead_where_cold(
     step = max(1, count // _PROBES)
     for number in range(0, count, step):
         last_byte = offsets[number] + max(nbytes[number] - 1, 0)
-        if preadv2(descriptors[number], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) >= 0:
+        if preadv2(descriptors[shards[number]], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) >= 0:
             continue
         if errno_location()[0] != _EAGAIN:
             return
         for cold in range(count):
             for ahead in range(0, nbytes[cold], _AHEAD_BYTES):
                 length = min(_AHEAD_BYTES, nbytes[cold] - ahead)
-                posix_fadvise(descriptors[cold], offsets[cold] + ahead, length, _FADV_WILLNEED)
+                posix_fadvise(descriptors[shards[cold]], offsets[cold] + ahead, length, _FADV_WILLNEED)
         return
 
 
@@ -162,12 +167,13 @@ def is_in_memory(descriptor: int, source: int, nbytes: int, offset: int) -> bool
 
 
 @kernel
-def leave_maps(maps: NDArray[np.int64]) -> None:
-    """Give back the pages of memory maps, [maps, 2], address and nbytes: they stay in memory, but count no longer as that of this
-    process, which some batch systems limit. All of them, as Linux maps more than was touched; it takes no longer, some 15 µs."""
-    for number in range(len(maps)):
-        if maps[number, 1] > 0:
-            madvise(maps[number, 0], maps[number, 1], _MADV_DONTNEED)
+def leave_maps(shards: NDArray[np.uint32], maps: NDArray[np.int64]) -> None:
+    """Give back the pages of the memory maps of these shards; `maps` has address and nbytes of each of all. They stay in memory, but
+    count no longer as that of this process, which some batch systems limit. All of a map, as Linux maps more than was touched; it takes
+    no longer, some 15 µs."""
+    for shard in shards:
+        if maps[shard, 1] > 0:
+            madvise(maps[shard, 0], maps[shard, 1], _MADV_DONTNEED)
 
 
 @kernel
@@ -268,26 +274,27 @@ def read_neighbours(
     source: int,
     offset: int,
     nbytes: NDArray[np.int64],
-    targets: NDArray[np.int64],
+    target: int,
     before: NDArray[np.uint32],
     after: NDArray[np.uint32],
     streams: bool,
 ) -> tuple[int, int]:
-    """Read records that are neighbours on disk and in memory at once, from `offset` or the memory map on; `before` and
-    `after` as for `read_records`. Returns how many of them are right, and 0 or what is wrong with the next."""
+    """Read records that are neighbours on disk and in memory at once, from `offset` or the memory map on, to the address `target`;
+    `before` and `after` as for `read_records`. Returns how many of them are right, and 0 or what is wrong with the next."""
     run_bytes, check = nbytes.sum(), len(after) > 0
     is_mapped = source != NOT_MAPPED and is_in_memory(descriptor, source, run_bytes, offset)
     if not is_mapped:
-        trouble = read_exactly(descriptor, targets[0], run_bytes, offset)
+        trouble = read_exactly(descriptor, target, run_bytes, offset)
         if trouble != 0:
             return 0, trouble
+    done = 0
     for number in range(len(nbytes)):
         seed = before[number] if len(before) else np.uint32(0)
         if is_mapped:
-            at = source + targets[number] - targets[0]
-            found = copy_and_sum(check, seed, at, nbytes[number], targets[number], streams)
+            found = copy_and_sum(check, seed, source + done, nbytes[number], target + done, streams)
         elif check:
-            found = crc32c_extend(seed, targets[number], nbytes[number])
+            found = crc32c_extend(seed, target + done, nbytes[number])
+        done += nbytes[number]
         if check and found != after[number]:
             return number, CUT_OFF if is_mapped and is_cut(descriptor, offset + run_bytes) else DAMAGED
     return 0, CUT_OFF if is_mapped and not check and is_cut(descriptor, offset + run_bytes) else 0
@@ -298,20 +305,23 @@ def read_records(
     counter: NDArray[np.int64],
     share: int,
     piece_bytes: int,
+    shards: NDArray[np.uint32],
     descriptors: NDArray[np.int32],
     maps: NDArray[np.int64],
     keeps_pages: bool,
+    packed: NDArray[np.uint8],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
-    targets: NDArray[np.int64],
+    start: NDArray[np.int64],
     before: NDArray[np.uint32],
     after: NDArray[np.uint32],
 ) -> tuple[int, int]:
-    """Read records, or ranges of them, to the addresses `targets`; several threads with one `counter` share them out.
+    """Read records, or ranges of them, to where they `start` in `packed`; several threads with one `counter` share them out.
 
     counter        [4], the first record that no thread has taken yet, of which `share` are taken at a time, and memory to work in.
     piece_bytes    to read at a time, before it is summed.
-    maps           [records, 2], the memory map of each record's file: address and nbytes, 0 without one.
+    shards         which shard each record is in, [records].
+    descriptors, maps  of all shards: the file, [shards], and its memory map, [shards, 2]: address and nbytes, 0 without one.
     keeps_pages    whether pages of maps that were touched stay in them, or are left when a record was copied.
     before, after  the crc32c of each record up to where its range starts, and up to where it ends. Nothing for `before`: they
                    start with the record; nothing for `after`: they are not checked.
@@ -323,30 +333,31 @@ def read_records(
     while True:
         first = fetch_add(counter, share)
         if first == 0:
-            read_ahead_where_cold(descriptors, offsets, nbytes, counter[1:])
+            read_ahead_where_cold(shards, descriptors, offsets, nbytes, counter[1:])
         stop = min(first + share, count)
         if first >= stop:
             return count, 0
         touched_from, touched_bytes = first, 0
         while first < stop:
+            shard, target = shards[first], packed.ctypes.data + start[first]
             end, run_bytes = first + 1, nbytes[first]
             while (
                 end < stop
                 and run_bytes + nbytes[end] <= piece_bytes
-                and descriptors[end] == descriptors[first]
+                and shards[end] == shard
                 and offsets[end] == offsets[first] + run_bytes
-                and targets[end] == targets[first] + run_bytes
+                and start[end] == start[first] + run_bytes
             ):
                 run_bytes += nbytes[end]
                 end += 1
-            source, right = find_in_map(maps[first], keeps_pages, check, offsets[first], run_bytes), 0
+            source, right = find_in_map(maps[shard], keeps_pages, check, offsets[first], run_bytes), 0
             if end == first + 1:
                 seed = before[first] if len(before) else np.uint32(0)
                 expected = after[first] if check else np.uint32(0)
                 trouble = read_record(
-                    descriptors[first],
+                    descriptors[shard],
                     source,
-                    targets[first],
+                    target,
                     run_bytes,
                     offsets[first],
                     check,
@@ -357,11 +368,11 @@ def read_records(
                 )
             else:
                 right, trouble = read_neighbours(
-                    descriptors[first],
+                    descriptors[shard],
                     source,
                     offsets[first],
                     nbytes[first:end],
-                    targets[first:end],
+                    target,
                     before[first:end],
                     after[first:end],
                     streams,
@@ -371,7 +382,7 @@ def read_records(
             if not keeps_pages and (
                 touched_bytes >= _LEFT_BYTES or trouble != 0 or (end == stop and touched_bytes > 0)
             ):
-                leave_maps(maps[touched_from:end])
+                leave_maps(shards[touched_from:end], maps)
                 touched_from, touched_bytes = end, 0
             if trouble != 0:
                 fetch_add(counter, count)
@@ -384,6 +395,7 @@ def read_and_decode(
     turns: NDArray[np.int64],
     jobs: NDArray[np.int64],
     piece_bytes: int,
+    shards: NDArray[np.uint32],
     descriptors: NDArray[np.int32],
     maps: NDArray[np.int64],
     keeps_pages: bool,
@@ -400,7 +412,7 @@ def read_and_decode(
 
     turns, jobs  what `new_turns` and `new_jobs` made.
     piece_bytes  to read at a time, before it is summed.
-    maps, keeps_pages  as for `read_records`.
+    shards, descriptors, maps, keeps_pages  as for `read_records`.
     scratch      memory of each thread, [threads, WORK_BYTES and behind them room for the stored bytes of a record].
     decode_nanoseconds  [1], is added what decompressing took.
     """
@@ -411,12 +423,13 @@ def read_and_decode(
     while True:
         number = fetch_add(turns, 1)
         if number == 0:
-            read_ahead_where_cold(descriptors, offsets, nbytes, turns[1:])
+            read_ahead_where_cold(shards, descriptors, offsets, nbytes, turns[1:])
         if number >= count:
             break
-        source = find_in_map(maps[number], keeps_pages, True, offsets[number], nbytes[number])
+        shard = shards[number]
+        source = find_in_map(maps[shard], keeps_pages, True, offsets[number], nbytes[number])
         trouble = read_record(
-            descriptors[number],
+            descriptors[shard],
             source,
             target,
             nbytes[number],
@@ -428,7 +441,7 @@ def read_and_decode(
             False,
         )
         if source != NOT_MAPPED and not keeps_pages:
-            leave_maps(maps[number : number + 1])
+            leave_maps(shards[number : number + 1], maps)
         began = nanoseconds(clock)
         if trouble == 0 and codec == BLOSC:
             is_decoded = decode_together(jobs[me], scratch[me], nbytes[number], number, rows)

@@ -5,6 +5,7 @@ O_DIRECT is not used: asking the kernel for a whole batch at once is 1.4 times a
 page cache one record at a time.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +125,9 @@ class RecordReader:
         shards = self.index.shard[numbers]
         with ExitStack() as stack:
             opened = stack.enter_context(self._files.use(shards))
+            descriptors = opened.descriptors[opened.numbers]
             offset, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
-            arguments = opened.descriptors, offset, nbytes, np.zeros(3, np.int64)
+            arguments = descriptors, offset, nbytes, np.zeros(3, np.int64)
             if (
                 not self._files.are_all_open
                 or not _are_in_memory.is_ready(*arguments)
@@ -133,7 +135,7 @@ class RecordReader:
             ):
                 return None
             piece_bytes = int(self._files.piece_bytes[shards[0]]) if len(shards) else 1
-            places = numbers, opened.descriptors, offset, nbytes, self.index.crc32c[numbers], piece_bytes
+            places = numbers, descriptors, offset, nbytes, self.index.crc32c[numbers], piece_bytes
             return LocatedRecords(*places, self, stack.pop_all())
         return None
 
@@ -237,20 +239,18 @@ class RecordReader:
         packed = np.empty(total, np.uint8) if buffer is None else _as_array(buffer)
         if len(packed) < total:
             raise UsageError(f"a buffer of {len(packed)} bytes cannot take records of {total} bytes: make it larger")
-        start = ends - nbytes
-        targets, places = start + packed.__array_interface__["data"][0], offset.view(np.int64)
+        start, places = ends - nbytes, offset.view(np.int64)
         share = len(numbers) if threads == 1 else 1 + len(numbers) // (threads * _SHARES_OF_A_THREAD)
 
         def read(some: slice, shards: OpenShards, piece_bytes: int) -> tuple[int, int]:
             before, after, counter = sums.before[some], sums.after[some], np.zeros(_COUNTER_WORDS, np.int64)
-            arguments = counter, share, piece_bytes, *shards, places[some], nbytes[some], targets[some], before, after
-            if _read_records.is_awaited(*arguments):
-                some_targets = list(PackedRecords(packed, start[some], nbytes[some]))
-                turns = iter(range(len(some_targets)))
-                return self._together(
-                    lambda: read_plainly(turns, shards.descriptors, places[some], some_targets, before, after), threads
-                )
-            return self._together(lambda: _read_records(*arguments), threads)
+            records = places[some], nbytes[some], start[some], before, after
+            call = _read_records.call_with(counter, share, piece_bytes, *shards, packed, *records)
+            if call is None:
+                targets = list(PackedRecords(packed, start[some], nbytes[some]))
+                turns, descriptors = iter(range(len(targets))), shards.descriptors[shards.numbers]
+                call = functools.partial(read_plainly, turns, descriptors, places[some], targets, before, after)
+            return self._together(call, threads)
 
         self._read_all(numbers, read)
         return PackedRecords(packed, start, nbytes)
@@ -277,16 +277,13 @@ class RecordReader:
             arguments = *shared, scratch, rows[some], decode_nanoseconds
             if threads > 1 and (done := self._crew.call(_read_and_decode, arguments, threads - 1)) is not None:
                 return done[0], done[1]
-            if _read_and_decode.is_awaited(*arguments):
-                left = iter(range(len(records[0])))
-                return self._together(
-                    lambda: read_and_decode_plainly(
-                        left, shards.descriptors, *records, codec, rows[some], decode_nanoseconds
-                    ),
-                    threads,
-                )
-            self._helpers.begin(lambda: _read_and_decode(*arguments), threads - 1)
-            return _read_and_decode(*arguments)  # type: ignore[no-any-return]
+            call = _read_and_decode.call_with(*arguments)
+            if call is None:
+                left, descriptors = iter(range(len(records[0]))), shards.descriptors[shards.numbers]
+                plainly = left, descriptors, *records, codec, rows[some], decode_nanoseconds
+                return self._together(functools.partial(read_and_decode_plainly, *plainly), threads)
+            self._helpers.begin(call, threads - 1)
+            return call()  # type: ignore[no-any-return]
 
         self._read_all(numbers, read)
 
@@ -300,7 +297,7 @@ class RecordReader:
         done, troubled, attempts = 0, -1, 0
         while done < len(numbers):
             with self._files.use(shards[done:]) as opened:
-                some = slice(done, done + len(opened.descriptors))
+                some = slice(done, done + len(opened.numbers))
                 piece_bytes = int(self._files.piece_bytes[shards[done]])
                 count, trouble = read(some, opened, piece_bytes)
             done += count
@@ -337,11 +334,12 @@ class RecordReader:
 
     def _sum_from_disk(self, record: int) -> int:
         """The crc32c of a record, read from the disk itself: memory can be damaged too. What is mapped stays in memory."""
-        self._files.forget(int(self.index.shard[record]))
+        shard = int(self.index.shard[record])
+        self._files.forget(shard)
         content = np.empty(self.index.nbytes[record], np.uint8)
         offset = int(self.index.offset[record])
         with self._files.use(self.index.shard[record : record + 1]) as opened:
-            (descriptor,) = opened.descriptors
+            descriptor = int(opened.descriptors[shard])
             os.posix_fadvise(descriptor, offset, len(content), os.POSIX_FADV_DONTNEED)
             pread_exactly(descriptor, memoryview(content), offset)
         return crc32c(content)

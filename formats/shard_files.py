@@ -44,11 +44,15 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class OpenShards(NamedTuple):
-    """Of each: its file descriptor, [shards], and where it is mapped: address and nbytes, [shards, 2], 0 where it is not.
+    """Shards in use, and of all shards what there is to read them by: only what belongs to those in use stays as it is.
 
+    numbers      of the shards in use: [entries], one may come several times.
+    descriptors  of the files, [shards].
+    maps         where each file is mapped: address and nbytes, [shards, 2], 0 where it is not.
     keeps_pages  whether pages of maps that were touched may stay in them.
     """
 
+    numbers: NDArray[np.uint32]
     descriptors: NDArray[np.int32]
     maps: NDArray[np.int64]
     keeps_pages: bool
@@ -87,16 +91,17 @@ class ShardFiles:
         none, so that somebody is always at work.
         """
         with self._changed:
-            descriptors = self._descriptors[shards]
-            if not self.are_all_open and _CLOSED in descriptors:
-                shards = self._open_all(shards)
-                descriptors = self._descriptors[shards]
             self._clock += 1
             use = self._clock
-            self._used_at[shards] = use
+            if (
+                not self.are_all_open
+            ):  # and else none is closed for another: with caches full of records, it counts what is done here
+                if _CLOSED in self._descriptors[shards]:
+                    shards = self._open_all(shards)
+                self._used_at[shards] = use
             self._in_use[use] = shards
         try:
-            yield OpenShards(descriptors, self._maps[shards], self._keeps_pages)
+            yield OpenShards(shards, self._descriptors, self._maps, self._keeps_pages)
         finally:
             with self._changed:
                 self._in_use.pop(use, None)

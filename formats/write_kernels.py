@@ -208,7 +208,7 @@ def read_images(
         else:
             opened += 1
     if trouble == 0:
-        read_ahead_where_cold(descriptors, memory[:count], nbytes, vector)
+        read_ahead_where_cold(np.arange(count).astype(np.uint32), descriptors, memory[:count], nbytes, vector)
     start = 0
     while read < opened:
         end = start + nbytes[read]

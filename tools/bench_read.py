@@ -115,24 +115,23 @@ def _write_raw(target: Path, records: Sequence[bytes]) -> None:
 
 
 def _open_ours(dataset: Dataset, *, check: bool) -> Read:
-    reader, buffer = dataset.reader, _Buffer()
+    reader, buffer = dataset.reader, _Buffer(dataset)
 
     def read(numbers: NDArray[np.int64]) -> int:
-        total = int(dataset.index.nbytes[numbers].sum())
-        reader.read_packed(numbers, buffer.room(total), check=check)
-        return total
+        packed = reader.read_packed(numbers, buffer.room(len(numbers)), check=check)
+        return int(packed.start[-1] + packed.nbytes[-1])
 
     return read
 
 
 def _open_preadv(dataset: Dataset) -> Read:
     """The same bytes from the same files into the same kind of buffer, by nothing but `os.preadv`."""
-    index, buffer = dataset.index, _Buffer()
+    index, buffer = dataset.index, _Buffer(dataset)
     descriptors = [os.open(dataset.path / shard.file, os.O_RDONLY) for shard in dataset.manifest.shards]
 
     def read(numbers: NDArray[np.int64]) -> int:
         places = [array[numbers].tolist() for array in (index.shard, index.offset, index.nbytes)]
-        room, position, preadv = buffer.room(sum(places[2])), 0, os.preadv
+        room, position, preadv = buffer.room(len(numbers)), 0, os.preadv
         for shard, offset, nbytes in zip(*places, strict=True):
             preadv(descriptors[shard], [room[position : position + nbytes]], offset)
             position += nbytes
@@ -144,13 +143,15 @@ def _open_preadv(dataset: Dataset) -> Read:
 class _Buffer:
     """Memory of a thread, used for one batch after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Dataset) -> None:
+        self._largest_bytes = int(dataset.index.nbytes.max())
         self._memory = np.zeros(0, np.uint8)
 
-    def room(self, nbytes: int) -> memoryview:
-        if len(self._memory) < nbytes:
-            self._memory = np.zeros(nbytes, np.uint8)
-        return memoryview(self._memory)[:nbytes]
+    def room(self, num_records: int) -> memoryview:
+        """For so many records, of whatever size."""
+        if len(self._memory) < num_records * self._largest_bytes:
+            self._memory = np.zeros(num_records * self._largest_bytes, np.uint8)
+        return memoryview(self._memory)
 
 
 def _records_per_second(open_reader: Callable[[], Read], num_records: int, batch: int, threads: int) -> float:
