@@ -8,6 +8,9 @@ answers of the tests are those of its Random123 library.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stagein.formats.native_code import NativeKernel
+
+_fill_uniforms = NativeKernel(f"{__package__}.philox_kernels", "fill_uniforms")
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
@@ -37,12 +40,17 @@ def sample_uniforms(seed: int, epoch: int, ids: NDArray[np.int64], blocks: int) 
 
     The key is the seed (64 bits), the counter (block, epoch, sample id): no two numbers of a run share a counter.
     """
+    key, epoch = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), epoch & 0xFFFFFFFF
+    uniforms = np.empty((len(ids), blocks, WORDS_PER_BLOCK))
+    fill = _fill_uniforms.call_with(*key, epoch, np.ascontiguousarray(ids, np.int64), uniforms)
+    if fill is not None:
+        fill()
+        return uniforms
     ids64 = ids.astype(np.uint64)[:, None]
     block_numbers = np.arange(blocks, dtype=np.uint64)[None, :]
     counter = np.empty((len(ids), blocks, WORDS_PER_BLOCK), dtype=np.uint64)
     counter[..., 0] = block_numbers
-    counter[..., 1] = np.uint64(epoch & 0xFFFFFFFF)
+    counter[..., 1] = np.uint64(epoch)
     counter[..., 2] = ids64 & _LOW_WORD
     counter[..., 3] = ids64 >> _WORD_BITS
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    return words.astype(np.float64) * 2.0**-32
+    return philox4x32(counter, key).astype(np.float64) * 2.0**-32

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagein.formats.errors import UsageError
-from stagein.loaders import image_train
+from stagein.formats.native_code import NativeKernel
+from stagein.loaders import image_train, philox
 from stagein.loaders.augment import CROP_ATTEMPTS, centre_crops, random_flips, random_resized_crops, train_uniforms
 from stagein.loaders.philox import philox4x32, sample_uniforms
 
@@ -31,6 +32,24 @@ SIZES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size
 )
 def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     assert " ".join(f"{word:08x}" for word in philox4x32(counter, key)) == words
+
+
+@settings(deadline=None)  # the first example waits for the compiler
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**33),
+    ids=st.lists(st.integers(0, 2**63 - 1), max_size=6),
+    blocks=st.integers(0, 12),
+)
+def test_numbers_are_the_same_while_their_kernel_is_compiled(seed, epoch, ids, blocks):
+    drawn = []
+    for is_awaited in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NativeKernel, "is_awaited", lambda *arguments, is_awaited=is_awaited: is_awaited)
+            patch.setattr(philox._fill_uniforms, "_code", {} if is_awaited else philox._fill_uniforms._code)
+            drawn.append(sample_uniforms(seed, epoch, np.array(ids, np.int64), blocks))
+    assert drawn[0].shape == (len(ids), blocks, 4)
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_a_sample_has_the_same_numbers_in_every_batch():
