@@ -106,17 +106,27 @@ def read_ahead_where_cold(
 
 @kernel
 def are_in_memory(
-    descriptors: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: NDArray[np.int64], vector: NDArray[np.int64]
+    shards: NDArray[np.uint32],
+    descriptors: NDArray[np.int32],
+    maps: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    vector: NDArray[np.int64],
 ) -> bool:
     """Whether the last byte of each of these ranges can be read without a wait, and so most likely all of it. False where that cannot be
     asked, as on shared file systems.
 
-    vector  memory to work in, three words.
+    shards, descriptors, maps  as for `read_records`. Where there is a map nothing is read: a byte that no cache has takes 2 µs.
+    vector                     memory to work in, three words.
     """
-    vector[0], vector[1] = vector.ctypes.data + 16, 1
+    vector[0], vector[1], is_there = vector.ctypes.data + 16, 1, bytes_on_stack(1)
     for number in range(len(offsets)):
-        last_byte = offsets[number] + max(nbytes[number] - 1, 0)
-        if preadv2(descriptors[number], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) < 0:
+        shard, last_byte = shards[number], offsets[number] + max(nbytes[number] - 1, 0)
+        if 0 <= last_byte < maps[shard, 1]:
+            page = (maps[shard, 0] + last_byte) // _PAGE_BYTES * _PAGE_BYTES
+            if mincore(page, 1, is_there) != 0 or is_there[0] & 1 == 0:
+                return False
+        elif preadv2(descriptors[shard], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) < 0:
             return False
     return True
 

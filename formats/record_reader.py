@@ -127,12 +127,9 @@ class RecordReader:
             opened = stack.enter_context(self._files.use(shards))
             descriptors = opened.descriptors[opened.numbers]
             offset, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
-            arguments = descriptors, offset, nbytes, np.zeros(3, np.int64)
-            if (
-                not self._files.are_all_open
-                or not _are_in_memory.is_ready(*arguments)
-                or not _are_in_memory(*arguments)
-            ):
+            asked = opened.numbers, opened.descriptors, opened.maps, offset, nbytes, np.zeros(3, np.int64)
+            are_in_memory = _are_in_memory.call_with(*asked)
+            if not self._files.are_all_open or are_in_memory is None or not are_in_memory():
                 return None
             piece_bytes = int(self._files.piece_bytes[shards[0]]) if len(shards) else 1
             places = numbers, descriptors, offset, nbytes, self.index.crc32c[numbers], piece_bytes

@@ -62,24 +62,24 @@ def random_resized_crops(
     The rule is that of torchvision's RandomResizedCrop: the first of ten attempts that fits, else the centre window
     whose ratio is nearest to the allowed ones. `area` is relative, `ratio` is width / height, drawn on a log scale.
     """
-    height, width = (height_width[:, axis, None].astype(np.float64) for axis in (0, 1))
-    draw_area, draw_ratio, draw_y, draw_x = np.moveaxis(uniforms[:, :CROP_ATTEMPTS], -1, 0)
-    target_area = height * width * (area[0] + draw_area * (area[1] - area[0]))
+    whole = height_width.astype(np.float64)
+    height, width = whole[:, :1], whole[:, 1:]
+    draws = uniforms[:, :CROP_ATTEMPTS]
+    target_area = height * width * (area[0] + draws[:, :, 0] * (area[1] - area[0]))
     log_ratio = np.log(ratio)
-    aspect = np.exp(log_ratio[0] + draw_ratio * (log_ratio[1] - log_ratio[0]))
-    crop_width, crop_height = np.rint(np.sqrt(target_area * aspect)), np.rint(np.sqrt(target_area / aspect))
+    aspect = np.exp(log_ratio[0] + draws[:, :, 1] * (log_ratio[1] - log_ratio[0]))
+    crop_height, crop_width = np.rint(np.sqrt(target_area / aspect)), np.rint(np.sqrt(target_area * aspect))
     fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
-    extent = np.stack([crop_height, crop_width], axis=-1)
-    start = np.floor(np.stack([draw_y, draw_x], axis=-1) * (np.stack([height, width], axis=-1) - extent + 1))
 
-    first = fits.argmax(axis=1)[:, None, None]
-    extent = np.take_along_axis(extent, first, axis=1)[:, 0]
-    start = np.take_along_axis(start, first, axis=1)[:, 0]
-    centre_start, centre_extent = _centre_windows(height[:, 0], width[:, 0], ratio)
-    found = fits.any(axis=1)[:, None]
-    return Windows(
-        np.where(found, start, centre_start).astype(np.int32), np.where(found, extent, centre_extent).astype(np.int32)
-    )
+    found = np.arange(len(whole)), fits.argmax(axis=1)
+    extent = np.empty_like(whole)
+    extent[:, 0], extent[:, 1] = crop_height[found], crop_width[found]
+    start = np.floor(draws[found][:, 2:] * (whole - extent + 1))
+    if not (is_found := fits[found]).all():
+        centre_start, centre_extent = _centre_windows(whole[:, 0], whole[:, 1], ratio)
+        start = np.where(is_found[:, None], start, centre_start)
+        extent = np.where(is_found[:, None], extent, centre_extent)
+    return Windows(start.astype(np.int32), extent.astype(np.int32))
 
 
 def _centre_windows(

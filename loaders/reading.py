@@ -3,12 +3,15 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from queue import SimpleQueue
-from typing import Generic, TypeVar
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeAlias, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_Outcome: TypeAlias = SimpleQueue[tuple[Result | None, BaseException | None]]
+"""Where the result of a task, or its exception, comes to. A Future does the same in a hundred lines of Python, which are not in the caches
+when a batch is done, and hold up whoever waits for the GIL."""
 
 
 class TaskTimeoutError(Exception):
@@ -45,8 +48,8 @@ class ReadAhead(Generic[Task, Result]):
         self._timeout_s = timeout_s or None
         self.is_hanging = False
         """Whether a thread did not come back within the limit: it may never do so."""
-        self._queue: SimpleQueue[tuple[Future[Result], Task] | None] = SimpleQueue()
-        self._pending: deque[tuple[Future[Result], Task]] = deque()
+        self._queue: SimpleQueue[tuple[_Outcome[Result], Task] | None] = SimpleQueue()
+        self._pending: deque[tuple[_Outcome[Result], Task]] = deque()
         self._threads = [
             threading.Thread(
                 target=_work_until_told, args=(self._queue, work), name=f"stagein-reader-{number}", daemon=True
@@ -59,12 +62,12 @@ class ReadAhead(Generic[Task, Result]):
     @property
     def num_ready(self) -> int:
         """Results that wait for the caller."""
-        return sum(future.done() for future, _ in self._pending)
+        return sum(not outcome.empty() for outcome, _ in self._pending)
 
     @property
     def next_is_ready(self) -> bool:
         """Whether the next result waits for the caller."""
-        return bool(self._pending) and self._pending[0][0].done()
+        return bool(self._pending) and not self._pending[0][0].empty()
 
     def __iter__(self) -> Iterator[Result]:
         return self
@@ -75,18 +78,26 @@ class ReadAhead(Generic[Task, Result]):
         self._hand_out()
         if not self._pending:
             raise StopIteration
-        future, task = self._pending.popleft()
+        outcome, task = self._pending.popleft()
         self._hand_out()
-        if not wait([future], self._timeout_s).done:
+        try:
+            result, error = outcome.get(timeout=self._timeout_s)
+        except Empty:
             self.is_hanging = True
-            raise TaskTimeoutError(task)
-        return future.result()
+            raise TaskTimeoutError(task) from None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # or its traceback would hold this frame, which holds it
+        return result  # type: ignore[return-value]
 
     def close(self) -> None:
         """Forget what is not yet read and end the threads; wait for them, unless one hangs."""
-        for future, _ in self._pending:
-            future.cancel()
         self._pending.clear()
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -99,18 +110,17 @@ class ReadAhead(Generic[Task, Result]):
                 task = next(self._tasks)
             except StopIteration:
                 return
-            future: Future[Result] = Future()
-            self._pending.append((future, task))
-            self._queue.put((future, task))
+            outcome: _Outcome[Result] = SimpleQueue()
+            self._pending.append((outcome, task))
+            self._queue.put((outcome, task))
 
 
-def _work_until_told(queue: SimpleQueue[tuple[Future[Result], Task] | None], work: Callable[[Task], Result]) -> None:
+def _work_until_told(queue: SimpleQueue[tuple[_Outcome[Result], Task] | None], work: Callable[[Task], Result]) -> None:
     """Body of a thread; a plain function, so that a running thread does not keep its `ReadAhead` alive."""
     while (item := queue.get()) is not None:
-        future, task = item
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(work(task))
-            except BaseException as error:  # whatever it is, it belongs to the caller
-                future.set_exception(error)
-        del item, future, task  # or the last batch would live on until the next one comes
+        outcome, task = item
+        try:
+            outcome.put((work(task), None))
+        except BaseException as error:  # whatever it is, it belongs to the caller
+            outcome.put((None, error))
+        del item, outcome, task  # or the last batch would live on until the next one comes

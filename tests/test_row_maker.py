@@ -161,8 +161,10 @@ def test_a_bad_record_that_the_kernel_finds_is_replaced(changing):
     assert torch.equal(made["image"], good[[0, 1, 2, 0, 4]])
 
 
-def test_records_that_are_not_in_memory_are_read_ahead(changing):
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_records_that_are_not_in_memory_are_read_ahead(changing, is_mapped):
     dataset = Dataset(changing)
+    (changing / dataset.manifest.shards[0].file).chmod(0o444 if is_mapped else 0o644)
     assert len(dataset.read_records([0, 1])) == 2
     assert dataset.locate([0, 1]) is not None
     with (changing / dataset.manifest.shards[0].file).open("rb") as file:
