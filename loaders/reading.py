@@ -95,6 +95,8 @@ class ReadAhead(Generic[Task, Result]):
     def close(self) -> None:
         """Forget what is not yet read and end the threads; wait for them, unless one hangs."""
         self._pending.clear()
+        if not self._threads:
+            return  # closed before: what is queued tells a thread that hangs to end
         with suppress(Empty):
             while True:
                 self._queue.get_nowait()
