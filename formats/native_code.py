@@ -103,20 +103,17 @@ class NativeKernel:
 
     def __call__(self, *arguments: Any) -> Any:
         kinds, frame = self._kinds_and_frame(arguments)
-        code = self._wait_for_code(kinds, arguments)
-        return self._run_by_numba(arguments) if code is None else code.call(frame)
+        return self._run(self._wait_for_code(kinds, arguments), frame, arguments)
 
     def call_with(self, *arguments: Any) -> Callable[[], Any] | None:
         """What calls it with these arguments, from any thread; None where a call would have to wait, as `is_awaited` says."""
         kinds, frame = self._kinds_and_frame(arguments)
         if kinds not in self._code and self.is_awaited(*arguments):
             return None
-        code = self._wait_for_code(kinds, arguments)
+        return functools.partial(self._run, self._wait_for_code(kinds, arguments), frame, arguments)
 
-        def call() -> Any:
-            return self._run_by_numba(arguments) if code is None else code.call(frame)
-
-        return call
+    def _run(self, code: _Code | None, frame: list[int], arguments: tuple[Any, ...]) -> Any:
+        return self._run_by_numba(arguments) if code is None else code.call(frame)
 
     def _kinds_and_frame(self, arguments: tuple[Any, ...]) -> tuple[_Kinds, list[int]]:
         """What these arguments are, and the words that the code is called with, as `frame_of` says."""
@@ -222,7 +219,7 @@ def frame_of(*arguments: Any) -> NDArray[np.int64]:
 
 
 def _kinds_of(arguments: tuple[Any, ...]) -> _Kinds:
-    """As `NativeKernel.__call__` finds them."""
+    """As `NativeKernel._kinds_and_frame` finds them."""
     kinds: list[Any] = []
     for argument in arguments:
         kinds += (argument.dtype, argument.ndim) if isinstance(argument, np.ndarray) else (type(argument),)

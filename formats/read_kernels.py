@@ -74,7 +74,7 @@ _EINTR, _EAGAIN = errno.EINTR, errno.EAGAIN
 
 @kernel
 def read_ahead_where_cold(
-    shards: NDArray[np.uint32],
+    files: NDArray[np.integer],
     descriptors: NDArray[np.int32],
     offsets: NDArray[np.int64],
     nbytes: NDArray[np.int64],
@@ -83,8 +83,8 @@ def read_ahead_where_cold(
     """Let the kernel fetch all these ranges at once, should they not be in memory: a disk serves many requests in the time of
     one. A few ranges are probed, so that this costs nothing where everything is in memory, or cannot be asked.
 
-    shards, descriptors  which shard each range is of, and the file of each shard.
-    vector               memory to work in, three words.
+    files   which of `descriptors` each range is of.
+    vector  memory to work in, three words.
     """
     count = len(offsets)
     if count == 0:
@@ -93,14 +93,14 @@ def read_ahead_where_cold(
     step = max(1, count // _PROBES)
     for number in range(0, count, step):
         last_byte = offsets[number] + max(nbytes[number] - 1, 0)
-        if preadv2(descriptors[shards[number]], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) >= 0:
+        if preadv2(descriptors[files[number]], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) >= 0:
             continue
         if errno_location()[0] != _EAGAIN:
             return
         for cold in range(count):
             for ahead in range(0, nbytes[cold], _AHEAD_BYTES):
                 length = min(_AHEAD_BYTES, nbytes[cold] - ahead)
-                posix_fadvise(descriptors[shards[cold]], offsets[cold] + ahead, length, _FADV_WILLNEED)
+                posix_fadvise(descriptors[files[cold]], offsets[cold] + ahead, length, _FADV_WILLNEED)
         return
 
 
@@ -119,12 +119,11 @@ def are_in_memory(
     shards, descriptors, maps  as for `read_records`. Where there is a map nothing is read: a byte that no cache has takes 2 µs.
     vector                     memory to work in, three words.
     """
-    vector[0], vector[1], is_there = vector.ctypes.data + 16, 1, bytes_on_stack(1)
+    vector[0], vector[1] = vector.ctypes.data + 16, 1
     for number in range(len(offsets)):
         shard, last_byte = shards[number], offsets[number] + max(nbytes[number] - 1, 0)
         if 0 <= last_byte < maps[shard, 1]:
-            page = (maps[shard, 0] + last_byte) // _PAGE_BYTES * _PAGE_BYTES
-            if mincore(page, 1, is_there) != 0 or is_there[0] & 1 == 0:
+            if not is_in_memory(descriptors[shard], maps[shard, 0] + last_byte, 1, last_byte):
                 return False
         elif preadv2(descriptors[shard], vector.ctypes.data, 1, last_byte, _RWF_NOWAIT) < 0:
             return False

@@ -125,7 +125,7 @@ class RecordReader:
         shards = self.index.shard[numbers]
         with ExitStack() as stack:
             opened = stack.enter_context(self._files.use(shards))
-            descriptors = opened.descriptors[opened.numbers]
+            descriptors = opened.descriptor_of_each()
             offset, nbytes = self.index.offset[numbers].view(np.int64), self.index.nbytes[numbers].astype(np.int64)
             asked = opened.numbers, opened.descriptors, opened.maps, offset, nbytes, np.zeros(3, np.int64)
             are_in_memory = _are_in_memory.call_with(*asked)
@@ -245,7 +245,7 @@ class RecordReader:
             call = _read_records.call_with(counter, share, piece_bytes, *shards, packed, *records)
             if call is None:
                 targets = list(PackedRecords(packed, start[some], nbytes[some]))
-                turns, descriptors = iter(range(len(targets))), shards.descriptors[shards.numbers]
+                turns, descriptors = iter(range(len(targets))), shards.descriptor_of_each()
                 call = functools.partial(read_plainly, turns, descriptors, places[some], targets, before, after)
             return self._together(call, threads)
 
@@ -276,7 +276,7 @@ class RecordReader:
                 return done[0], done[1]
             call = _read_and_decode.call_with(*arguments)
             if call is None:
-                left, descriptors = iter(range(len(records[0]))), shards.descriptors[shards.numbers]
+                left, descriptors = iter(range(len(records[0]))), shards.descriptor_of_each()
                 plainly = left, descriptors, *records, codec, rows[some], decode_nanoseconds
                 return self._together(functools.partial(read_and_decode_plainly, *plainly), threads)
             self._helpers.begin(call, threads - 1)

@@ -57,6 +57,10 @@ class OpenShards(NamedTuple):
     maps: NDArray[np.int64]
     keeps_pages: bool
 
+    def descriptor_of_each(self) -> NDArray[np.int32]:
+        """Of the shards in use, [entries]."""
+        return self.descriptors[self.numbers]
+
 
 class ShardFiles:
     """The shards of a field, opened when first needed. Safe to use from many threads."""
@@ -93,9 +97,8 @@ class ShardFiles:
         with self._changed:
             self._clock += 1
             use = self._clock
-            if (
-                not self.are_all_open
-            ):  # and else none is closed for another: with caches full of records, it counts what is done here
+            # Where all are open, none is closed for another. With caches full of records, it counts what is done here.
+            if not self.are_all_open:
                 if _CLOSED in self._descriptors[shards]:
                     shards = self._open_all(shards)
                 self._used_at[shards] = use

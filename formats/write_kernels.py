@@ -194,21 +194,23 @@ def read_images(
     nbytes       what every file must have.
     sizes        becomes the (height, width) of each, [files, 2], as `jpeg_size` knows it.
     descriptors  memory to work in, [files].
-    memory       the same, zeros, [files + 3].
+    memory       the same, zeros, [2 * files + 3].
 
     All are opened first, and what is not in memory is asked for at once. Returns how many are there, from the first, and 0 or
     what is wrong with the next: CHANGED or an error number.
     """
-    count, vector = len(path_starts), memory[len(path_starts) :]
+    count = len(path_starts)
+    from_start, numbers, vector = memory[:count], memory[count : 2 * count], memory[2 * count :]
     opened, read, trouble = 0, 0, 0
     while opened < count and trouble == 0:
         descriptors[opened] = openat(folder, paths.ctypes.data + path_starts[opened], _O_RDONLY_CLOEXEC)
         if descriptors[opened] < 0:
             trouble = errno_location()[0]
         else:
+            numbers[opened] = opened
             opened += 1
     if trouble == 0:
-        read_ahead_where_cold(np.arange(count).astype(np.uint32), descriptors, memory[:count], nbytes, vector)
+        read_ahead_where_cold(numbers, descriptors, from_start, nbytes, vector)
     start = 0
     while read < opened:
         end = start + nbytes[read]

@@ -25,6 +25,7 @@ from stagein.formats.errors import SourceError, UsageError
 from stagein.formats.images import BadImageError, read_header
 from stagein.formats.publish import PART_SUFFIX
 from stagein.formats.source import SourcePart
+from stagein.formats.sources import imagefolder
 from stagein.formats.sources.imagefolder import ImageFolder
 from stagein.formats.write_kernels import jpeg_size
 from stagein.loaders.synthetic import PATTERNS
@@ -355,6 +356,15 @@ def test_neither_workers_nor_a_conversion_by_kernels_load_numba(tmp_path: Path) 
     command = [sys.executable, "-c", WITHOUT_NUMBA, str(folder.parent), str(tmp_path)]
     subprocess.run(command, check=True, timeout=100)
     assert max(shard.nbytes for shard in Dataset(tmp_path / "plain.st").manifest.shards) > 32 << 20
+
+
+def test_a_kernel_that_reads_images_is_machine_code() -> None:
+    """numba runs what cannot be, an array made in a kernel for one, unnoticed but for the second that it takes to load in each worker."""
+    memory, numbers = np.zeros(3, np.int64), np.empty(0, np.int32)
+    content, places = np.empty(0, np.uint8), np.empty(0, np.int64)
+    arguments = -1, content, places, places, content, numbers.reshape(0, 2), numbers, memory
+    assert imagefolder._read_images(*arguments) == (0, 0)
+    assert imagefolder._read_images.entry(*arguments) is not None
 
 
 def test_the_command_ends_with_all_that_it_started(source: Path, tmp_path: Path) -> None:

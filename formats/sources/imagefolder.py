@@ -116,7 +116,7 @@ class ImageFiles:
         ends = np.cumsum([len(name) for name in names])
         starts, blob = np.concatenate(([0], ends[:-1])), np.frombuffer(b"".join(names), np.uint8)
         sizes, descriptors = np.empty((len(names), 2), np.int32), np.empty(len(names), np.int32)
-        memory = np.zeros(len(names) + 3, np.int64)
+        memory = np.zeros(2 * len(names) + 3, np.int64)
         done, trouble = _read_images(root, blob, starts, nbytes, content, sizes, descriptors, memory)
         if trouble:
             self._raise_unreadable(self.paths[run][done], trouble)
