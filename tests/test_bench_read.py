@@ -3,9 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from stagein.tools.bench_read import _records_per_second
 
 
 @pytest.mark.parametrize("bench", ["read", "write"])
@@ -36,3 +41,23 @@ def test_decoding_with_one_thread_and_with_several(tmp_path: Path, codec: str) -
     assert rates.keys() == {"stagein, 1 thread", "stagein, 3 threads", "3 processes", *peers}
     assert output.splitlines()[-1].startswith("stagein, 3 threads beside 3 processes: ")
     assert all(rate > 0 for of_rounds in rates.values() for rate in of_rounds)
+
+
+def test_a_rate_counts_no_more_time_than_was_taken():
+    """A reader that keeps the GIL, as copying bytes does, kept whoever took the time from it for seconds, while the reader went on."""
+    ended_at = [time.perf_counter()]
+
+    def read(numbers: NDArray[np.int64]) -> int:
+        if len(ended_at) == 1:
+            time.sleep(0.1)  # whoever looks on is ready before it
+        total = sum(range(2_000_000))
+        ended_at.append(time.perf_counter())
+        return total
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1.0)
+    try:
+        rate = _records_per_second(lambda: read, num_records=10, batch=4, threads=1)
+    finally:
+        sys.setswitchinterval(interval)
+    assert rate < 1.5 * 4 * len(ended_at) / (ended_at[-1] - ended_at[0])
