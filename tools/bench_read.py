@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from .rates import print_rates
 _BATCH_BYTES = 8 << 20
 _MOST_IN_BATCH = 256
 _ROUND_SECONDS = 0.4
+_START_SECONDS = 60
 _MOST_IN_WRITE = 1024
 """Pieces of memory that one writev takes (IOV_MAX)."""
 _SHARD_BYTES = 64 << 20
@@ -159,26 +161,24 @@ def _records_per_second(open_reader: Callable[[], Read], num_records: int, batch
 
     The last thread that is ready sets the clock: one that only looks on may wait for the GIL for seconds while they work.
     """
-    counts, ended_at, started_at = [0] * threads, [0.0] * threads, 0.0
+    started_at = 0.0
 
     def set_clock() -> None:
         nonlocal started_at
         started_at = time.perf_counter()
 
-    start = threading.Barrier(threads, set_clock)
+    start = threading.Barrier(threads, set_clock, timeout=_START_SECONDS)
 
-    def work(number: int) -> None:
-        read, random = open_reader(), np.random.default_rng(number)
+    def work(number: int) -> tuple[int, float]:
+        """How many records it read, and when it ended."""
+        read, random, count = open_reader(), np.random.default_rng(number), 0
         read(random.integers(0, num_records, batch))
         start.wait()
         while (now := time.perf_counter()) < started_at + _ROUND_SECONDS:
             read(random.integers(0, num_records, batch))
-            counts[number] += batch
-        ended_at[number] = now
+            count += batch
+        return count, now
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(counts) / (max(ended_at) - started_at)
+    with ThreadPoolExecutor(threads) as pool:
+        done = list(pool.map(work, range(threads)))
+    return sum(count for count, _ in done) / (max(ended_at for _, ended_at in done) - started_at)
