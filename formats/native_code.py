@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,13 @@ class NativeKernel:
             return False
         self._code[kinds] = None if file.content is None else _callable(file.content, self._name)
         del self._files[kinds]
+        if file.content is None:
+            warnings.warn(
+                f"kernel {self._name} could not be compiled ahead: this process goes on without it, or compiles it by itself, "
+                "and is slower",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return True
 
     def _file(self, folder: Path, signature: tuple[Argument, ...]) -> ObjectFile:

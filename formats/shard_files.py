@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from .errors import SourceError
 from .forks import renew_in_forks
+from .free_memory import memory_for_files_bytes
 
 _RESERVED_DESCRIPTORS = 256
 """Descriptors left to the rest of the process: libraries, sockets, the user's own files."""
@@ -39,6 +40,8 @@ _MOST_MAPS = 8192
 _KEPT_BYTES = 256 << 20
 """Pages of maps count as memory of this process once they were touched: of all maps of a field, where those together are no
 larger than this, and else only while a record is copied."""
+_FITTING_SHARE = 0.5
+"""Of the memory for files, which what is read may fill: data sets of other loaders, and of neighbours, are read too."""
 _NO_MAP = (0, 0)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -50,12 +53,14 @@ class OpenShards(NamedTuple):
     descriptors  of the files, [shards].
     maps         where each file is mapped: address and nbytes, [shards, 2], 0 where it is not.
     keeps_pages  whether pages of maps that were touched may stay in them.
+    fits_in_memory  whether there is memory for the files of all shards.
     """
 
     numbers: NDArray[np.uint32]
     descriptors: NDArray[np.int32]
     maps: NDArray[np.int64]
     keeps_pages: bool
+    fits_in_memory: bool
 
     def descriptor_of_each(self) -> NDArray[np.int32]:
         """Of the shards in use, [entries]."""
@@ -75,7 +80,7 @@ class ShardFiles:
         """Whether nobody has to wait for a descriptor. Said apart, as it is asked for every batch: looking through descriptors takes some
         microseconds."""
         self._maps = np.zeros((len(paths), 2), np.int64)
-        self._keeps_pages = True
+        self._keeps_pages, self._fits_in_memory = True, False
         self._used_at = np.zeros(len(paths), np.int64)
         self._clock = 0
         self._is_closed = False
@@ -104,7 +109,7 @@ class ShardFiles:
                 self._used_at[shards] = use
             self._in_use[use] = shards
         try:
-            yield OpenShards(shards, self._descriptors, self._maps, self._keeps_pages)
+            yield OpenShards(shards, self._descriptors, self._maps, self._keeps_pages, self._fits_in_memory)
         finally:
             with self._changed:
                 self._in_use.pop(use, None)
@@ -146,8 +151,16 @@ class ShardFiles:
             if not is_shared and np.count_nonzero(self._maps[:, 1]) < _MOST_MAPS:
                 self._maps[shard] = _map(descriptor)
         self.are_all_open = _CLOSED not in self._descriptors
-        self._keeps_pages = bool(self._maps[:, 1].sum() <= _KEPT_BYTES)
+        mapped_bytes = self._maps[:, 1]
+        self._keeps_pages = bool(mapped_bytes.sum() <= _KEPT_BYTES)
+        all_bytes = int(mapped_bytes.max(initial=0)) * len(self.paths)  # shards are alike in size, but for the last
+        self._fits_in_memory = 0 < all_bytes <= _FITTING_SHARE * self._memory_bytes
         return shards
+
+    @functools.cached_property
+    def _memory_bytes(self) -> int:
+        """For files, when the first was opened: where descriptors are short, files are opened in every batch."""
+        return memory_for_files_bytes()
 
     def _make_room(self, needed: NDArray[np.uint32]) -> bool:
         """Close what is in the way of opening `needed`; False when too much of it is in use."""
@@ -228,7 +241,14 @@ def _map(descriptor: int) -> tuple[int, int]:
     if not is_published or not is_told or is_rationed or status.st_size == 0:
         return _NO_MAP
     address = _c_library().mmap(None, status.st_size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    return _NO_MAP if address == _MAP_FAILED else (address, status.st_size)
+    if address == _MAP_FAILED:
+        return _NO_MAP
+    for advice in (
+        mmap.MADV_HUGEPAGE,
+        mmap.MADV_RANDOM,
+    ):  # who touches a byte fetches the large page around it, not the next as well
+        _c_library().madvise(address, status.st_size, advice)
+    return address, status.st_size
 
 
 def _unmap(address: int, nbytes: int) -> None:
@@ -242,4 +262,5 @@ def _c_library() -> ctypes.CDLL:
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
     library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library

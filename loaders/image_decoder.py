@@ -2,6 +2,7 @@
 
 import re
 import struct
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,6 @@ class ImageDecoder:
     """Decodes JPEG, PNG and what else OpenCV knows to RGB. For one thread at a time: the next call overwrites the pixels."""
 
     def __init__(self) -> None:
-        self._windows = WindowDecoder()
         self._memory = np.empty(0, np.uint8)
 
     def decode(
@@ -43,6 +43,10 @@ class ImageDecoder:
         if pixels is not None:
             return pixels, np.array([0, 0, window[2], window[3]])
         return self.decode_rows(record, int(window[0] + window[2])), window
+
+    @cached_property
+    def _windows(self) -> WindowDecoder:
+        return WindowDecoder()
 
     def decode_rows(self, record: NDArray[np.uint8], bottom: int) -> NDArray[np.uint8]:
         """The first `bottom` rows of an image at least, `[rows, 3 * width]`, as stored (without EXIF orientation).

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.errors import StageinError
+from stagein.formats.huge_pages import WorkMemory
 from stagein.formats.jpeg.window import WindowDecoder, decode_entry
 from stagein.formats.located import LocatedRecords
 from stagein.formats.native_code import NativeKernel, frame_of
@@ -93,6 +94,10 @@ class _Needs(NamedTuple):
             int((heights * widths).max(initial=0)),
             *extents.max(axis=0, initial=0).tolist(),
         )
+
+
+_NOTHING_RESERVED = _Needs(-1, -1, -1, -1, -1)
+"""Less than an empty batch needs: there are no frames for the kernel yet either."""
 
 
 class BatchInWork:
@@ -173,14 +178,10 @@ class RowMaker:
         self._output = output
         self._scale, self._offset = output.scale_and_offset()
         self._others = ImageDecoder()
-        self._windows = WindowDecoder()
-        """The kernel's own: what its frame says of this memory stays true."""
         self._decoded_window = np.zeros(4, np.int64)
-        self._first = np.empty((2, output.size), np.int64)
         self._arrays = np.zeros((ARRAYS, ARRAY_WORDS), np.int64)
         self._arrays[:, 2] = _address(self._arrays) + 8 * (ARRAY_WORDS * np.arange(ARRAYS) + EXTENTS)
-        self._reserved = _Needs(0, 0, 0, 0, 0)
-        self._reserve(self._reserved)
+        self._reserved = _NOTHING_RESERVED
 
     def make(self, work: BatchInWork) -> None:
         """Make rows that no other thread makes, until there are none."""
@@ -224,14 +225,17 @@ class RowMaker:
         )
 
     def _reserve(self, needs: _Needs) -> None:
-        """Have memory for images that need so much."""
+        """Have memory for images that need so much, all of it anew: it lies close together, and what there was before is gone."""
         self._reserved = most = _Needs._make(map(max, self._reserved, needs))
         size, antialias = self._output.size, self._output.antialias
         taps_y, taps_x = (resize.taps(extent, size, antialias) for extent in (most.resized_height, most.resized_width))
+        memory = WorkMemory()
+        self._content = memory.zeros(np.uint8, most.nbytes)
+        self._weights_y, self._weights_x = (memory.zeros(np.float32, size * taps) for taps in (taps_y, taps_x))
+        self._first = memory.zeros(np.int64, 2, size)
+        self._blended = memory.zeros(np.float32, 3 * (most.width + taps_x))
+        self._windows = WindowDecoder(memory)  # the kernel's own: what its frame says of this memory stays true
         self._windows.reserve(most.nbytes, most.width, most.pixels)
-        self._content = np.empty(most.nbytes, np.uint8)
-        self._weights_y, self._weights_x = np.empty(size * taps_y, np.float32), np.empty(size * taps_x, np.float32)
-        self._blended = np.empty(3 * (most.width + taps_x), np.float32)
         self._frames = self._make_frames()
 
     def _make_frames(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -260,6 +264,7 @@ class RowMaker:
             words[WEIGHT_Y],
             words[WEIGHT_X],
             words[ROW],
+            False,
             words[OUT],
         )
         return self._windows.frame(), resizing

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import queue
 import threading
 import time
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from stagein.formats.errors import StageinError
+from stagein.formats.huge_pages import huge_pages
 
 from .chunk_io import ChunkReader, ChunkWriter
 from .stage_plan import MINIMUM_BUFFERS, ChunkTable
@@ -31,11 +30,7 @@ class Buffers:
     """
 
     def __init__(self, number: int, buffer_bytes: int) -> None:
-        # Private, as the kernel gives huge pages to shared memory on few systems; with them, faults are few and copies faster.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, max(1, number * buffer_bytes), flags=private)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = huge_pages(max(1, number * buffer_bytes))
         self._views = memoryview(self._memory)
         self._buffer_bytes = buffer_bytes
         self._free = list(range(number))  # the one freed last is taken first: it may still be in a CPU cache

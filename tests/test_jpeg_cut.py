@@ -81,7 +81,7 @@ def test_pixels_of_a_window_are_those_of_the_whole_image(name: str) -> None:
     assert_windows_are_those_of_the_whole(name, windows)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_size_and_window(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
@@ -154,7 +154,7 @@ def test_a_file_without_rows_comes_whole() -> None:
     assert np.array_equal(result[0], content) and result.origin.tolist() == [[0, 0]]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(SEEKABLE)),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4),

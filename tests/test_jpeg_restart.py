@@ -159,7 +159,7 @@ def test_restart_markers_out_of_order_are_refused() -> None:
         make_seekable(changed)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example(name="16-bit quantisation", flips=[(0.9999, 16)], keep=1.0, header_only=True)
 @example(name="4:2:0 optimal tables", flips=[(0.75, 1)], keep=1.0, header_only=False)  # a code not in its table
 @given(
@@ -190,7 +190,7 @@ def test_damage_is_refused_or_changes_nothing(
     assert np.array_equal(pixels(result), expected)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=200))
 def test_optimal_tables_are_prefix_codes_of_at_most_16_bits(frequencies: list[int]) -> None:
     frequency = np.zeros(257, np.int64)

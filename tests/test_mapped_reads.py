@@ -1,19 +1,23 @@
 """Large records are copied from memory maps of published shards: the same bytes, and no map where it would be a danger."""
 
+import ctypes
+import mmap
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from test_system_calls import failing, why_no_strace
 
-from stagein.formats import Field, RecordIndex, shard_files
+from stagein.formats import Field, RecordIndex, free_memory, shard_files
 from stagein.formats.checksums import crc32c
 from stagein.formats.errors import ChecksumError, SourceError
 from stagein.formats.record_reader import RecordReader
@@ -117,6 +121,8 @@ COLD = """
 import resource, sys
 from pathlib import Path
 from test_mapped_reads import contents_of, evict, maps_of, open_reader
+from stagein.formats import shard_files
+shard_files._FITTING_SHARE = 0
 shard, other_name = Path(sys.argv[1]), Path(sys.argv[2])
 contents = contents_of(other_name)
 reader = open_reader(shard, contents)
@@ -138,6 +144,72 @@ def test_what_is_not_in_memory_is_read_and_not_waited_for_page_by_page(shard: Pa
     other_name.hardlink_to(shard)
     command = [*failing("fadvise64", "retval=0", shard), sys.executable, "-c", COLD, shard, other_name]
     subprocess.run(command, cwd=Path(__file__).parent, check=True, timeout=100)
+
+
+def pages_in_memory(shard: Path) -> NDArray[np.bool_]:
+    """Which pages of a file are, [pages]. Asked for by a map, which leaves no trace: a read fetches the page."""
+    with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        found = np.zeros(-(-len(view) // mmap.PAGESIZE), np.uint8)
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        assert mincore(view.ctypes.data, len(view), found.ctypes.data) == 0
+        del view
+    return found & 1 == 1
+
+
+LARGE_PAGE = 2 << 20
+
+
+def fully_in_memory(shard: Path) -> set[int]:
+    """Numbers of the large pages of which every page is in memory."""
+    pages = pages_in_memory(shard)
+    return {number for number in range(-(-len(pages) // 512)) if pages[512 * number : 512 * (number + 1)].all()}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_is_cold_is_fetched_by_large_pages_where_all_of_it_fits_into_memory(
+    tmp_path: Path, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fits:
+        monkeypatch.setattr(shard_files, "_FITTING_SHARE", 1e-9)
+    shard, size = tmp_path / "shard", 100_000
+    shard.write_bytes(np.random.default_rng(0).bytes(4 * LARGE_PAGE + 100_000))
+    shard.chmod(0o444)
+    content = shard.read_bytes()
+    starts = [LARGE_PAGE + 700_000, 4 * LARGE_PAGE - 50_000]
+    sums = np.array([crc32c(content[start : start + size]) for start in starts], np.uint32)
+    starts_and_sizes = np.array(starts, np.uint64), np.full(2, size, np.uint32)
+    index = RecordIndex(np.zeros(2, np.uint32), *starts_and_sizes, sums)
+    for order in ([0], [1]):
+        evict(shard)
+        if pages_in_memory(shard).any():
+            pytest.skip("what was read cannot be made cold here")
+        reader = RecordReader(BYTES, index, [shard])
+        (record,) = reader.read_packed(order)
+        assert record.tobytes() == content[starts[order[0]] : starts[order[0]] + size]
+        wanted = [{1}, {3, 4}][order[0]] if fits else set()
+        until = time.monotonic() + 10
+        while not wanted <= fully_in_memory(shard):  # some of it may be on its way
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert 0 not in fully_in_memory(shard) and (fits or 1 not in fully_in_memory(shard))
+        assert held_bytes(shard) == 0
+        reader.close()
+
+
+def test_memory_for_files_is_what_the_job_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    assert 0 < free_memory.memory_for_files_bytes() <= whole
+    monkeypatch.setattr(free_memory, "_CONTROL_GROUPS", tmp_path)
+    (tmp_path / "job/step").mkdir(parents=True)
+    (tmp_path / "job/memory.max").write_text("7000\n")
+    (tmp_path / "job/step/memory.max").write_text("max\n")
+    (tmp_path / "memory/slurm").mkdir(parents=True)
+    (tmp_path / "memory/slurm/memory.limit_in_bytes").write_text("9000\n")
+    assert free_memory._limits("0::/job/step\n") == [7000]
+    assert free_memory._limits("3:cpu,memory:/slurm/task\n4:cpuset:/slurm\n") == [9000]
+    assert free_memory._limits("0::/other\n") == []
 
 
 @pytest.mark.parametrize("order", [[4], [2, 3, 4]], ids=str)

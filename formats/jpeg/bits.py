@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import inlined_kernel, kernel, signed
 
-from .limits import LOOK_BITS, MAX_CODE_BITS, PADDING_BYTES
+from .limits import LOOK_BITS, MAX_CODE_BITS, PADDING_BYTES, SEARCHED_BYTES
 from .tables import HuffmanTables
+from .vectors import copy_until_ff
 
 INVALID = -1
 _WORD_BITS = 64
@@ -33,12 +34,14 @@ def unstuff(
     position, filled, count = start, 0, 1
     segments[0] = 0
     while position < stop:
-        while position + 8 <= stop and not has_ff(source, position):
-            copy_eight(source, position, plain, filled)
-            position += 8
-            filled += 8
-        if position >= stop:
-            break
+        if position + SEARCHED_BYTES <= stop:
+            count_before = copy_until_ff(source, position, plain, filled)
+            if count_before == SEARCHED_BYTES:  # apart: where to go on is known before these were looked at
+                position += SEARCHED_BYTES
+                filled += SEARCHED_BYTES
+                continue
+            position += count_before
+            filled += count_before
         byte = source[position]
         position += 1
         if byte != 0xFF:
@@ -60,15 +63,6 @@ def unstuff(
             position += 1
     plain[filled : filled + PADDING_BYTES] = 0
     return filled, count
-
-
-@inlined_kernel
-def copy_eight(source: NDArray[np.uint8], start: int, target: NDArray[np.uint8], filled: int) -> None:
-    word = np.uint64(0)
-    for byte in range(8):  # becomes one load
-        word |= np.uint64(source[np.uint64(start + byte)]) << np.uint64(8 * byte)
-    for byte in range(8):  # becomes one store
-        target[np.uint64(filled + byte)] = word >> np.uint64(8 * byte)
 
 
 @kernel
@@ -102,17 +96,6 @@ def fill_word(plain: NDArray[np.uint8], byte: int, word: np.uint64, bits: int) -
 def peek32(plain: NDArray[np.uint8], position: int) -> int:
     """The 32 bits from bit `position` on; reads 8 bytes."""
     return signed((word_at(plain, position >> 3) << np.uint64(position & 7)) >> np.uint64(32))
-
-
-@kernel
-def has_ff(source: NDArray[np.uint8], position: int) -> bool:
-    """Whether one of the 8 bytes from `position` on is 0xFF."""
-    at = np.uint64(position)
-    word = 0
-    for byte in range(8):
-        word |= signed(source[at + np.uint64(byte)]) << (8 * byte)
-    # A byte of ~word is zero; the constants are 0x0101… and 0x8080… as signed numbers.
-    return ((~word - 0x0101010101010101) & word & -0x7F7F7F7F7F7F7F80) != 0
 
 
 @kernel

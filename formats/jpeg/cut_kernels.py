@@ -5,8 +5,10 @@ from numpy.typing import NDArray
 
 from stagein.formats.native import kernel, signed
 
-from .bits import copy_bytes, has_ff
+from .bits import copy_bytes
 from .header import BLOCK_PIXELS
+from .limits import SEARCHED_BYTES
+from .vectors import find_marker
 
 _MARGIN_SAMPLES = 2
 """Chroma samples around a window that its pixels may depend on: decoders look at one on either side, we give two."""
@@ -170,11 +172,13 @@ def _copy_header(
 @kernel
 def _behind_marker(source: NDArray[np.uint8], position: int, stop: int) -> int:
     """Where the next restart or end marker from `position` on ends, -1 when there is none before `stop`."""
+    while position + SEARCHED_BYTES < stop:
+        count_before: int = find_marker(source, position)
+        if count_before < SEARCHED_BYTES:
+            return position + count_before + 2
+        position += SEARCHED_BYTES
     while position + 1 < stop:
-        while position + 8 <= stop and not has_ff(source, position):
-            position += 8
-        for _ in range(min(8, stop - 1 - position)):
-            if source[position] == 0xFF and 0xD0 <= source[position + 1] <= 0xD9:
-                return position + 2
-            position += 1
+        if source[position] == 0xFF and 0xD0 <= source[position + 1] <= 0xD9:
+            return position + 2
+        position += 1
     return -1

@@ -30,3 +30,5 @@ LOOKED_UP_BITS = 10
 """Codes of up to so many bits are looked up at once: the tables of an image fit into the level 1 cache."""
 VECTOR_PIXELS = 16
 """Pixels that are worked on at once: up to so many more than asked for are written."""
+SEARCHED_BYTES = 32
+"""Bytes of entropy-coded data that are looked through at once for 0xFF, which some 200 others come before."""

@@ -1,4 +1,5 @@
-"""What is done to many samples at once when a JPEG is decoded: the inverse DCT, interpolation of chroma, conversion of colours.
+"""What is done to many samples at once when a JPEG is decoded: the inverse DCT, interpolation of chroma, conversion of colours; and to many
+bytes of its data: the search for markers.
 
 As LLVM's vector operations, since numba makes numbers of 64 bits of all that it adds. The arithmetic is that of libjpeg-turbo on
 processors with vectors, bit by bit: its "islow" DCT (Loeffler, Ligtenberg, Moschytz: "Practical fast 1-D DCT algorithms with 11
@@ -13,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .limits import VECTOR_PIXELS
+from .limits import SEARCHED_BYTES, VECTOR_PIXELS
 
 _BITS = 13
 _FIRST_PASS_BITS = 2
@@ -85,6 +86,11 @@ class _Vectors:
             together = self._builder.or_(together, value)
         whole = self._builder.bitcast(together, ir.IntType(together.type.count * together.type.element.width))
         return self._builder.icmp_unsigned("==", whole, ir.Constant(whole.type, 0))
+
+    def first(self, are_so: Any) -> Any:
+        """Of a vector of truths, the place of the first that is true; where none is, the number of its elements."""
+        mask = self._builder.bitcast(are_so, ir.IntType(are_so.type.count))
+        return self._builder.zext(self._builder.cttz(mask, ir.IntType(1)(0)), ir.IntType(64))
 
     def clamp(self, value: Any, least: int, most: int) -> Any:
         for bound, order in ((self.constant(value, least), "<"), (self.constant(value, most), ">")):
@@ -235,6 +241,33 @@ def _to_rgb(context: Any, luma: Any, at: Any, rows: Any, blue_at: Any, red_at: A
     return types.void(_uint8s, types.int64, _uint8s, types.int64, types.int64, _uint8s, types.int64), generate
 
 
+@intrinsic
+def _copy_until_ff(context: Any, source: Any, position: Any, target: Any, filled: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors, kinds = _Vectors(builder), signature.args
+        content = vectors.load(_elements(context, builder, kinds[0], arguments[0], arguments[1]), 8, SEARCHED_BYTES)
+        vectors.store(content, _elements(context, builder, kinds[2], arguments[2], arguments[3]))
+        return vectors.first(builder.icmp_unsigned("==", content, vectors.constant(content, 0xFF)))
+
+    return types.int64(_uint8s, types.int64, _uint8s, types.int64), generate
+
+
+@intrinsic
+def _find_marker(context: Any, source: Any, position: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors, kinds = _Vectors(builder), signature.args
+        first = _elements(context, builder, kinds[0], arguments[0], arguments[1])
+        following = builder.gep(first, [ir.Constant(ir.IntType(64), 1)])
+        before, after = (vectors.load(place, 8, SEARCHED_BYTES) for place in (first, following))
+        above = vectors.minus(after, vectors.constant(after, 0xD0))
+        is_marker = builder.icmp_unsigned("<=", above, vectors.constant(above, 0xD9 - 0xD0))
+        return vectors.first(
+            builder.and_(builder.icmp_unsigned("==", before, vectors.constant(before, 0xFF)), is_marker)
+        )
+
+    return types.int64(_uint8s, types.int64), generate
+
+
 to_samples: Any = _to_samples
 """(coefficients int16 [64], quantisation int16, place of its 64 factors, plane of samples, place in it, bytes of its rows): the 8 x 8
 samples of a block. Coefficients and factors lie row by row; the coefficients are 0 afterwards."""
@@ -245,3 +278,10 @@ VECTOR_PIXELS columns, times 4, and one on either side: 3/4 of the nearest colum
 
 to_rgb: Any = _to_rgb
 """(luma, place, chroma, place of the blue, of the red, target, place in it): VECTOR_PIXELS pixels, red, green, blue each."""
+
+copy_until_ff: Any = _copy_until_ff
+"""(source, position, target, place in it): SEARCHED_BYTES bytes copied; the number of them before the first 0xFF."""
+
+find_marker: Any = _find_marker
+"""(source, position): of the SEARCHED_BYTES places from here on, how many come before the first where a restart or end marker starts. One
+byte more is read."""

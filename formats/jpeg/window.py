@@ -1,12 +1,12 @@
 """Decoding the window of a JPEG that a crop needs, and little else, to the very pixels that libjpeg-turbo makes of it."""
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from stagein.formats.huge_pages import WorkMemory
 from stagein.formats.native_code import NativeKernel, frame_of
 
 from .header import BLOCK_PIXELS
@@ -31,26 +31,27 @@ _decode_window = NativeKernel(f"{__package__}.window_kernels", "decode_window")
 _MOST_SEGMENTS = 4096
 """Restart segments of a JPEG that is decoded here."""
 
-_LINES_BYTES = 128
-"""A pair of cache lines: processors fetch the other one as well."""
-
 
 class WindowDecoder:
-    """Decodes sequential JPEGs, grey or in colour. For one thread at a time: the next call overwrites the pixels."""
+    """Decodes sequential JPEGs, grey or in colour. For one thread at a time: the next call overwrites the pixels.
 
-    def __init__(self) -> None:
+    memory  what it works in; by default its own.
+    """
+
+    def __init__(self, memory: WorkMemory | None = None) -> None:
         self._is_ready = False
-        self._zigzag = _zeros_apart(np.uint8, BLOCK_COEFFICIENTS)
+        self._memory = memory = memory or WorkMemory()
+        self._zigzag = memory.zeros(np.uint8, BLOCK_COEFFICIENTS)
         self._zigzag[:] = _zigzag()
-        self._header = _zeros_apart(np.int64, HEADER_WORDS)
-        self._quantization = _zeros_apart(np.int16, MOST_TABLES * BLOCK_COEFFICIENTS)
-        self._look = _zeros_apart(np.int32, 2 * MOST_TABLES, 1 << LOOKED_UP_BITS)
-        self._limit, self._delta = (_zeros_apart(np.int32, 2 * MOST_TABLES, MAX_CODE_BITS + 1) for _ in range(2))
-        self._symbols = _zeros_apart(np.uint8, 2 * MOST_TABLES, TABLE_SYMBOLS)
-        self._segments = _zeros_apart(np.int64, _MOST_SEGMENTS)
-        self.block = _zeros_apart(np.int16, BLOCK_COEFFICIENTS)
-        self._plan = _zeros_apart(np.int64, MCU_BLOCKS, BLOCK_WORDS)
-        self._dc = _zeros_apart(np.int64, MOST_COMPONENTS)
+        self._header = memory.zeros(np.int64, HEADER_WORDS)
+        self._quantization = memory.zeros(np.int16, MOST_TABLES * BLOCK_COEFFICIENTS)
+        self._look = memory.zeros(np.int32, 2 * MOST_TABLES, 1 << LOOKED_UP_BITS)
+        self._limit, self._delta = (memory.zeros(np.int32, 2 * MOST_TABLES, MAX_CODE_BITS + 1) for _ in range(2))
+        self._symbols = memory.zeros(np.uint8, 2 * MOST_TABLES, TABLE_SYMBOLS)
+        self._segments = memory.zeros(np.int64, _MOST_SEGMENTS)
+        self.block = memory.zeros(np.int16, BLOCK_COEFFICIENTS)
+        self._plan = memory.zeros(np.int64, MCU_BLOCKS, BLOCK_WORDS)
+        self._dc = memory.zeros(np.int64, MOST_COMPONENTS)
         self._plain, self._planes, self._rows, self.pixels = (np.zeros(0, np.uint8) for _ in range(4))
         self._columns = np.zeros(0, np.uint16)
 
@@ -65,7 +66,7 @@ class WindowDecoder:
             return None
         self.reserve(len(record), width, height * width)
         self.block[:] = 0
-        arguments = (record, window, *self._memory())
+        arguments = (record, window, *self._arrays())
         self._is_ready = self._is_ready or _decode_window.is_ready(*arguments)
         if not self._is_ready or not _decode_window(*arguments):
             return None
@@ -74,18 +75,22 @@ class WindowDecoder:
     def reserve(self, nbytes: int, width: int, num_pixels: int) -> None:
         """Have memory for records of so many bytes, and windows of at most that width and number of pixels."""
         row_pixels = (width // MCU_PIXELS + 3) * MCU_PIXELS + 4 * VECTOR_PIXELS
-        self._plain = _at_least(self._plain, nbytes + PADDING_BYTES)
-        self._planes = _at_least(self._planes, 3 * BAND_ROWS * MCU_PIXELS * row_pixels)
-        self._rows = _at_least(self._rows, 2 * row_pixels)
-        self._columns = _at_least(self._columns, row_pixels)
-        self.pixels = _at_least(self.pixels, 3 * (num_pixels + VECTOR_PIXELS))
+        self._plain = self._at_least(self._plain, nbytes + PADDING_BYTES)
+        self._planes = self._at_least(self._planes, 3 * BAND_ROWS * MCU_PIXELS * row_pixels)
+        self._rows = self._at_least(self._rows, 2 * row_pixels)
+        self._columns = self._at_least(self._columns, row_pixels)
+        self.pixels = self._at_least(self.pixels, 3 * (num_pixels + VECTOR_PIXELS))
 
     def frame(self) -> NDArray[np.int64]:
         """What the machine code is called with, for records and windows that memory is reserved for: the first two words are the addresses
         of what says where these are. `block` must be 0; there is one result, whether `pixels` are there."""
-        return frame_of(0, 0, *self._memory())
+        return frame_of(0, 0, *self._arrays())
 
-    def _memory(self) -> tuple[NDArray[Any], ...]:
+    def _at_least(self, array: NDArray[Any], count: int) -> NDArray[Any]:
+        """This one, or a new one, where it has fewer elements than `count`."""
+        return array if len(array) >= count else self._memory.zeros(array.dtype, count)
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
         tables = (self._quantization, self._look, self._limit, self._delta, self._symbols, self._plain, self._segments)
         work = (self.block, self._plan, self._dc, self._planes, self._columns, self._rows, self.pixels)
         return (self._zigzag, self._header, *tables, *work)
@@ -98,21 +103,7 @@ def decode_entry() -> int | None:
 
 @functools.cache
 def _some_arguments() -> tuple[NDArray[Any], ...]:
-    return np.zeros(1, np.uint8), np.zeros(4, np.int64), *WindowDecoder()._memory()
-
-
-def _at_least(memory: NDArray[Any], count: int) -> NDArray[Any]:
-    """This memory, or more, where it has fewer elements than `count`."""
-    return memory if len(memory) >= count else _zeros_apart(memory.dtype, count)
-
-
-def _zeros_apart(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
-    """Zeros in cache lines that they share with nothing. What a thread writes for every block, beside what another reads for every
-    coefficient, is fetched from its core again and again: by chance of where memory was, that made decoding 10 % slower."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(nbytes + 2 * _LINES_BYTES, np.uint8)
-    start = -memory.__array_interface__["data"][0] % _LINES_BYTES
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    return np.zeros(1, np.uint8), np.zeros(4, np.int64), *WindowDecoder()._arrays()
 
 
 def _zigzag() -> NDArray[np.uint8]:
