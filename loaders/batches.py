@@ -1,8 +1,10 @@
 """From sample ids to what a graph is fed: the part of loading that the reader threads do."""
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,17 +32,50 @@ _STAND_IN = np.zeros(1, dtype=np.int64)
 """Read in place of an empty batch; its row is not delivered."""
 
 
+class SharedPlan:
+    """The plan of several batches, made when the first of them is read.
+
+    When a batch is planned, nothing of what that takes is in the caches any more: for eight at once it takes hardly longer than for one.
+    """
+
+    def __init__(self, ids: NDArray[np.int64]) -> None:
+        self._ids, self._lock = ids, threading.Lock()
+        self._plan: HostPlan | None = None
+
+    def of(self, rows: slice, plan: Callable[[NDArray[np.int64]], HostPlan]) -> HostPlan:
+        """That of some of the samples; `plan` makes one of all."""
+        with self._lock:
+            if self._plan is None:
+                self._plan = plan(self._ids)
+        fed, ready = self._plan.fed, self._plan.ready
+        return HostPlan(*({name: value[rows] for name, value in columns.items()} for columns in (fed, ready)))
+
+
 @dataclass(frozen=True)
 class BatchTask:
-    """Batch number `number` of an epoch, as this rank has to read it."""
+    """Batch number `number` of an epoch, as this rank has to read it.
+
+    plan, place_in_plan  shared with batches that come before and after it; None: it is planned alone.
+    """
 
     epoch: int
     number: int
     rows: RankBatch
+    plan: SharedPlan | None = None
+    place_in_plan: int = 0
 
     @property
     def place(self) -> str:
         return f"epoch {self.epoch}, batch {self.number}"
+
+
+def tasks_planned_together(steps: Sequence[tuple[int, int, RankBatch]]) -> Iterator[BatchTask]:
+    """The tasks of some batches, each given as (epoch, number, rows)."""
+    plan = SharedPlan(np.concatenate([rows.ids for _, _, rows in steps]))
+    place = 0
+    for epoch, number, rows in steps:
+        yield BatchTask(epoch, number, rows, plan, place)
+        place += len(rows.ids)
 
 
 @dataclass(frozen=True)
@@ -128,9 +163,15 @@ class BatchReader:
         Of seekable JPEGs only the rows that a ready graph will look at are read, once there are kernels for that.
         """
         records, graph = self.dataset.records, self.graph
-        others = [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
-        columns = {name: self.dataset.rows(name, ids) for name in [*records.columns, *others]}
-        plan = graph.plan(SampleBatch(self.seed, task.epoch, ids, records.schema, columns))
+        primary, kind = records.schema.primary, records.schema.primary_field.kind
+        ragged: Columns = {}
+        if self._plans_together and task.plan is not None and ids is task.rows.ids:
+            rows = slice(task.place_in_plan, task.place_in_plan + len(ids))
+            plan = task.plan.of(rows, lambda ids: self._plan(task, ids, ragged))
+        else:
+            if kind == "ragged":  # how large they are is known only once they are read
+                ragged[primary] = self.dataset.rows(primary, ids)
+            plan = self._plan(task, ids, ragged)
         reads_windows = len(ids) > 0 and records.is_seekable and not records.windows_are_awaited()
         if reads_windows and isinstance(graph, ImageGraph):
             cut = records.read_windows(ids, graph.views(plan.fed).windows, self._memory)
@@ -140,15 +181,33 @@ class BatchReader:
             stored = records.read_records(ids)  # type: ignore[arg-type]
             blocks = graph.block_table(stored, lambda row: self.dataset.place(int(ids[row])))
             return stored, replace(plan, fed={**plan.fed, **blocks})
-        kind = records.schema.primary_field.kind
         if kind == "tensor":
-            return records.readers[records.schema.primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
+            return records.readers[primary].read_tensors(ids, decode_nanoseconds=clock.nanoseconds), plan
         if kind == "ragged":
-            return self.dataset.rows(records.schema.primary, ids), plan
+            return ragged[primary], plan
         if self.may_locate() and (located := records.locate(ids)) is not None:
             return located, plan
         memory = self._memory(int(records.index.nbytes[ids].sum()))
         return records.read_packed(ids, memoryview(memory)), plan
+
+    def _plan(self, task: BatchTask, ids: NDArray[np.int64], ragged: Columns) -> HostPlan:
+        """The plan of samples of the epoch of this task, made of the small fields, the large ones beside the primary, and that itself
+        where it is `ragged`."""
+        names = [*self.dataset.records.columns, *self._others]
+        columns = {name: self.dataset.rows(name, ids) for name in names} | ragged
+        return self.graph.plan(SampleBatch(self.seed, task.epoch, ids, self.dataset.records.schema, columns))
+
+    @cached_property
+    def _plans_together(self) -> bool:
+        """Whether the rows of a plan are those of its samples, whichever are planned with them, and nothing large is read for it."""
+        is_encoded = self.dataset.records.schema.primary_field.kind == "encoded"
+        return is_encoded and isinstance(self.graph, ImageGraph) and not self._others
+
+    @cached_property
+    def _others(self) -> list[str]:
+        """Large fields beside the primary one."""
+        records = self.dataset.records
+        return [name for name in self.dataset.fields if name in records.readers and name != records.schema.primary]
 
     def _memory(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory that is used for batch after batch."""

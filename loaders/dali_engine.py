@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -27,6 +28,10 @@ class DaliEngine:
         self._dataset, self._graph, self._options = dataset, graph, options
         self._reader = BatchReader(dataset, graph, seed, on_failure, read_for_empty=True)
         self._idle_pipeline: GraphPipeline | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what runs: a loader can be sent to another process."""
+        return {**vars(self), "_idle_pipeline": None}
 
     @property
     def delivers_on(self) -> torch.device:

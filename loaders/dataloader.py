@@ -99,8 +99,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     Over a RecordDataset without `generator`, and over any map-style data set that is divided, the order is that of
     `order.py`: the same global batches whatever the number of ranks, each sample once an epoch, equally many steps on
     every rank. Else it is torch's, index by index. `iter()` is a new epoch. `collate_fn` gets samples as the data set has
-    them, or what the transform makes of them: after a graph, rows of its batch. `persistent_workers` keeps threads, or the
-    DALI pipeline, between epochs. Raises UsageError for what cannot be honoured, and ValueError where torch does.
+    them, or what the transform makes of them: after a graph, rows of its batch. `persistent_workers` keeps threads and the
+    DALI pipeline between epochs; over a RecordDataset in the order of `order.py` they go on with the next epoch, whose first
+    batches so are there when they are asked for. Raises UsageError for what cannot be honoured, and ValueError where torch does.
     """
 
     def __init__(
@@ -408,6 +409,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             replacement=self._replacement,
             listed_fields=self.dataset.listed_fields,
             pin_memory=self._pins and self._delivery.type == "cpu",
+            persistent=self.persistent_workers,
         )
 
     def _torchs_loader(

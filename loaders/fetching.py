@@ -20,6 +20,7 @@ from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
 from .collate import tensor_bytes
 from .deliveries import Delivery, Failure
+from .reading import join_others
 from .sampler import Step
 from .stats import PhaseTimes, SharedTimes
 from .worker_info import ThreadInfo, initialise_thread, introduce_thread
@@ -176,9 +177,8 @@ class WorkerThreads:
             self._queue.put(None)
         while self._threads:
             thread = self._threads.pop()
-            # When the interpreter ends, threads stand still for good; and a collector may run in any of them.
-            if not sys.is_finalizing() and thread is not threading.current_thread():
-                thread.join(join_seconds)
+            if not sys.is_finalizing():  # threads stand still for good by then
+                join_others([thread], join_seconds)
 
     def __del__(self) -> None:
         self.close()

@@ -31,7 +31,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """What the host knows of a batch before its records are read: who is in it, what a record holds, and their small fields."""
+    """What the host knows of a batch before its records are read: who is in it, what a record holds, and their small fields;
+    also other fields that were asked for, and records of which only that says how large they are (`ragged`)."""
 
     seed: int
     epoch: int

@@ -18,6 +18,7 @@ from .buffer_ring import BufferRing
 from .dataset import RecordDataset
 from .engine import CPU, Delivered, EngineOptions, OnFailure
 from .graphs import ImageGraph
+from .reading import join_others
 from .row_maker import BatchInWork, RowMaker, RowMakers
 
 _BATCHES_AHEAD = 2
@@ -130,8 +131,7 @@ class _RowThreads:
         """End the threads, once they are done with what was begun."""
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        join_others(self._threads)
 
 
 def _make_rows(maker: RowMaker, queue: "SimpleQueue[BatchInWork | None]") -> None:

@@ -70,6 +70,8 @@ class IterableOrder:
 class IterableEpoch:
     """See `sampler.Epoch`: of its steps only the numbers are known."""
 
+    num_steps = None
+
     def __init__(self, order: IterableOrder, number: int, delivered_batches: int = 0) -> None:
         self.number, self.delivered_batches = number, delivered_batches
         self.state: Any = None
@@ -81,6 +83,9 @@ class IterableEpoch:
         while True:
             yield Step(self.number, number, None, 0)
             number += 1
+
+    def following(self) -> None:
+        """What it will be is the data set's to say when it begins."""
 
     def delivered(self, step: Step) -> None:
         self.delivered_batches = step.number + 1

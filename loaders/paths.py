@@ -5,25 +5,23 @@ SamplePath  any map-style data set, sample by sample, in the caller or in thread
 TorchPath   torch's own iterator: worker processes where multiprocessing_context asks for them, IterableDatasets
 """
 
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
 from stagein.formats.errors import UsageError
 
 from .bad_records import Replacement
-from .batches import BatchTask
 from .collate import rows_as_samples
 from .deliveries import Deliveries, Delivery, Passed
 from .fastpath import FastPath
 from .fetching import CallerFetcher, FedSteps, FetchSamples, ThreadFetcher, TimedFetch, TorchFetcher, WorkerThreads
-from .order import RankBatch
+from .record_stream import RecordStream
 from .sampler import Epoch, Step
 from .stats import LoaderStats, SharedTimes
 
@@ -133,6 +131,7 @@ class RecordPath:
     replacement  knows which records are bad; None: bad records are errors.
     listed_fields  fields that may come as a list, one entry a sample, without a collate_fn.
     pin_memory  deliver in page-locked memory; what the engine put there stays where it is.
+    persistent  when an epoch is over, go on with the one after it, before anybody asks for that.
     """
 
     fast_path: FastPath
@@ -143,6 +142,9 @@ class RecordPath:
     replacement: Replacement | None
     listed_fields: frozenset[str]
     pin_memory: bool
+    persistent: bool
+    _stream: RecordStream | None = field(default=None, init=False)
+    """Of the epoch after the last one."""
 
     @property
     def stats(self) -> LoaderStats:
@@ -157,38 +159,51 @@ class RecordPath:
         return self.fast_path.description
 
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
-        return _RecordDeliveries(self, epoch.steps())
+        stream, self._stream = self._stream, None
+        if stream is None or not stream.turn_to(epoch):
+            if stream is not None:
+                stream.close()
+            stream = RecordStream(
+                self.fast_path.run, epoch, self.replacement, batched=self.batched, goes_on=self.persistent
+            )
+        return _RecordDeliveries(self, stream)
+
+    def keep(self, stream: RecordStream | None) -> None:
+        """Have this stream for the next epoch, in place of any other."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = stream
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is under way: a loader can be sent to another process."""
+        return {**vars(self), "_stream": None}
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # threads stand still for good by then
+            self.keep(None)
 
 
 class _RecordDeliveries:
-    def __init__(self, path: RecordPath, steps: Iterator[Step]) -> None:
-        self._path, self._steps = path, steps
-        self._taken: deque[Step] = deque()
-        self._batches = path.fast_path.run(self._tasks())
+    def __init__(self, path: RecordPath, stream: RecordStream) -> None:
+        self._path, self._stream = path, stream
 
     @property
     def next_is_ready(self) -> bool:
-        return self._batches.next_is_ready
+        return self._stream.next_is_ready
 
     def __iter__(self) -> Iterator[Delivery]:
         return self
 
     def __next__(self) -> Delivery:
-        _, batch = next(self._batches)
-        step = self._taken.popleft()
+        step, batch = next(self._stream)
         collated = self._collated(step, batch)
         return step, pin_structure(collated) if self._path.pin_memory else collated  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        self._batches.close()
-
-    def _tasks(self) -> Iterator[BatchTask]:
-        for step in self._steps:
-            ids = np.asarray(step.indices if self._path.batched else [step.indices], dtype=np.int64)
-            self._taken.append(step)
-            if self._path.replacement is not None:
-                ids = self._path.replacement.good(ids)
-            yield BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
+        if self._stream.is_at_end:
+            self._path.keep(self._stream)
+        else:
+            self._stream.close()
 
     def _collated(self, step: Step, batch: dict[str, Any]) -> Any:
         path = self._path

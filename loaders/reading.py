@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
@@ -22,14 +22,24 @@ class TaskTimeoutError(Exception):
         self.task = task
 
 
+def join_others(threads: Iterable[threading.Thread], timeout_s: float | None = None) -> None:
+    """Wait for the end of threads, so long for each, but not for the one that this is called in: a collector of garbage may run in any."""
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout_s)
+
+
 class ReadAhead(Generic[Task, Result]):
     """An iterator over `work(task)` for every task, in order, computed ahead by threads, or in the caller when there are none.
 
     num_threads  threads that work; 0: none, `work` runs in the caller's thread.
-    num_ahead    tasks handed out at a time.
+    num_ahead    tasks that are handed out before their results are taken, at most.
     timeout_s    seconds to wait for a result (0: for ever), then TaskTimeoutError is raised; it needs threads.
 
-    An exception of `work` is raised when its result is due. Tasks are taken in the caller's thread. After `close()`, or
+    Tasks are taken in the caller's thread, several in a row: what makes them stays in the caches meanwhile. New ones are
+    handed out once half of those ahead are taken, or sooner, so that every thread has one.
+
+    An exception of `work` is raised when its result is due. After `close()`, or
     when the iterator is dropped, the threads end as soon as their current task does. They are daemons: a read that
     hangs in a dead file system does not keep the interpreter from exiting.
     """
@@ -45,6 +55,8 @@ class ReadAhead(Generic[Task, Result]):
         self._tasks = tasks
         self._work = work
         self._num_ahead = max(1, num_ahead)
+        self._num_at_least = min(self._num_ahead - 1, max(num_threads, self._num_ahead // 2))
+        """With more tasks than these handed out, no new ones are."""
         self._timeout_s = timeout_s or None
         self.is_hanging = False
         """Whether a thread did not come back within the limit: it may never do so."""
@@ -102,11 +114,12 @@ class ReadAhead(Generic[Task, Result]):
                 self._queue.get_nowait()
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
-            thread.join(0.0 if self.is_hanging else None)
+        join_others(self._threads, 0.0 if self.is_hanging else None)
         self._threads.clear()
 
     def _hand_out(self) -> None:
+        if len(self._pending) > self._num_at_least:
+            return
         while len(self._pending) < self._num_ahead:
             try:
                 task = next(self._tasks)

@@ -36,8 +36,15 @@ class Epoch(Protocol):
 
     number: int
 
+    @property
+    def num_steps(self) -> int | None:
+        """How many there are (still) to load; None where only a sampler knows."""
+
     def steps(self) -> Iterator[Step]:
         """What there is (still) to load."""
+
+    def following(self) -> "OwnEpoch | None":
+        """The epoch after this one, should that be known already: None where a sampler has its say first."""
 
     def delivered(self, step: Step) -> None:
         """Count a step as delivered to the user."""
@@ -167,7 +174,7 @@ class OwnOrder:
 
 
 class OwnEpoch:
-    """See `Epoch`."""
+    """See `Epoch`. Those that start alike are equal."""
 
     def __init__(self, own: OwnOrder, progress: Progress) -> None:
         self.number = progress.epoch
@@ -179,6 +186,17 @@ class OwnEpoch:
         for number, batch in enumerate(self._own.order.batches(self._start), start=self._first_step):
             ids = batch.ids.tolist()
             yield Step(self.number, number, ids if self._own.batched else ids[0], batch.num_valid)
+
+    @property
+    def num_steps(self) -> int:
+        order = self._own.order
+        return num_steps(order.samples - self._start.samples, order.global_batch, order.tail)
+
+    def following(self) -> "OwnEpoch":
+        return OwnEpoch(self._own, Progress(self.number + 1))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OwnEpoch) and (self._own, self._start) == (other._own, other._start)
 
     def delivered(self, step: Step) -> None:
         order = self._own.order

@@ -185,6 +185,8 @@ class SamplerOrder:
 class SamplerEpoch:
     """See `sampler.Epoch`."""
 
+    num_steps = None
+
     def __init__(self, order: SamplerOrder, number: int, delivered_batches: int = 0) -> None:
         self.number, self.delivered_batches = number, delivered_batches
         self.origin: dict[str, Any] = {}
@@ -206,6 +208,9 @@ class SamplerEpoch:
             # A sampler may reuse its list for the next batch, while a thread still works on this one.
             indices = list(indices) if order.batched else indices
             yield Step(self.number, number, indices, len(indices) if order.batched else 1, order.sampler_state())
+
+    def following(self) -> None:
+        """What it will be is the sampler's to say when it begins."""
 
     def delivered(self, step: Step) -> None:
         self.delivered_batches = max(self.delivered_batches, step.number + 1)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from stagein.formats.errors import StageinError
+from stagein.formats.record_reader import RecordReader
 
 from .batches import BatchTask, HostBatch, RowFailure
 from .buffer_ring import BufferRing
@@ -31,18 +32,22 @@ class TensorEngine:
 
     def __init__(self, dataset: RecordDataset, options: EngineOptions, on_failure: OnFailure) -> None:
         self._dataset, self._options, self._on_failure = dataset, options, on_failure
-        self._readers = {name: reader for name, reader in dataset.records.readers.items() if name in dataset.fields}
         self._ring = BufferRing(_MAX_IDLE_BATCHES * max(1, len(self._readers)), pinned=options.pin_memory)
 
     @property
     def description(self) -> str:
         return "records read straight into the batch"
 
+    @property
+    def _readers(self) -> dict[str, RecordReader]:
+        """Not kept: a loader can be sent to another process, where its data set opens other ones."""
+        return {name: reader for name, reader in self._dataset.records.readers.items() if name in self._dataset.fields}
+
     def load(self, task: BatchTask) -> HostBatch:
         started = time.perf_counter()
-        ids = task.rows.ids
+        ids, readers = task.rows.ids, self._readers
         large = {}
-        for name, reader in self._readers.items():
+        for name, reader in readers.items():
             large[name] = self._ring.take((len(ids), *reader.field.fixed_shape), reader.field.stored_dtype)
         clock = DecodeClock()
         ids = self._fill(task, large, clock)
@@ -51,8 +56,8 @@ class TensorEngine:
             name: typed(fields[name], large[name]) if name in large else self._dataset.rows(name, ids)
             for name in self._dataset.fields
         }
-        num_bytes = sum(int(reader.index.nbytes[ids].sum()) for reader in self._readers.values())
-        num_decompressed = sum(large[name].nbytes for name, reader in self._readers.items() if reader.field.codec)
+        num_bytes = sum(int(reader.index.nbytes[ids].sum()) for reader in readers.values())
+        num_decompressed = sum(large[name].nbytes for name, reader in readers.items() if reader.field.codec)
         times = clock.times(time.perf_counter() - started, num_bytes, num_decompressed)
         return HostBatch(task, ids, {}, ready, len(ids), times)
 

@@ -36,7 +36,7 @@ MIN_PSNR = 35.0
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Images plain and seekable, pairs of an image and its mask, volumes."""
+    """Images plain and seekable, pairs of an image and its mask, volumes with masks."""
     root = tmp_path_factory.mktemp("graphs")
     (root / "images" / "all").mkdir(parents=True)
     for number, size in enumerate(SIZES):
@@ -54,11 +54,15 @@ def root(tmp_path_factory) -> Path:
             Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width), np.uint8)).save(file, "png")
             image = pillow_jpeg(picture(height, width, seed=number), quality=92)
             writer.write({"image": image, "mask": file.getvalue(), "hw": [height, width]})
-    volume = Field(kind="tensor", dtype="int16", shape=(2, 12, 14, 16))
-    with Writer(root / "volumes.st", Schema(fields={"volume": volume}), shard_bytes=1 << 20) as writer:
+    volumes = {
+        "volume": Field(kind="tensor", dtype="int16", shape=(2, 12, 14, 16)),
+        "mask": Field(kind="tensor", dtype="uint8", shape=(12, 14, 16)),
+    }
+    with Writer(root / "volumes.st", Schema(fields=volumes), shard_bytes=1 << 20) as writer:
         for number in range(len(SIZES)):
+            numbers = np.random.default_rng(number)
             writer.write(
-                {"volume": np.random.default_rng(number).integers(-90, 90, volume.fixed_shape).astype("int16")}
+                {name: numbers.integers(-90, 90, each.fixed_shape).astype(each.dtype) for name, each in volumes.items()}
             )
     return root
 
@@ -73,6 +77,8 @@ GRAPHS = {
     "segmentation, eval": ("pairs.st", segmentation_eval(56, resize=64, **PLAIN)),
     "volume, train": ("volumes.st", volume_train((5, 14, 9), **STATISTICS)),
     "volume, eval": ("volumes.st", volume_eval((5, 14, 9), **STATISTICS)),
+    "volume and mask, train": ("volumes.st", volume_train((5, 14, 9), **STATISTICS, mask="mask")),
+    "volume and mask, eval": ("volumes.st", volume_eval((5, 14, 9), **STATISTICS, mask="mask")),
 }
 
 

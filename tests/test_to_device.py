@@ -211,6 +211,26 @@ def test_records_read_ahead_are_ready_when_the_next_one_is_read():
     behind.close()
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "num_ahead", "handed_out"),
+    [
+        (1, 4, [4, 6, 6, 8, 8, 10, 10]),
+        (2, 4, [4, 6, 6, 8, 8, 10, 10]),
+        (3, 4, [5, 6, 7, 8, 9, 10, 10]),  # or a thread would be without a task
+        (1, 2, [3, 4, 5, 6, 7, 8, 9]),
+        (1, 1, [2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_tasks_are_handed_out_together_as_long_as_each_thread_has_one(num_threads, num_ahead, handed_out):
+    taken: list[int] = []
+    reads = ReadAhead((taken.append(task) or task for task in range(10)), abs, num_threads, num_ahead)
+    for result, num_taken in enumerate(handed_out):
+        assert next(reads) == result
+        assert len(taken) == num_taken
+    assert list(reads) == [7, 8, 9]
+    reads.close()
+
+
 @pytest.mark.parametrize("dataset", ["records", "others"])
 def test_what_the_caller_makes_is_never_ready(dataset, records):
     batches = iter(DataLoader(records if dataset == "records" else Numbers(), 1))

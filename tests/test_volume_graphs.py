@@ -1,4 +1,4 @@
-"""Crops, flips and normalised values of volumes are those of plain numpy, for the same numbers of Philox."""
+"""Crops, flips and normalised values of volumes, and their masks, are those of plain numpy, for the same numbers of Philox."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stagein.formats import Field, Schema, Writer
 from stagein.formats.codecs import Codec
-from stagein.formats.errors import UsageError
+from stagein.formats.errors import SourceError, UsageError
 from stagein.loaders import DataLoader, RecordDataset, volume_eval, volume_train
 from stagein.loaders.augment import random_axis_flips, random_starts, volume_uniforms
 
@@ -32,16 +32,21 @@ def written(path: Path, shape: tuple[int, ...], dtype: str, codec: str | None = 
     return RecordDataset(path, staged=None)
 
 
-def seen(values: NDArray[np.generic], start, crop, flips, channels: str) -> NDArray[np.float32]:
-    """What a volume looks like: cropped, flipped, normalised, by numpy."""
+def cropped(values: NDArray[np.generic], start, crop, flips, channels: str | None) -> NDArray[np.generic]:
+    """A window of a volume, or a mask, reversed along some axes, by numpy."""
     first = 1 if channels == "first" else 0
     window = [slice(None)] * values.ndim
     for axis, (begin, extent) in enumerate(zip(start, crop, strict=True)):
         window[first + axis] = slice(begin, begin + extent)
-    flipped = np.flip(values[tuple(window)], [first + axis for axis, flip in enumerate(flips) if flip])
+    return np.flip(values[tuple(window)], [first + axis for axis, flip in enumerate(flips) if flip])
+
+
+def seen(values: NDArray[np.generic], start, crop, flips, channels: str) -> NDArray[np.float32]:
+    """What a volume looks like: cropped, flipped, normalised, by numpy."""
     shape = [1] * values.ndim
     shape[0 if channels == "first" else -1] = 2
-    return (flipped.astype(np.float32) - np.reshape(MEAN, shape)) / np.reshape(STD, shape)
+    window = cropped(values, start, crop, flips, channels)
+    return (window.astype(np.float32) - np.reshape(MEAN, shape)) / np.reshape(STD, shape)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,115 @@ def test_volumes_that_differ_in_shape_are_cropped_to_one(tmp_path, channels):
     too_large = volume_train((14, 9, 9), mean=MEAN, std=STD, channels=channels)
     with pytest.raises(UsageError, match="a crop of 14 x 9 x 9 does not lie in 'volume' of record 0, of"):
         next(iter(DataLoader(dataset, 3, device="cpu", transform=too_large)))
+
+
+def with_masks(path: Path, shapes, mask_shapes, dtype: str = "uint8") -> RecordDataset:
+    """Volumes of float32, of these shapes, with masks of class numbers."""
+    with Writer(path, shard_bytes=64 << 10) as writer:
+        for number, (shape, mask_shape) in enumerate(zip(shapes, mask_shapes, strict=True)):
+            mask = np.random.default_rng(50 + number).integers(0, 2, mask_shape).astype(dtype)
+            writer.write({"volume": volume(number, shape, "float32"), "mask": mask})
+    return RecordDataset(path, staged=None)
+
+
+ALIKE, OF_ANY_DEPTH, OF_ANY_SHAPE = (
+    [(12, 14, 16)] * RECORDS,
+    [(12 + record % 3, 14, 16) for record in range(RECORDS)],
+    [(12 + record % 3, 14 + record % 2, 16) for record in range(RECORDS)],
+)
+
+
+@pytest.mark.parametrize(
+    ("extents", "channels", "mask_channels", "dtype"),
+    [
+        (ALIKE, "first", "first", "uint8"),
+        (ALIKE, "last", None, "float32"),
+        (ALIKE, None, None, "bool"),
+        ([(40, 50)] * RECORDS, "last", None, "int64"),
+        ([(40, 50)] * RECORDS, None, None, "uint16"),
+        (OF_ANY_DEPTH, "last", "last", "int16"),
+        (OF_ANY_DEPTH, None, None, "uint8"),
+        (OF_ANY_DEPTH, "first", None, "int8"),
+        (OF_ANY_SHAPE, "first", "first", "uint8"),
+        (OF_ANY_SHAPE, "last", None, "int32"),
+        (OF_ANY_SHAPE, None, None, "bool"),
+    ],
+)
+@pytest.mark.parametrize("is_random", [True, False])
+def test_masks_have_the_window_and_the_reversals_of_their_volumes(
+    tmp_path, extents, channels, mask_channels, dtype, is_random
+):
+    shapes, mask_shapes = (
+        [{"first": (number, *each), "last": (*each, number), None: each}[of] for each in extents]
+        for of, number in ((channels, 2), (mask_channels, 1))
+    )
+    dataset, crop = with_masks(tmp_path / "v.st", shapes, mask_shapes, dtype), (9, 13, 7)[: len(extents[0])]
+    chosen = {"mean": MEAN, "std": STD} if channels else {"mean": MEAN[:1], "std": STD[:1]}
+    graph = (volume_train if is_random else volume_eval)(crop, **chosen, channels=channels, mask="mask")
+    uniforms = volume_uniforms(4, 0, np.arange(RECORDS))
+    starts, flips = random_starts(uniforms, extents, crop), random_axis_flips(uniforms, [0.5] * len(crop))
+    if not is_random:
+        starts, flips = np.subtract(extents, crop) // 2, np.zeros_like(flips)
+    row = 0
+    for batch in DataLoader(dataset, 3, device="cpu", seed=4, num_workers=2, transform=graph):
+        assert batch.keys() == {"volume", "mask"}
+        assert batch["mask"].dtype == getattr(torch, "uint8" if dtype == "bool" else dtype)
+        for image, mask in zip(batch["volume"], batch["mask"], strict=True):
+            whole = dataset[row]
+            window = cropped(whole["volume"], starts[row], crop, flips[row], channels)
+            if channels:
+                window = seen(whole["volume"], starts[row], crop, flips[row], channels)
+            else:
+                window = (window - np.float32(MEAN[0])) / np.float32(STD[0])
+            np.testing.assert_allclose(image, window, rtol=1e-5, atol=1e-5)
+            assert np.array_equal(mask, cropped(whole["mask"], starts[row], crop, flips[row], mask_channels))
+            row += 1
+    assert row == RECORDS
+
+
+def test_a_mask_of_another_size_than_its_volume_is_a_bad_record(tmp_path):
+    shapes = [(1, *each) for each in OF_ANY_SHAPE]
+    odd = (1, *reversed(OF_ANY_SHAPE[5]))
+    dataset = with_masks(tmp_path / "v.st", shapes, [*shapes[:5], odd, *shapes[6:]])
+    graph = volume_train((4, 5, 6), mean=[0], std=[1], mask="mask")
+    with pytest.raises(SourceError, match="'mask' of record 5 is 16 x 15 x 14, but 'volume' is 14 x 15 x 16"):
+        list(DataLoader(dataset, 4, device="cpu", transform=graph))
+    with pytest.warns(RuntimeWarning, match="'mask' of record 5"):
+        batches = list(DataLoader(dataset, 4, device="cpu", transform=graph, on_error="replace"))
+    assert [len(batch["mask"]) for batch in batches] == [4, 4]
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    schema = Schema(
+        fields={
+            "volume": Field(kind="tensor", dtype="float32", shape=(1, 9, 9, 9)),
+            "flat": Field(kind="tensor", dtype="uint8", shape=(9, 9)),
+            "phase": Field(kind="tensor", dtype="complex64", shape=(9, 9, 9)),
+            "mask": Field(kind="tensor", dtype="uint8", shape=(1, 9, 9, 9)),
+        },
+        primary="volume",
+    )
+    with Writer(tmp_path / "v.st", schema) as writer:
+        for _ in range(2):
+            writer.write({name: np.zeros(field.shape, field.dtype) for name, field in schema.fields.items()})
+
+    def load(mask: str, field: str = "volume", fields: list[str] | None = None) -> None:
+        dataset = RecordDataset(tmp_path / "v.st", staged=None, fields=fields)
+        graph = volume_train((4, 4, 4), mean=[0], std=[1], field=field, mask=mask)
+        next(iter(DataLoader(dataset, 2, device="cpu", transform=graph)))
+
+    with pytest.raises(UsageError, match="'flat' of 9 x 9 is no mask of 'volume': it has other axes"):
+        load("flat")
+    with pytest.raises(UsageError, match="takes tensors of whole or real numbers, and 'phase' is"):
+        load("phase")
+    with pytest.raises(UsageError, match="needs the field 'seen'"):
+        load("seen")
+    with pytest.raises(UsageError, match="needs the field 'mask': name it in the data set's fields="):
+        load("mask", fields=["volume"])
+    with pytest.raises(UsageError, match="the mask 'volume' is the primary field"):
+        load("volume", field="mask")
+    with pytest.raises(UsageError, match="'volume' cannot be the volume and its mask"):
+        load("volume")
 
 
 def test_volumes_of_any_number_of_channels_are_refused(tmp_path):
