@@ -104,6 +104,28 @@ def test_extract_gives_every_field_back_as_a_file(path: Path, tmp_path: Path) ->
     assert sorted(map(str, to.iterdir())) == sorted(result.stdout.splitlines()[:-1])
 
 
+@pytest.mark.parametrize(("dtype", "odd"), [("float32", np.nan), ("float64", -np.inf), ("bfloat16", np.nan)])
+def test_extract_writes_no_numbers_into_json_that_json_has_not(dtype: str, odd: float, tmp_path: Path) -> None:
+    schema = Schema(
+        fields={
+            "volume": Field(kind="tensor", dtype="uint8", shape=(9, 9, 9)),
+            "target": Field(kind="tensor", dtype=dtype, shape=(2,)),
+            "is_good": Field(kind="tensor", dtype="bool"),
+        }
+    )
+    with Writer(tmp_path / "x.st", schema) as writer:
+        for value in (1.0, odd):
+            target = np.array([0.5, value], getattr(ml_dtypes, dtype, dtype))
+            writer.write({"volume": np.zeros((9, 9, 9), np.uint8), "target": target, "is_good": True})
+    of_json = []
+    for number in range(2):
+        result = run("extract", tmp_path / "x.st", number, "--to", tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        of_json.append(json.loads((tmp_path / "out" / f"record-{number:08d}.json").read_text()))
+    assert of_json == [{"target": [0.5, 1.0], "is_good": True}, {"is_good": True}]
+    assert np.array_equal(np.load(tmp_path / "out" / "target-00000001.npy"), [0.5, odd], equal_nan=True)
+
+
 def test_extract_gives_the_image_back(jpeg_dataset_path: Path, jpeg_folder: Path, tmp_path: Path) -> None:
     result = run("extract", jpeg_dataset_path, 17, "--to", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -23,7 +23,8 @@ def run(path: Path, record: int, to: Path) -> None:
     """Write every field of record number `record` of the data set at `path` into the folder `to`. Raises StageinError.
 
     FIELD-RECORD.SUFFIX: what is encoded as the file it was, text as .txt, arrays as .npy; the small fields of a fixed shape
-    together in record-RECORD.json. bfloat16, which .npy has not, becomes float32.
+    together in record-RECORD.json, but for what JSON cannot say (NaN, infinity, complex). bfloat16, which .npy has not, becomes
+    float32.
     """
     dataset = Dataset(path)
     if not 0 <= record < len(dataset):
@@ -33,13 +34,14 @@ def run(path: Path, record: int, to: Path) -> None:
     small: dict[str, object] = {}
     for name, value in dataset[record].items():
         field = dataset.fields[name]
-        if name in dataset.columns and value.dtype.kind != "c":
-            small[name] = _numbers(field, value).tolist()
+        if name in dataset.columns and _fits_json(numbers := _numbers(field, value)):
+            small[name] = numbers.tolist()
         else:
             _write(to / f"{name}-{record:08d}{_suffix(field, value)}", field, value)
     target = to / f"record-{record:08d}.json"
-    _publish(target, json.dumps(small).encode() + b"\n")
-    say(json.dumps(small))
+    line = json.dumps(small, allow_nan=False)
+    _publish(target, line.encode() + b"\n")
+    say(line)
 
 
 def _write(target: Path, field: Field, value: Any) -> None:
@@ -62,6 +64,10 @@ def _publish(target: Path, content: bytes | NDArray[Any]) -> None:
     except OSError as error:
         raise destination_error(error, "writing", target) from None
     say(str(target))
+
+
+def _fits_json(numbers: NDArray[Any]) -> bool:
+    return numbers.dtype.kind != "c" and bool(np.isfinite(numbers).all())
 
 
 def _numbers(field: Field, value: NDArray[Any]) -> NDArray[Any]:

@@ -169,6 +169,7 @@ def _train_loader(
         batch_size=batch_size,
         shuffle=True,
         num_workers=data.workers,
+        persistent_workers=data.workers > 0,
         transform=image_train(size=data.image_size, area=data.crop_area),
         seed=data.seed,
         distributed=(world.rank, world.size),
