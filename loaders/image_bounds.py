@@ -20,6 +20,9 @@ from .engine import CPU, Batch
 from .graphs import Nodes
 from .image_peers import ImageWork, dali_image
 
+_BATCHES_AHEAD = 4
+"""As many as the peers have, with two workers of two each."""
+
 
 def stagein_loader(work: ImageWork, dataset: Path) -> Iterator[Batch]:
     """Our loader with the ready graph: on the CPU, our own engine."""
@@ -42,6 +45,7 @@ def _loader(work: ImageWork, dataset: Path, transform: Any) -> Iterator[Batch]:
         shuffle=work.is_shuffled,
         drop_last=True,
         num_workers=1,
+        prefetch_factor=_BATCHES_AHEAD,
         persistent_workers=True,
         transform=transform,
         device="cpu",

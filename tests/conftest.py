@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.loaders.synthetic import make_image_folder
 from stagein.tools.cli import main
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # how long an example takes, beside other work of the machine, fails no test
 
 IMAGES_PER_CLASS = 17
 NUM_CLASSES = 5

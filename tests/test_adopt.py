@@ -426,7 +426,7 @@ def test_zarr_that_is_incomplete_or_damaged(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_description_of_an_array_is_adopted_or_refused_in_a_sentence(
     damaged_zarr: Path, data: st.DataObject
 ) -> None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagein.formats.errors import UsageError
@@ -34,7 +34,6 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     assert " ".join(f"{word:08x}" for word in philox4x32(counter, key)) == words
 
 
-@settings(deadline=None)  # the first example waits for the compiler
 @given(
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**33),

@@ -1,6 +1,7 @@
 """`stagein bench load` as a command: contestants that are installed have their line, in one unit; no timing is judged."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from stagein.formats import Dataset
 from stagein.formats.library_readers import read_by_h5py, read_by_preadv, read_by_tensorstore
 from stagein.loaders.synthetic import make_image_folder
-from stagein.tools.bench_load import in_random_order, make_tensors
+from stagein.tools.bench_load import Contestant, in_random_order, make_tensors, read_through
 
 
 def _bench_load(*options: str) -> str:
@@ -35,6 +36,45 @@ def test_images_have_a_line_for_each_contestant_chosen_and_look_as_pillows() -> 
     assert min(psnr.values()) > 50
     assert re.search(r"^stagein / engine alone: ", output, re.MULTILINE)
     assert all(int(peak) > 50 for peak in re.findall(r"peak_mb (\d+)", output))
+
+
+def test_a_contestant_is_waited_for_until_it_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = tmp_path / "busy"
+    busy.write_text(
+        f"#!{sys.executable}\nimport time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\n"
+        "open('rests', 'w').close()\ntime.sleep(60)\n"
+    )
+    busy.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(busy))
+    with Contestant({"name": "busy"}, tmp_path / "log") as contestant:
+        contestant.settle()
+        assert Path("rests").exists()
+
+
+def test_what_left_the_memory_is_there_again_once_it_was_read_through(tmp_path: Path) -> None:
+    make_tensors(tmp_path / "x.st", "int16", codec=None)
+    shards = sorted((tmp_path / "x.st").glob("shards/*"))
+    for shard in shards:
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if all(map(_is_in_memory, shards)):
+        pytest.skip("this file system drops nothing from memory when asked")
+    read_through(tmp_path)
+    assert all(map(_is_in_memory, shards))
+
+
+def _is_in_memory(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            for position in range(0, path.stat().st_size, 1 << 16):
+                os.preadv(file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pytest.skip("this file system does not say what is in memory")
+    return True
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -202,7 +202,7 @@ def test_files_read_in_batches_give_the_same_as_one_by_one(source: Path, tmp_pat
 @given(
     image=st.sampled_from(range(3)), cut=st.integers(1, 400), position=st.integers(0, 400), value=st.integers(0, 255)
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_sizes_of_damaged_jpegs_are_those_of_their_headers_or_unknown(
     image: int, cut: int, position: int, value: int
 ) -> None:

@@ -1039,7 +1039,7 @@ def test_no_warning_for_more_threads_than_cores():
         list(DataLoader(TensorDataset(torch.arange(4)), num_workers=64))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     samples=st.integers(0, 1000),
     before=st.tuples(st.integers(1, 70), st.integers(1, 8)),

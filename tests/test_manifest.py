@@ -90,14 +90,13 @@ def test_no_manifest_and_no_json(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(deadline=None)
 def test_garbage_is_always_a_sentence(content: bytes) -> None:
     with pytest.raises(SourceError):
         Manifest.parse(content, "garbage")
 
 
 @given(position=st.integers(0, 10**9), value=st.integers(0, 255))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_changed_byte_never_passes(jpeg_dataset_path: Path, position: int, value: int) -> None:
     good = (jpeg_dataset_path / "manifest.json").read_bytes()
     damaged = bytearray(good)

@@ -106,7 +106,7 @@ def any_value(draw: st.DrawFn, field: Field) -> Any:
 
 
 @given(data=st.data(), container=st.sampled_from(CONTAINERS), count=st.sampled_from([0, 1, 13]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_records_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, container: Container, count: int
 ) -> None:

@@ -451,7 +451,7 @@ def test_data_sets_without_such_fields_are_what_they_were(tmp_path: Path) -> Non
     extents=st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=1, max_size=5),
     dtype=st.sampled_from(["bool", "int16", "uint64", "float32", "complex64", "complex128", "bfloat16"]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_shapes_and_types_come_back(
     tmp_path_factory: pytest.TempPathFactory, shape: list[int | None], extents: list[list[int]], dtype: str
 ) -> None:

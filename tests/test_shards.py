@@ -185,7 +185,6 @@ def test_the_only_shard_has_a_zarr_index_of_its_size(tmp_path: Path, field: Fiel
 
 
 @given(st.lists(st.integers(0, 300_000), max_size=60), st.integers(1, 400_000))
-@settings(deadline=None)
 def test_every_record_is_in_exactly_one_shard(sizes: list[int], shard_bytes: int) -> None:
     schema = Schema(fields={"x": JPEG}).resolved({})
     plans, capacity = plan_shards(schema, len(sizes), {"x": np.array(sizes, np.int64)}, shard_bytes)
@@ -226,7 +225,7 @@ def test_a_codec_that_the_container_has_not_is_refused(tmp_path: Path) -> None:
     spread=st.integers(1, 256),
     seed=st.integers(0, 9),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_record_survives_its_codec(codec: Codec, dtype: str, count: int, spread: int, seed: int) -> None:
     itemsize = np.dtype(dtype).itemsize
     record = np.random.default_rng(seed).integers(0, spread, count * itemsize, dtype=np.uint8)
@@ -238,7 +237,7 @@ def test_every_record_survives_its_codec(codec: Codec, dtype: str, count: int, s
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_damaged_chunk_never_writes_past_its_record(codec: Codec, position: int, value: int, cut: int) -> None:
     record = np.random.default_rng(0).integers(0, 9, 70_000, dtype=np.uint8)
     stored = np.frombuffer(codec.encode(record, 2), np.uint8).copy()
@@ -259,7 +258,7 @@ def test_a_damaged_chunk_never_writes_past_its_record(codec: Codec, position: in
 
 
 @given(head=st.binary(max_size=40), body=st.binary(max_size=200), room=st.integers(0, 400))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_bytes_are_an_lz4_chunk_or_none(head: bytes, body: bytes, room: int) -> None:
     """Also with a head that fits the record, so that what follows is looked at."""
     for stored in (

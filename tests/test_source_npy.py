@@ -296,7 +296,7 @@ def test_no_object_is_ever_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "unpickled").exists()
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 127), value=st.integers(0, 255))
 def test_a_damaged_header_is_a_refusal_whatever_it_says(tmp_path: Path, place: int, value: int) -> None:
     np.save(tmp_path / "0.npy", np.arange(12.0).reshape(3, 4))

@@ -484,7 +484,7 @@ def test_any_bytes_are_an_example_or_not(payload: bytes) -> None:
             assert "tf.train.Example" in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     payload = bytearray(image_example(1) if data.draw(st.booleans()) else cosmoflow_example(1))

@@ -89,7 +89,7 @@ def test_every_tar_format_and_name(tmp_path: Path, form: str) -> None:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     form=st.sampled_from(list(FORMATS)),
     members=st.lists(
@@ -361,7 +361,7 @@ def test_a_damaged_header_ends_an_archive_with_a_word(tmp_path: Path) -> None:
         assert source.keys == ("000000",)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_bytes_are_read_or_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     content = bytearray(_archive_bytes())

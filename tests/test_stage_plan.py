@@ -64,7 +64,7 @@ def plans(draw: st.DrawFn) -> tuple[Manifest, StagePlan, ChunkTable]:
 
 
 @given(plans(), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_every_missing_chunk_is_read_once_and_reaches_its_nodes(made, random):
     """Carries the plan out with lists in place of messages."""
     _, plan, table = made

@@ -149,10 +149,11 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
 
 
 def edit_hdf5(path: Path, name: str) -> None:
-    """Change the first element of a data set in a shard where it lies."""
+    """Invert every bit of the first element of a data set in a shard where it lies."""
     with h5py.File(path, "r") as file:
         offset, nbytes = file[name].id.get_offset(), file[name].dtype.itemsize
-    overwrite(path, offset, os.urandom(nbytes))
+    content = path.read_bytes()[offset : offset + nbytes]
+    overwrite(path, offset, bytes(byte ^ 0xFF for byte in content))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def _fuzzed_files(folder: Path) -> list[Path]:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_any_damage_is_refused_or_without_effect(written: Path, data: st.DataObject) -> None:
     """Bytes changed, cut off or doubled in any file: an error, or the right records; never a crash or wrong data."""
     path = data.draw(st.sampled_from(_fuzzed_files(written)))
@@ -381,7 +382,7 @@ def test_any_damage_is_refused_or_without_effect(written: Path, data: st.DataObj
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_number_in_an_index_whose_sums_hold_is_refused_or_without_effect(
     written: Path, data: st.DataObject
 ) -> None:
@@ -406,7 +407,7 @@ def test_any_number_in_an_index_whose_sums_hold_is_refused_or_without_effect(
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_manifest_is_a_manifest_or_a_sentence(written: Path, data: st.DataObject) -> None:
     """Any value of any kind anywhere in a manifest that is sealed anew: refused in a sentence, or read without a crash."""
     content = json.loads((written / "manifest.json").read_bytes())

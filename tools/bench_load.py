@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ _START_SECONDS = 100
 _PAUSE_SECONDS, _RESTING_SHARE, _SETTLE_SECONDS = 0.2, 0.1, 10
 """Between two contestants: until the first took less than this share of a core so long, at most some seconds. Some fill their queues
 for more than two."""
+_WHERE_DATA_IS = ("folder", "dataset", "images")
+"""Of the work of a contestant without a data set of its own: what it made for itself, and was given."""
+_READ_BYTES = 8 << 20
 _MEMORY_SECONDS = 0.05
 """Between two looks at the memory of a contestant."""
 TensorKind = Literal["float32", "int16"]
@@ -53,6 +56,9 @@ class Contestant:
         self.name: str = spec["name"]
         self.peak_bytes = 0
         self._log = log
+        work = spec.get("work", {})
+        where = [spec["dataset"]] if "dataset" in spec else [work[each] for each in _WHERE_DATA_IS if each in work]
+        self._data = list(map(Path, where))
         command = [sys.executable, "-m", f"{__package__}.bench_contestant", json.dumps(spec)]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -63,12 +69,10 @@ class Contestant:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for pid in _with_children(self._process.pid):
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
-        self._process.wait()
+        with self._process:
+            for pid in _with_children(self._process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, 9)
 
     def answer(self, timeout_s: float) -> dict[str, Any] | None:
         """Its next line; None where it failed or did not answer in time."""
@@ -81,7 +85,9 @@ class Contestant:
         return json.loads(line) if line else None
 
     def run_round(self, timeout_s: float) -> float | None:
-        """Its rate in one more round."""
+        """Its rate in one more round, of data in memory: while the others had their turns, for minutes, some of it may have left that."""
+        for folder in self._data:
+            read_through(folder)
         self._begin_round()
         answer = self.answer(timeout_s)
         return None if answer is None else float(answer["rate"])
@@ -294,6 +300,16 @@ def in_random_order(names: Sequence[str], random: random.Random) -> list[str]:
 def _first_of_pairs(name: str) -> str:
     """The same for all contestants that pairs connect."""
     return next((_first_of_pairs(first) for first, second in _PAIRS if second == name), name)
+
+
+def read_through(folder: Path) -> None:
+    """Read every file below this folder, one after the other, so that all of it is in memory."""
+    buffer = bytearray(_READ_BYTES)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def _with_children(pid: int) -> list[int]:
