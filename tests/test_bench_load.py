@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,16 @@ def test_images_have_a_line_for_each_contestant_chosen_and_look_as_pillows() -> 
 def test_a_contestant_is_waited_for_until_it_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = tmp_path / "busy"
     busy.write_text(
-        f"#!{sys.executable}\nimport time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\n"
+        f"#!{sys.executable}\nimport time\nopen('works', 'w').close()\n"
+        "end = time.process_time() + 1.5\nwhile time.process_time() < end: pass\n"
         "open('rests', 'w').close()\ntime.sleep(60)\n"
     )
     busy.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(busy))
     with Contestant({"name": "busy"}, tmp_path / "log") as contestant:
+        while not Path("works").exists():
+            time.sleep(0.001)
         contestant.settle()
         assert Path("rests").exists()
 

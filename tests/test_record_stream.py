@@ -64,7 +64,19 @@ def make_loader(request: pytest.FixtureRequest, images: Path, tensors: Path) -> 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("stagein")] == []
+    assert_threads_end()
+
+
+def our_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("stagein")}
+
+
+def assert_threads_end() -> None:
+    """Some are told to and not waited for."""
+    until = time.monotonic() + 20
+    while threads := our_threads():
+        assert time.monotonic() < until, threads
+        time.sleep(0.01)
 
 
 def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
@@ -96,7 +108,7 @@ def test_the_first_batches_of_the_next_epoch_are_read_before_they_are_asked_for(
     while (1, 0) not in read:
         assert time.monotonic() < until
         time.sleep(0.01)
-    begun = {thread for thread in threading.enumerate() if thread.name.startswith("stagein")}
+    begun = our_threads()
     list(loader)
     assert begun and begun <= set(threading.enumerate())
     steps = [step for step in read if step[0] < 2]
@@ -177,9 +189,9 @@ def test_a_copy_begins_where_the_loader_is_with_threads_of_its_own(make_loader, 
 def test_the_threads_end_with_the_loader(make_loader):
     loader = make_loader()
     list(loader)
-    assert any(thread.name.startswith("stagein") for thread in threading.enumerate())
+    assert our_threads()
     del loader
-    assert not any(thread.name.startswith("stagein") for thread in threading.enumerate())
+    assert_threads_end()
 
 
 def test_a_record_that_goes_bad_is_an_error_of_the_epoch_that_comes_to_it(images, tmp_path):
@@ -249,10 +261,7 @@ def test_a_loader_of_a_cycle_may_be_collected_by_a_thread_of_its_own(images, mon
     del loader
     is_unreachable.set()
     assert collected.wait(20)
-    until = time.monotonic() + 20
-    while any(thread.name.startswith("stagein") for thread in threading.enumerate()):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert_threads_end()
 
 
 PROGRAM = """
