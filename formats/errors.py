@@ -3,6 +3,7 @@
 Every error a user can cause or meet is one sentence: what happened, on which path and value, and what to do.
 """
 
+import contextlib
 import errno
 from enum import IntEnum
 from pathlib import Path
@@ -70,6 +71,16 @@ class WatchdogError(StageinError):
     """A rank made no progress within the limit; all ranks were ended."""
 
     exit_code = ExitCode.WATCHDOG
+
+
+class LoadTimeoutError(StageinError, RuntimeError):
+    """A batch took longer than the loader's `timeout`; torch raises a RuntimeError for that."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Note where it happened on an error of the user's code, should it take notes: one that is frozen does not."""
+    with contextlib.suppress(Exception):
+        error.add_note(note)
 
 
 def source_error(error: OSError, action: str, path: Path | str) -> SourceError:

@@ -1,11 +1,13 @@
 """Samples into batches, and batches back into samples: the structures users meet."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import default_collate, default_convert
 
 from stagein.formats.errors import UsageError
@@ -102,6 +104,9 @@ def map_tensors(
     if isinstance(batch, Mapping):
         items = {name: map_tensors(function, value, of_lists) for name, value in batch.items()}
         return items if type(batch) is dict else _same_type(batch, items)
+    if isinstance(batch, PackedSequence):  # the sizes of its batches stay on the CPU
+        orders = [None if each is None else function(each) for each in (batch.sorted_indices, batch.unsorted_indices)]
+        return PackedSequence(function(batch.data), batch.batch_sizes, *orders)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, value, of_lists) for value in batch))
     if (
@@ -111,23 +116,43 @@ def map_tensors(
     ):
         return of_lists(batch)
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(function, value, of_lists) for value in batch)
+        values = [map_tensors(function, value, of_lists) for value in batch]
+        return values if type(batch) is list else _same_type(batch, values)
     return batch
 
 
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a batch; each container is looked into once."""
+    left, seen = [batch], set()
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, Mapping | list | tuple) and id(each) not in seen:
+            seen.add(id(each))
+            left += each.values() if isinstance(each, Mapping) else each
+
+
 def tensor_bytes(batch: Any) -> int:
-    """The bytes of all tensors in a batch."""
-    sizes: list[int] = []
-    map_tensors(lambda tensor: sizes.append(tensor.nbytes), batch)
-    return sum(sizes)
+    """The bytes of all dense tensors in a batch."""
+    return sum(tensor.nbytes for tensor in tensors_in(batch) if tensor.layout is torch.strided)
 
 
-def _same_type(batch: Mapping[str, Any], items: dict[str, Any]) -> Any:
-    """`items` in a mapping like `batch`; a plain dict where its type takes no dict."""
+def _same_type(batch: Any, values: Any) -> Any:
+    """`values`, a dict or a list, in a container like `batch`: a copy of it where it can be filled anew, as torch does where it pins one;
+    plain where neither that can be done nor its type takes them."""
     try:
-        return type(batch)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items
+        if isinstance(batch, MutableMapping):
+            filled = copy.copy(batch)
+            filled.update(values)
+            return filled
+        if isinstance(batch, list):
+            of_list = copy.copy(batch)
+            of_list[:] = values
+            return of_list
+        return type(batch)(values)
+    except (TypeError, AttributeError, ValueError):
+        return tuple(values) if isinstance(batch, tuple) else values
 
 
 def _as_tensor(value: Any) -> Any:

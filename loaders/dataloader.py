@@ -1,5 +1,6 @@
 """`DataLoader`: torch's, with batches that DALI makes, an order that does not depend on ranks, and state that resumes."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -168,8 +169,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             in_order=in_order,
         )
         self._own = own
-        self._may_be_undivided = distributed is None and (own is not None or _is_torchs_default(sampler, batch_sampler))
+        divides_itself = sampler is not None or batch_sampler is not None or isinstance(dataset, IterableDataset)
+        self._may_be_undivided = distributed is None and (own is not None or not divides_itself)
         self._order: Order = own or self._others_order()
+        self._ordered_by = self._index_sampler
         if own is not None and self.batch_sampler is not None:
             self.batch_sampler.set_epoch = own.set_epoch  # type: ignore[attr-defined]  # HF Trainer tells it, not the loader
         self._is_accelerate_prepared = own is not None
@@ -207,6 +210,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._may_be_undivided:
             refuse_undivided()
+        if self._index_sampler is not self._ordered_by:
+            self._take_order_of_another_sampler()
         epoch = self._order.begin()
         self._warn_of_what_has_no_effect()
         deliveries = self._delivered(self._path.start(epoch, self._draw_base_seed))
@@ -310,10 +315,21 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             return "because there is no graph, and not all fields are tensors: a graph would make whole batches"
         return "whole batches at once"
 
+    def _take_order_of_another_sampler(self) -> None:
+        """What subclasses put in place of the sampler when the loader was made, such as one that never ends, says what comes next."""
+        if self._own is not None:
+            _refuse_pad_without_own_order(self.tail)
+            self._own.goes_by_sampler = True
+            self._own, self._number = None, None
+        self._order, self._ordered_by = self._others_order(), self._index_sampler
+
     def _others_order(self) -> Order:
         if isinstance(self.dataset, IterableDataset):
             return IterableOrder(self.dataset, self.num_workers)
-        samples = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        samples = None
+        if hasattr(self.dataset, "__len__"):
+            with contextlib.suppress(NotImplementedError, TypeError):  # with a sampler, nobody has to know it
+                samples = len(self.dataset)
         return SamplerOrder(
             self._index_sampler, self._auto_collation, samples, self.in_order, self.dataset, self.num_workers
         )
@@ -325,7 +341,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         return torch.accelerator.is_available() and (self.pin_memory or not on_cpu)
 
     def _choose_path(self) -> LoadingPath:
-        is_default = self.collate_fn in (None, default_collate, default_convert)
+        is_default = self.collate_fn in (None, default_collate if self._auto_collation else default_convert)
         collate_fn = None if is_default or isinstance(self.collate_fn, GraphCollate) else self.collate_fn
         graph, per_sample = self._translation.graph, self._translation.per_sample
         if graph is not None or (per_sample is None and collate_fn is None and self._needs_only_reading()):
@@ -352,7 +368,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if self.timeout > 0 and not self.num_workers:
             raise UsageError("timeout= limits the wait for workers: give num_workers, or leave it out")
         if dataset is self.dataset:
-            fetch = FetchSamples(dataset, collate, batched, without_rows if collate_fn is None else None, per_sample)
+            may_be_empty = collate_fn is None and self._own is not None
+            fetch = FetchSamples(dataset, collate, batched, without_rows if may_be_empty else None, per_sample)
         else:
             fetch = FetchRecords(
                 dataset,
@@ -465,10 +482,6 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             warnings.warn(f"prefetch_to_device={self.prefetch_to_device} has no effect: {reason}", stacklevel=3)
 
 
-def _is_torchs_default(sampler: object, batch_sampler: object) -> bool:
-    return sampler is None and batch_sampler is None
-
-
 def _own_order(
     dataset: Any,
     batch_size: int | None,
@@ -485,7 +498,7 @@ def _own_order(
     if isinstance(dataset, IterableDataset):
         if find_share(distributed).world_size > 1:
             raise UsageError(
-                "distributed= cannot divide an IterableDataset: let it yield this rank's samples, and leave distributed out"
+                "distributed= cannot divide an IterableDataset: let it yield this rank's samples, and say distributed=False"
             )
         _refuse_pad_without_own_order(tail)
         return None

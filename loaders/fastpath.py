@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stagein.formats.errors import StageinError
+from stagein.formats.errors import LoadTimeoutError
 
 from .batches import BatchTask, HostBatch
 from .dali_engine import DaliEngine
@@ -18,7 +18,7 @@ from .inflate import inflating, why_not_inflated
 from .reading import ReadAhead, TaskTimeoutError
 from .stats import LoaderStats
 from .tensor_engine import TensorEngine
-from .worker_info import MAX_SEED, Introduced
+from .worker_info import MAX_SEED, WorkerStart
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class FastPath:
         self._engine = choose_engine(dataset, graph, seed, options, on_failure)
 
     @property
+    def num_readers(self) -> int:
+        return self._reading.num_readers
+
+    @property
     def delivers_on(self) -> torch.device:
         """Where its batches are."""
         return self._engine.delivers_on
@@ -67,11 +71,14 @@ class FastPath:
     def run(self, tasks: Iterator[BatchTask]) -> "FastPathRun":
         """Each task with its batch, in order."""
         reading = self._reading
-        load: Callable[[BatchTask], HostBatch] = self._engine.load
-        if reading.worker_init_fn is not None and reading.num_readers:
-            load = Introduced(load, self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
         num_ahead = reading.num_readers * reading.batches_per_reader
-        reads = ReadAhead(tasks, load, reading.num_readers, num_ahead, reading.timeout_s)
+        # Readers are workers only to the user's function: nothing else of the user's runs in them.
+        is_asked = reading.worker_init_fn is not None and reading.num_readers > 0
+        workers = WorkerStart(self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
+        begin = workers.begin if is_asked else None
+        reads = ReadAhead(tasks, self._engine.load, reading.num_readers, num_ahead, reading.timeout_s, begin)
+        if is_asked:
+            workers.wait(reading.timeout_s or None)
         return FastPathRun(reads, self._engine, self._dataset, reading.timeout_s, self.stats)
 
 
@@ -162,10 +169,10 @@ def choose_engine(
     return DaliEngine(dataset, graph, seed, options, on_failure)
 
 
-def _timeout_error(task: object, dataset: RecordDataset, timeout_s: float) -> StageinError:
+def _timeout_error(task: object, dataset: RecordDataset, timeout_s: float) -> LoadTimeoutError:
     assert isinstance(task, BatchTask)
     first = dataset.place(int(task.rows.ids[0])) if len(task.rows.ids) else str(dataset.records.path)
-    return StageinError(
+    return LoadTimeoutError(
         f"{task.place}: not read within {timeout_s:g} s (it starts with {first}): is the file system still there? "
         "Otherwise give the loader a longer timeout"
     )

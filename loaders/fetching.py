@@ -1,13 +1,17 @@
 """Samples of any map-style data set as batches: in the caller, in threads, or in torch's worker processes."""
 
+import atexit
+import contextlib
+import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +19,7 @@ import torch
 import torch.utils.data
 from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
-from stagein.formats.errors import StageinError, UsageError
+from stagein.formats.errors import LoadTimeoutError, StageinError, UsageError, add_note
 from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
 from .collate import tensor_bytes
@@ -23,10 +27,12 @@ from .deliveries import Delivery, Failure
 from .reading import join_others
 from .sampler import Step
 from .stats import PhaseTimes, SharedTimes
-from .worker_info import ThreadInfo, initialise_thread, introduce_thread
+from .worker_info import WorkerStart
 
 _JOIN_SECONDS = 10.0
-"""How long an iterator that ends waits for a thread that is in the user's code."""
+"""How long an iterator that ends waits for threads that are in the user's code."""
+_EXIT_SECONDS = 5.0
+"""How long an interpreter that exits does."""
 
 
 class Fetch(Protocol):
@@ -81,7 +87,7 @@ class FetchSamples:
         """The batch of a step. What it takes is added to `times`."""
         if not self.batched:
             samples, collate, num_valid = [step.indices], _of_the_only_one(self.collate), 1
-        elif not step.indices and self.empty_of is not None:
+        elif self.empty_of is not None and not step.indices:
             samples, collate, num_valid = [0], _both(self.collate, self.empty_of), 0
         else:
             samples, collate, num_valid = step.indices, self.collate, step.num_valid
@@ -141,7 +147,9 @@ class WorkerThreads:
     """Threads that stand for torch's worker processes: each is introduced, initialised once, and then fetches batches.
 
     The body of a thread holds no reference to this object. Threads are daemons: one that hangs in the user's code
-    does not keep the interpreter from exiting.
+    does not keep the interpreter from exiting. Others end before it does.
+
+    timeout_s  seconds to wait for `worker_init_fn`; None: for ever.
     """
 
     def __init__(
@@ -151,20 +159,25 @@ class WorkerThreads:
         num_workers: int,
         base_seed: int,
         worker_init_fn: Callable[[int], None] | None,
+        timeout_s: float | None,
     ) -> None:
-        self.num_workers = num_workers
+        self.process = os.getpid()
         self._queue: SimpleQueue[tuple[Future[Any], Step] | None] = SimpleQueue()
-        self._threads = []
+        self._threads: list[threading.Thread] = []
+        start = WorkerStart(dataset, num_workers, base_seed, worker_init_fn)
+        # Modes of the caller, which a worker process would have from it.
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        _running.add(self)
         for number in range(num_workers):
-            info = ThreadInfo(number, num_workers, base_seed + number, dataset)
             thread = threading.Thread(
                 target=_serve,
-                args=(self._queue, fetch, info, worker_init_fn),
+                args=(self._queue, fetch, start, number, *modes),
                 name=f"stagein-worker-{number}",
                 daemon=True,
             )
             thread.start()
             self._threads.append(thread)
+        start.wait(timeout_s)
 
     def submit(self, step: Step) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -172,16 +185,35 @@ class WorkerThreads:
         return future
 
     def close(self, join_seconds: float = _JOIN_SECONDS) -> None:
-        """End the threads as soon as their current batch is done; wait for that at most `join_seconds` each."""
-        for _ in self._threads:
+        """End the threads as soon as their current batch is done; wait for that at most `join_seconds`."""
+        threads = self.tell_to_end()
+        if not sys.is_finalizing():  # threads stand still for good by then
+            join_others(threads, join_seconds)
+
+    def tell_to_end(self) -> list[threading.Thread]:
+        """The threads, which begin no batch any more."""
+        threads, self._threads = self._threads, []
+        if threads:  # else told before: what is queued tells one that hangs to end
+            with contextlib.suppress(Empty):
+                while True:
+                    if (item := self._queue.get_nowait()) is not None:
+                        item[0].cancel()
+        for _ in threads:
             self._queue.put(None)
-        while self._threads:
-            thread = self._threads.pop()
-            if not sys.is_finalizing():  # threads stand still for good by then
-                join_others([thread], join_seconds)
+        return threads
 
     def __del__(self) -> None:
         self.close()
+
+
+_running: "weakref.WeakSet[WorkerThreads]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from code of torch's when the interpreter has ended would abort the process."""
+    ours = [workers for workers in list(_running) if workers.process == os.getpid()]
+    join_others([thread for workers in ours for thread in workers.tell_to_end()], _EXIT_SECONDS)
 
 
 class ThreadFetcher:
@@ -227,7 +259,7 @@ class ThreadFetcher:
         future, step = self._pending[0]
         if not wait([future], self._timeout_s).done:
             self.close(join_seconds=0.0)  # that thread hangs, and may do so for ever
-            raise StageinError(
+            raise LoadTimeoutError(
                 f"epoch {step.epoch}, batch {step.number}: not loaded within {self._timeout_s:g} s (it starts with sample "
                 f"{_first(step.indices)!r}): is the file system still there? Otherwise give the loader a longer timeout"
             )
@@ -270,29 +302,28 @@ def _first(indices: Any) -> Any:
 def _serve(
     queue: "SimpleQueue[tuple[Future[Any], Step] | None]",
     fetch: Fetch,
-    info: ThreadInfo,
-    worker_init_fn: Callable[[int], None] | None,
+    start: WorkerStart,
+    number: int,
+    takes_gradients: bool,
+    is_inference: bool,
 ) -> None:
     """Body of a worker thread."""
-    introduce_thread(info)
-    failure: BaseException | None = None
-    try:
-        if worker_init_fn is not None:
-            initialise_thread(worker_init_fn, info.id)
-    except BaseException as error:
-        failure = error
-    while (item := queue.get()) is not None:
-        future, step = item
-        if future.set_running_or_notify_cancel():
-            try:
-                if failure is not None:
-                    raise failure
-                future.set_result(fetch(step))
-            except BaseException as error:  # whatever it is, it belongs to the caller
-                if not isinstance(error, StageinError):
-                    error.add_note(f"in {threading.current_thread().name}, epoch {step.epoch}, batch {step.number}")
-                future.set_exception(error)
-        del item, future, step  # or the last batch would live on until the next one comes
+    failure = start.begin(number)
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(takes_gradients):
+        while (item := queue.get()) is not None:
+            future, step = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    if failure is not None:
+                        raise failure
+                    future.set_result(fetch(step))
+                except BaseException as error:  # whatever it is, it belongs to the caller
+                    if not isinstance(error, StageinError):
+                        add_note(
+                            error, f"in {threading.current_thread().name}, epoch {step.epoch}, batch {step.number}"
+                        )
+                    future.set_exception(error)
+            del item, future, step  # or the last batch would live on until the next one comes
 
 
 class TorchFetcher:
@@ -311,7 +342,14 @@ class TorchFetcher:
         return self
 
     def __next__(self) -> Delivery:
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise
+        except Exception:
+            with contextlib.suppress(IndexError):  # the sampler's own error, which stands for no batch
+                next(self._steps)
+            raise
         return next(self._steps), batch
 
     def close(self) -> None:
@@ -325,6 +363,10 @@ class FedSteps:
     def __init__(self) -> None:
         self._source: Iterator[Step] = iter(())
         self._taken: deque[Step] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fed with nothing: a loader can be sent to another process."""
+        return vars(FedSteps())
 
     def feed(self, source: Iterator[Step]) -> Iterator[Step]:
         """Yield `source`'s indices from now on. Returns the same steps in the order they were taken."""

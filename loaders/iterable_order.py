@@ -14,12 +14,24 @@ class IterableOrder:
 
     def __init__(self, dataset: Any, num_workers: int) -> None:
         self._dataset, self.num_workers = dataset, num_workers
+        self._says_nothing = False
+        """Whether its `state_dict` is that of a base class."""
         self._epoch = IterableEpoch(self, 0)
         self._at_start = True
 
     @property
     def stateful(self) -> Stateful | None:
-        return self._dataset if self.num_workers == 0 and isinstance(self._dataset, Stateful) else None
+        says = self.num_workers == 0 and isinstance(self._dataset, Stateful) and not self._says_nothing
+        return self._dataset if says else None
+
+    def dataset_state(self) -> Any:
+        if self.stateful is None:
+            return None
+        try:
+            return self.stateful.state_dict()
+        except NotImplementedError:
+            self._says_nothing = True
+            return None
 
     @property
     def description(self) -> str:
@@ -50,7 +62,7 @@ class IterableOrder:
                 f"a {type(self._dataset).__name__} does not say where it is; give it state_dict and load_state_dict and load "
                 "with num_workers=0, or save the state between two epochs"
             )
-        state = self._epoch.state if delivered else None if self.stateful is None else self.stateful.state_dict()
+        state = self._epoch.state if delivered else self.dataset_state()
         return {"epoch": self._epoch.number, "batches_delivered": delivered, "iterable": state, "refused": refused}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -89,8 +101,7 @@ class IterableEpoch:
 
     def delivered(self, step: Step) -> None:
         self.delivered_batches = step.number + 1
-        if self._order.stateful is not None:
-            self.state = self._order.stateful.state_dict()
+        self.state = self._order.dataset_state()
 
     def finished(self) -> None:
         self._order.end(self)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sized
 from typing import Any
 
-from stagein.formats.errors import StageinError
+from stagein.formats.errors import StageinError, add_note
 
 from .deliveries import Deliveries, Failure
 from .frameworks import AccelerateView
@@ -49,7 +49,6 @@ class LoaderIterator:
             self._note_where(raised)
             raise
         if isinstance(batch, Failure):
-            self._epoch.delivered(step)
             error = batch.error
             self._note_where(error)
             del self, batch  # or the traceback would keep the iterator and its threads alive
@@ -64,7 +63,7 @@ class LoaderIterator:
 
     def _note_where(self, error: BaseException) -> None:
         if self._where is not None and not getattr(error, "reported_by_peer", False):
-            error.add_note(self._where)
+            add_note(error, self._where)
 
     def close(self) -> None:
         """End the epoch here: threads, processes and pipelines of it are gone when this returns."""

@@ -40,6 +40,14 @@ class LoadingPath(Protocol):
         """Begin to load what is left of an epoch. `draw_base_seed`: of the workers, from where torch draws it."""
 
 
+def _begun_as_by_torch(epoch: Epoch, draw_base_seed: Callable[[], int], num_workers: int) -> tuple[Iterator[Step], int]:
+    """The steps of an epoch, and the seed of its workers. Samplers may draw from the same generator when they are asked for an iterator:
+    torch asks them, draws the seed, asks them again where there are workers, and then asks for the first index. Workers that persist have
+    their seed, and a sampler is asked once."""
+    steps, base_seed = epoch.steps(), draw_base_seed()
+    return epoch.steps() if num_workers else steps, base_seed
+
+
 @dataclass
 class SamplePath:
     """Any map-style data set, sample by sample. Without workers the caller does it. Batches are on the CPU."""
@@ -63,22 +71,29 @@ class SamplePath:
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
         fetch = TimedFetch(self.fetch, SharedTimes(self.stats), self.pin_memory)
         workers, self._workers = self._workers, None
-        if workers is None:
-            base_seed = draw_base_seed()
+        if workers is not None:
+            steps = epoch.steps()
+        else:
+            steps, base_seed = _begun_as_by_torch(epoch, draw_base_seed, self.num_workers)
             if not self.num_workers:
-                return _Counted(CallerFetcher(fetch, epoch.steps()), self.stats)
-            workers = WorkerThreads(fetch, self.fetch.dataset, self.num_workers, base_seed, self.worker_init_fn)
+                return _Counted(CallerFetcher(fetch, steps), self.stats)
+            dataset, limit = self.fetch.dataset, self.timeout_s or None
+            workers = WorkerThreads(fetch, dataset, self.num_workers, base_seed, self.worker_init_fn, limit)
         if self.persistent:
             self._workers = workers
         threads = ThreadFetcher(
             workers,
-            epoch.steps(),
+            steps,
             self.num_workers * self.batches_per_worker,
             self.timeout_s,
             self.in_order,
             keep_workers=self.persistent,
         )
         return _Counted(threads, self.stats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without threads: a loader can be sent to another process."""
+        return {**vars(self), "_workers": None}
 
 
 @dataclass
@@ -145,6 +160,7 @@ class RecordPath:
     persistent: bool
     _stream: RecordStream | None = field(default=None, init=False)
     """Of the epoch after the last one."""
+    _has_started: bool = field(default=False, init=False)
 
     @property
     def stats(self) -> LoaderStats:
@@ -163,8 +179,13 @@ class RecordPath:
         if stream is None or not stream.turn_to(epoch):
             if stream is not None:
                 stream.close()
+            if self.persistent and self._has_started:
+                steps = epoch.steps()
+            else:
+                steps, _ = _begun_as_by_torch(epoch, draw_base_seed, self.fast_path.num_readers)
+            self._has_started = True
             stream = RecordStream(
-                self.fast_path.run, epoch, self.replacement, batched=self.batched, goes_on=self.persistent
+                self.fast_path.run, epoch, steps, self.replacement, batched=self.batched, goes_on=self.persistent
             )
         return _RecordDeliveries(self, stream)
 

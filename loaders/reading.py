@@ -1,6 +1,7 @@
 """Reading ahead: a few threads work on the next tasks while the caller uses the results, which come in order."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -23,10 +24,11 @@ class TaskTimeoutError(Exception):
 
 
 def join_others(threads: Iterable[threading.Thread], timeout_s: float | None = None) -> None:
-    """Wait for the end of threads, so long for each, but not for the one that this is called in: a collector of garbage may run in any."""
+    """Wait for the end of threads, so long for all, but not for the one that this is called in: a collector of garbage may run in any."""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(timeout_s)
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
 
 class ReadAhead(Generic[Task, Result]):
@@ -35,6 +37,7 @@ class ReadAhead(Generic[Task, Result]):
     num_threads  threads that work; 0: none, `work` runs in the caller's thread.
     num_ahead    tasks that are handed out before their results are taken, at most.
     timeout_s    seconds to wait for a result (0: for ever), then TaskTimeoutError is raised; it needs threads.
+    begin        called first in each thread, with its number; the error that it returns, if any, is raised for every task.
 
     Tasks are taken in the caller's thread, several in a row: what makes them stays in the caches meanwhile. New ones are
     handed out once half of those ahead are taken, or sooner, so that every thread has one.
@@ -51,6 +54,7 @@ class ReadAhead(Generic[Task, Result]):
         num_threads: int,
         num_ahead: int,
         timeout_s: float = 0,
+        begin: Callable[[int], BaseException | None] | None = None,
     ) -> None:
         self._tasks = tasks
         self._work = work
@@ -64,7 +68,10 @@ class ReadAhead(Generic[Task, Result]):
         self._pending: deque[tuple[_Outcome[Result], Task]] = deque()
         self._threads = [
             threading.Thread(
-                target=_work_until_told, args=(self._queue, work), name=f"stagein-reader-{number}", daemon=True
+                target=_work_until_told,
+                args=(self._queue, work, begin, number),
+                name=f"stagein-reader-{number}",
+                daemon=True,
             )
             for number in range(num_threads)
         ]
@@ -130,11 +137,19 @@ class ReadAhead(Generic[Task, Result]):
             self._queue.put((outcome, task))
 
 
-def _work_until_told(queue: SimpleQueue[tuple[_Outcome[Result], Task] | None], work: Callable[[Task], Result]) -> None:
+def _work_until_told(
+    queue: SimpleQueue[tuple[_Outcome[Result], Task] | None],
+    work: Callable[[Task], Result],
+    begin: Callable[[int], BaseException | None] | None,
+    number: int,
+) -> None:
     """Body of a thread; a plain function, so that a running thread does not keep its `ReadAhead` alive."""
+    failure = None if begin is None else begin(number)
     while (item := queue.get()) is not None:
         outcome, task = item
         try:
+            if failure is not None:
+                raise failure
             outcome.put((work(task), None))
         except BaseException as error:  # whatever it is, it belongs to the caller
             outcome.put((None, error))

@@ -22,6 +22,7 @@ class RecordStream:
     """An iterator over the steps of an epoch, with their batches, as the engine makes them. Threads and pipeline end with `close`.
 
     run          begins to make the batches of tasks, as `FastPath.run` does.
+    steps        of the epoch.
     replacement  knows which records are bad; None: bad records are errors.
     batched      False: the index of a step is no list.
     goes_on      work on the first batches of the next epoch when those of this one are all begun, where it is known what they are.
@@ -32,6 +33,7 @@ class RecordStream:
         self,
         run: Callable[[Iterator[BatchTask]], FastPathRun],
         epoch: Epoch,
+        steps: Iterator[Step],
         replacement: Replacement | None,
         *,
         batched: bool,
@@ -41,7 +43,7 @@ class RecordStream:
         self._process = os.getpid()
         self._taken: deque[Step] = deque()
         self._begin(epoch)
-        self._batches = run(self._tasks(epoch))
+        self._batches = run(self._tasks(epoch, steps))
 
     @property
     def is_at_end(self) -> bool:
@@ -77,17 +79,18 @@ class RecordStream:
         self._following = epoch.following() if self._goes_on else None
         self._num_left = None if self._following is None else epoch.num_steps
 
-    def _tasks(self, epoch: Epoch) -> Iterator[BatchTask]:
-        upcoming: Epoch | None = epoch
-        while upcoming is not None:
-            following, steps = upcoming.following(), upcoming.steps()
+    def _tasks(self, epoch: Epoch, steps: Iterator[Step]) -> Iterator[BatchTask]:
+        following = epoch.following()
+        while True:
             num_together = 1 if following is None else _PLANNED_TOGETHER  # a sampler is asked when the batch is due
             while some := list(itertools.islice(steps, num_together)):
                 tasks = tasks_planned_together([(step.epoch, step.number, self._rows(step)) for step in some])
                 for step, task in zip(some, tasks, strict=True):
                     self._taken.append(step)
                     yield task
-            upcoming = following if self._goes_on else None
+            if following is None or not self._goes_on:
+                return
+            following, steps = following.following(), following.steps()
 
     def _rows(self, step: Step) -> RankBatch:
         ids = np.asarray(step.indices if self._batched else [step.indices], dtype=np.int64)

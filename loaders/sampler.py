@@ -118,6 +118,9 @@ class OwnOrder:
         self._progress = Progress()
         self._at_start = True
         """Whether the next epoch takes up `_progress`; otherwise it is the one after it."""
+        self.goes_by_sampler = False
+        """Whether somebody asks its sampler for one epoch after the other, and not the loader."""
+        self._refuse_steps_without_sample(self._progress)
 
     @property
     def description(self) -> str:
@@ -135,6 +138,7 @@ class OwnOrder:
     def begin(self) -> "OwnEpoch":
         if not self._at_start:
             self._progress = Progress(self._progress.epoch + 1)
+        self._refuse_steps_without_sample(self._progress)
         self._at_start = False
         return OwnEpoch(self, self._progress)
 
@@ -166,6 +170,15 @@ class OwnOrder:
                 )
         self._progress = Progress(int(state["epoch"]), int(state["samples_delivered"]))
         self._at_start = True
+
+    def _refuse_steps_without_sample(self, start: Progress) -> None:
+        """Raise UsageError where the last step has no sample for some rank, and there is no batch to be empty."""
+        order, left = self.order, self.order.samples - start.samples
+        if not self.batched and order.tail == "share" and left % order.world_size:
+            raise UsageError(
+                f"batch_size=None cannot share {left} samples out among {order.world_size} ranks: the last step has none for some of "
+                "them; give batch_size=1, whose batch is empty there, or tail='pad'"
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share for the state of one to make sense to the other."""
@@ -213,8 +226,11 @@ class OwnSampler(Sampler[int]):
     own: OwnOrder
 
     def __iter__(self) -> Iterator[int]:
-        for batch in self.own.order.batches(self.own.upcoming()):
+        start = self.own.upcoming()
+        for batch in self.own.order.batches(start):
             yield from batch.ids.tolist()
+        if self.own.goes_by_sampler:
+            self.own.set_epoch(start.epoch + 1)
 
     def __len__(self) -> int:
         order = self.own.order

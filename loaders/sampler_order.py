@@ -6,7 +6,7 @@ state is generators of torch's; others say where they are by `state_dict` and `l
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,7 +102,8 @@ class SamplerOrder:
             "refused": self._reason_to_refuse() if epoch.delivered_batches else None,
         }
         if self._dataset is not None and not self.num_workers:
-            state["dataset"] = self._dataset.state_dict()
+            with contextlib.suppress(NotImplementedError):
+                state["dataset"] = self._dataset.state_dict()
         if epoch.begun:
             generators = epoch.origin if self._draws else {}
             return {**state, "begun": True, "sampler": epoch.sampler_state, "generators": generators}
@@ -154,7 +155,13 @@ class SamplerOrder:
             yield
 
     def sampler_state(self) -> Any:
-        return None if self.stateful is None else self.stateful.state_dict()
+        if self.stateful is None:
+            return None
+        try:
+            return self.stateful.state_dict()
+        except NotImplementedError:  # of a base class
+            self.stateful = None
+            return None
 
     @property
     def _draws(self) -> bool:
@@ -203,11 +210,11 @@ class SamplerEpoch:
         return self.resumed or "global" in self.origin
 
     def steps(self) -> Iterator[Step]:
-        order = self._order
-        for number, indices in enumerate(self._indices(), start=self.delivered_batches):
-            # A sampler may reuse its list for the next batch, while a thread still works on this one.
-            indices = list(indices) if order.batched else indices
-            yield Step(self.number, number, indices, len(indices) if order.batched else 1, order.sampler_state())
+        """The sampler is asked for its iterator here, and the generators are looked at when it is for its first index: in between, torch draws
+        the seed of its workers."""
+        sampler_state = None if self.resumed else self._order.sampler_state()
+        indices = self._rest() if self.resumed else iter(self._order.index_sampler)
+        return self._steps(indices, sampler_state)
 
     def following(self) -> None:
         """What it will be is the sampler's to say when it begins."""
@@ -219,11 +226,17 @@ class SamplerEpoch:
     def finished(self) -> None:
         self._order.end(self)
 
-    def _indices(self) -> Iterator[Any]:
+    def _steps(self, indices: Iterator[Any], sampler_state: Any) -> Iterator[Step]:
         order = self._order
         if not self.resumed:
-            self.origin, self.sampler_state = order.generators(), order.sampler_state()
-            return iter(order.index_sampler)
+            self.origin, self.sampler_state = order.generators(), sampler_state
+        for number, some in enumerate(indices, start=self.delivered_batches):
+            indices_of_step = _kept(some) if order.batched else some
+            size = len(some) if order.batched and isinstance(some, Sized) else 1
+            yield Step(self.number, number, indices_of_step, size, order.sampler_state())
+
+    def _rest(self) -> Iterator[Any]:
+        order = self._order
         if order.stateful is not None:
             order.stateful.load_state_dict(self.sampler_state)
             return iter(order.index_sampler)
@@ -232,6 +245,13 @@ class SamplerEpoch:
             # The first one, too, is taken here: samplers draw when they are first asked.
             first = list(islice(indices, self.delivered_batches, self.delivered_batches + 1))
         return chain(first, indices)
+
+
+def _kept(indices: Any) -> Any:
+    """The same: a sampler may fill its list anew for the next batch, while a thread still works on this one."""
+    if isinstance(indices, torch.Tensor):
+        return indices.clone()
+    return indices.copy() if type(indices) in (list, np.ndarray) else indices
 
 
 def _innermost(index_sampler: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory as pin_structure
 
-from .collate import map_tensors
+from .collate import map_tensors, tensors_in
 from .deliveries import Deliveries, Delivery, Failure, Passed
 from .stats import LoaderStats
 
@@ -99,7 +99,8 @@ class ToCpu(Passed):
 
     def __next__(self) -> Delivery:
         step, batch = super().__next__()
-        return step, map_tensors(torch.Tensor.cpu, batch)
+        is_there = isinstance(batch, Failure) or all(tensor.device.type == "cpu" for tensor in tensors_in(batch))
+        return step, batch if is_there else map_tensors(torch.Tensor.cpu, batch)
 
 
 class CudaSender:

@@ -1,11 +1,12 @@
 """What worker processes have of their own, in threads: there `get_worker_info()` and `torch.initial_seed()` tell of the thread."""
 
 import contextlib
-import itertools
+import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,25 +26,73 @@ class ThreadInfo:
     num_workers: int
     seed: int
     dataset: Any
+    rng: None = None
+    worker_method: str = "thread"
+    process: int = field(default_factory=os.getpid, repr=False)
+    """That the thread is in: one forked of it, such as a worker of torch's, is another worker, or none."""
+
+
+class WorkerStart:
+    """How threads begin that stand for worker processes: each is introduced, and then initialised by the user's function.
+
+    Made in the thread that starts them.
+    """
+
+    def __init__(
+        self, dataset: Any, num_workers: int, base_seed: int, worker_init_fn: Callable[[int], None] | None
+    ) -> None:
+        self._dataset, self._num_workers, self._base_seed = dataset, num_workers, base_seed
+        self._worker_init_fn = worker_init_fn
+        self._begun = threading.Semaphore(0)
+        _let_torch_ask_threads()
+
+    def begin(self, number: int) -> BaseException | None:
+        """To be called first in thread `number`. Returns what the user's function raised."""
+        introduce_thread(ThreadInfo(number, self._num_workers, self._base_seed + number, self._dataset))
+        try:
+            if self._worker_init_fn is not None:
+                # What it seeds, as recipes for worker processes do, is the caller's here, and put back.
+                with _generators, _generators_put_back():
+                    self._worker_init_fn(number)
+        except BaseException as error:
+            return error
+        finally:
+            self._begun.release()
+        return None
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until all have begun, so long at most, where they run the user's function: what the caller draws from the global generators
+        meanwhile would be drawn from what that seeded."""
+        if self._worker_init_fn is None:
+            return
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for _ in range(self._num_workers):
+            if not self._begun.acquire(timeout=None if until is None else max(0.0, until - time.monotonic())):
+                return
 
 
 def introduce_thread(info: ThreadInfo) -> None:
-    """Make `info` what `get_worker_info()` returns in this thread, and its seed what `torch.initial_seed()` returns.
+    """Make `info` what `get_worker_info()` returns in this thread, and its seed what `torch.initial_seed()` returns."""
+    torch_worker._thread_info.info = info  # type: ignore[attr-defined]
 
-    Scripts hold the functions themselves (`from torch.utils.data import get_worker_info`), and those read globals of their
-    modules that all threads share. So their code is exchanged, once, for one that asks the thread first.
-    """
+
+def _let_torch_ask_threads() -> None:
+    """Scripts hold the functions themselves (`from torch.utils.data import get_worker_info`), and those read globals of their
+    modules that all threads share. So their code is exchanged, once, for one that asks the thread first."""
     if not hasattr(torch_worker, "_thread_info"):
-        torch_worker._thread_info = torch.random._thread_info = threading.local()  # type: ignore[attr-defined]
-        torch_worker.get_worker_info.__code__ = _get_worker_info.__code__
-        torch.initial_seed.__code__ = _initial_seed.__code__
-    torch_worker._thread_info.value = info  # type: ignore[attr-defined]
+        torch_worker._thread_info = torch.random._thread_info = _Introduced()  # type: ignore[attr-defined]
+    torch_worker.get_worker_info.__code__ = _get_worker_info.__code__
+    torch.initial_seed.__code__ = _initial_seed.__code__
 
 
-def initialise_thread(worker_init_fn: Callable[[int], None], number: int) -> None:
-    """Call the user's function. What it seeds, as recipes for worker processes do, is the caller's here, and put back."""
-    with _generators, _generators_put_back():
-        worker_init_fn(number)
+class _Introduced(threading.local):
+    """What each thread was introduced as."""
+
+    info: ThreadInfo | None = None
+
+    @property
+    def value(self) -> ThreadInfo | None:
+        return None if self.info is None or self.info.process != os.getpid() else self.info
 
 
 @contextlib.contextmanager
@@ -58,37 +107,13 @@ def _generators_put_back() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-class Introduced:
-    """`work`, for threads that are introduced and initialised when they do it for the first time."""
-
-    def __init__(
-        self,
-        work: Callable[[Any], Any],
-        dataset: Any,
-        num_workers: int,
-        base_seed: int,
-        worker_init_fn: Callable[[int], None],
-    ) -> None:
-        self._work, self._dataset, self._num_workers, self._base_seed = work, dataset, num_workers, base_seed
-        self._worker_init_fn = worker_init_fn
-        self._numbers = itertools.count()
-        self._thread = threading.local()
-
-    def __call__(self, task: Any) -> Any:
-        if not hasattr(self._thread, "number"):
-            self._thread.number = number = next(self._numbers)
-            introduce_thread(ThreadInfo(number, self._num_workers, self._base_seed + number, self._dataset))
-            initialise_thread(self._worker_init_fn, number)
-        return self._work(task)
-
-
 # Both run with the globals of torch's modules.
 
 
 def _get_worker_info() -> Any:
-    return getattr(_thread_info, "value", _worker_info)  # type: ignore[name-defined]  # noqa: F821
+    return _thread_info.value or _worker_info  # type: ignore[name-defined]  # noqa: F821
 
 
 def _initial_seed() -> Any:
-    info = getattr(_thread_info, "value", None)  # type: ignore[name-defined]  # noqa: F821
+    info = _thread_info.value  # type: ignore[name-defined]  # noqa: F821
     return default_generator.initial_seed() if info is None else info.seed  # type: ignore[name-defined]  # noqa: F821
