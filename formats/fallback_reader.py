@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import ChecksumError, SourceError
 from .index import RecordIndex
+from .located import LocatedRecords
 from .record_reader import PackedRecords, RecordNumbers, RecordReader
 from .schema import Field
 
@@ -35,6 +36,9 @@ class FallbackReader(RecordReader):
         return self._falling_back(
             records, lambda: super(FallbackReader, self).read_packed(records, buffer, check=check)
         )
+
+    def locate(self, records: RecordNumbers) -> LocatedRecords | None:
+        return self._falling_back(records, lambda: super(FallbackReader, self).locate(records))
 
     def read_tensors(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stagein.formats.errors import StageinError
+from stagein.formats.errors import ChecksumError, StageinError
 from stagein.world import node_name
 
 from .batches import BatchTask, RowFailure
@@ -23,7 +23,8 @@ class Replacement:
     """The `OnFailure` that lets another record take the place of a bad one, so that the steps stay as many.
 
     It is the next good record of the data set, whichever rank meets the bad one, and when: a run that resumes, or has
-    another number of ranks, gets the same.
+    another number of ranks, gets the same. So damage is looked for every time, as where a crop window is all that is read of
+    a record it may lie outside; records that cannot be read at all are remembered, as reading is tried for seconds.
 
     error_budget  distinct bad records that this rank lets pass; one more is an error.
     quarantine    a file that gets a line of JSON for each: data set, record, shard, node, reason. Several ranks may write to one
@@ -33,6 +34,7 @@ class Replacement:
     def __init__(self, dataset: RecordDataset, error_budget: int, quarantine: Path | None) -> None:
         self._dataset, self._error_budget, self._quarantine = dataset, error_budget, quarantine
         self._bad: set[int] = set()
+        self._unreadable: set[int] = set()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,13 +51,16 @@ class Replacement:
 
     def __call__(self, task: BatchTask, ids: NDArray[np.int64], failures: Sequence[RowFailure]) -> NDArray[np.int64]:
         with self._lock:
+            substituted = ids.copy()
             for failure in failures:
-                self._note(task, int(ids[failure.row]), failure.error)
-            return self._good(ids)
+                record = int(ids[failure.row])
+                self._note(task, record, failure.error)
+                substituted[failure.row] = self._substitute(record + 1)
+            return self._good(substituted)
 
     def good(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same ids, with substitutes for those that are known to be bad."""
-        if not self._bad:
+        """The same ids, with substitutes for those that are known to be unreadable."""
+        if not self._unreadable:
             return ids
         with self._lock:
             return self._good(ids)
@@ -64,8 +69,10 @@ class Replacement:
         return np.array([self._substitute(record) for record in ids.tolist()], dtype=np.int64)
 
     def _substitute(self, record: int) -> int:
+        """The first record from this one on that is not known to be unreadable."""
         samples = len(self._dataset)
-        return next(other % samples for other in range(record, record + samples) if other % samples not in self._bad)
+        others = (other % samples for other in range(record, record + samples))
+        return next(other for other in others if other not in self._unreadable)
 
     def _note(self, task: BatchTask, record: int, error: StageinError) -> None:
         if record in self._bad:
@@ -74,6 +81,8 @@ class Replacement:
             sentence = f"{error}. It is bad record number {len(self._bad) + 1}, error_budget={self._error_budget} lets no more pass"
             raise failed_batch(task, type(error)(sentence)) from error
         self._bad.add(record)
+        if not isinstance(error, ChecksumError):
+            self._unreadable.add(record)
         records = self._dataset.records
         line = {
             "dataset": records.manifest.id,
@@ -84,7 +93,7 @@ class Replacement:
         }
         if self._quarantine is not None:
             _append(self._quarantine, json.dumps(line) + "\n")
-        warnings.warn(f"{error}. Record {self._substitute(record)} takes its place", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{error}. Record {self._substitute(record + 1)} takes its place", RuntimeWarning, stacklevel=2)
 
 
 def _append(path: Path, line: str) -> None:

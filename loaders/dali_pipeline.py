@@ -4,6 +4,7 @@ The pipeline is fed by `external_source` and runs ahead of the caller in DALI's 
 (the default) is essential: only it gives each batch memory of its own, which the tensors then own.
 """
 
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 
-from stagein.formats.errors import SourceError, StageinError
+from stagein.formats.errors import SourceError, StageinError, UsageError
 from stagein.formats.record_reader import PackedRecords
 
 from .batches import HostBatch, RowFailure
@@ -100,7 +101,10 @@ class GraphPipeline:
         self._pipeline = None
 
     def _failures(self, batch: HostBatch) -> list[RowFailure]:
-        """DALI says that a batch failed, not which record of it: run them one by one."""
+        """DALI says that a batch failed, not which record of it: run them one by one.
+
+        Raises UsageError where it is not the decoder that fails: then the graph is at fault, not the data.
+        """
         failures = []
         for row in range(batch.num_rows):
             single = _Source(tuple(batch.inputs), 1, QUEUE_DEPTH)
@@ -112,6 +116,11 @@ class GraphPipeline:
                 pipeline.run()
             except RuntimeError as error:
                 place = self._row_place(batch, row)
+                if (operator := _failed_operator(error)) is not None and "decode" not in operator:
+                    raise UsageError(
+                        f"{batch.task.place}: the graph fails on {place}, in {operator}: {_reason(error)}: that is no fault of the data, so "
+                        "change the graph"
+                    ) from None
                 failures.append(RowFailure(row, SourceError(f"{place} cannot be decoded: {_reason(error)}")))
         return failures
 
@@ -235,7 +244,13 @@ def _on_device(value: Any, device: torch.device) -> Any:
     return torch.as_tensor(value).to(device)
 
 
+def _failed_operator(error: RuntimeError) -> str | None:
+    """The function of DALI's that failed, as the graph calls it; None where the message does not say."""
+    named = re.search(r"operator `([^`]+)`", str(error))
+    return None if named is None else named[1].removeprefix("nvidia.dali.")
+
+
 def _reason(error: RuntimeError) -> str:
     """What went wrong, out of DALI's message, which also has a traceback of the graph and the advice to give up."""
     said = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
-    return " ".join(said.split())
+    return " ".join(said.partition("C++ context")[0].split())

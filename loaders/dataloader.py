@@ -31,6 +31,7 @@ from .in_step import InStep, next_loader_number
 from .inflate import why_not_inflated
 from .iterable_order import IterableOrder
 from .iteration import LoaderIterator
+from .order import is_count
 from .paths import LoadingPath, RecordPath, SamplePath, TorchPath
 from .record_fetching import FetchRecords
 from .sampler import GlobalOrder, Order, OwnOrder, OwnSampler, framework_sampler
@@ -251,6 +252,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iterator go on where `state_dict` was called; in the loader's own order with any number of ranks and
         any batch size. Raises UsageError for the state of another data set, seed or order, or one that is `refused`."""
+        if not isinstance(state, Mapping):
+            raise UsageError(f"the loader cannot go on from {state!r}: give what state_dict() returned")
         self._order.load_state_dict(state)
 
     def stats(self) -> LoaderStats:
@@ -548,7 +551,7 @@ def _refuse_pad_without_own_order(tail: str) -> None:
 
 
 def _positive(batch_size: int) -> int:
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size <= 0:
+    if not is_count(batch_size) or batch_size == 0:
         raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
     return batch_size
 
@@ -565,7 +568,7 @@ def _refuse_misplaced(loader: DataLoader, dataset: object, drop_last: bool) -> N
     if tail == "pad" and not isinstance(dataset, RecordDataset):
         raise UsageError("tail='pad' needs a RecordDataset: only its batches have a place for `valid`")
     ahead = loader.prefetch_to_device
-    if ahead is not None and (not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0):
+    if ahead is not None and not is_count(ahead):
         raise UsageError(f"prefetch_to_device={ahead!r} is not a number of batches: it is at least 0")
     if loader.decode_threads is not None and loader._translation.graph is None:
         raise UsageError("decode_threads= needs a graph: everything else is decoded by the workers, see num_workers")
@@ -583,8 +586,8 @@ def _replacement(loader: DataLoader, dataset: object) -> Replacement | None:
         raise UsageError(
             "on_error='replace' needs a RecordDataset: only its records can be told from errors of a script"
         )
-    if loader.error_budget < 0:
-        raise UsageError(f"error_budget={loader.error_budget} is not a number of records: it is at least 0")
+    if not is_count(loader.error_budget):
+        raise UsageError(f"error_budget={loader.error_budget!r} is not a number of records: it is at least 0")
     return Replacement(dataset, loader.error_budget, None if loader.quarantine is None else Path(loader.quarantine))
 
 
@@ -592,8 +595,8 @@ def _decode_threads(asked: int | None) -> int:
     """DALI's threads; by default the cores this process may use, divided by the ranks of the node that share them."""
     if asked is None:
         return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node())
-    if asked < 1:
-        raise UsageError(f"decode_threads={asked} is not a number of threads: it is at least 1")
+    if not is_count(asked) or asked == 0:
+        raise UsageError(f"decode_threads={asked!r} is not a number of threads: it is at least 1")
     return asked
 
 

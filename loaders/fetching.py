@@ -24,7 +24,7 @@ from stagein.worker_processes import hidden_from_mpi, mpi_connects_ranks
 
 from .collate import tensor_bytes
 from .deliveries import Delivery, Failure
-from .reading import join_others
+from .reading import join_others, refuse_in_forks
 from .sampler import Step
 from .stats import PhaseTimes, SharedTimes
 from .worker_info import WorkerStart
@@ -250,6 +250,7 @@ class ThreadFetcher:
         return self
 
     def __next__(self) -> Delivery:
+        refuse_in_forks(self._workers.process)
         if not self._pending:
             if self._late_error is not None:
                 raise self._late_error

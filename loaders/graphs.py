@@ -17,6 +17,7 @@ from stagein.formats.schema import BFLOAT16, Field, Schema
 
 from .augment import centre_crops, random_flips, random_resized_crops, refuse_odd_draws, train_uniforms
 from .dali import import_dali
+from .order import is_count
 
 Columns = dict[str, NDArray[Any]]
 """Values of the samples of a batch by name: arrays `[batch, ...]`."""
@@ -27,6 +28,7 @@ DecodeDevice = Literal["cpu", "mixed"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,23 @@ class FunctionGraph:
 
     def build(self, nodes: Nodes, decode_device: DecodeDevice) -> Nodes:
         try:
-            return self.function(nodes)
+            built = self.function(nodes)
         except KeyError as error:
             raise UsageError(
                 f"the transform asks for field {error}, DALI was given {', '.join(nodes)}: it has no text, bfloat16 and complex"
             ) from error
+        node_type = import_dali().DataNode
+        if not isinstance(built, dict) or not all(isinstance(node, node_type) for node in built.values()):
+            kinds = (
+                {name: type(node).__name__ for name, node in built.items()}
+                if isinstance(built, dict)
+                else type(built).__name__
+            )
+            raise UsageError(
+                f"the transform, a function of DALI's nodes, returns a dict of nodes by the name of their field, not {kinds}; "
+                "PerSample(function) is for functions of samples"
+            )
+        return built
 
 
 def is_known_to_dali(field: Field) -> bool:
@@ -107,8 +121,13 @@ class ImageOutput:
     antialias: bool
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"size={self.size} is no number of pixels that an image could be resized to")
+        if not is_count(self.size) or self.size < 1:
+            raise UsageError(f"size={self.size!r} is no number of pixels that an image could be resized to")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != _CHANNELS:
+                raise UsageError(f"{name}={numbers!r} is not one number for each of red, green and blue")
+        if not min(self.std) > 0:
+            raise UsageError(f"std={self.std!r} divides: it is above 0 for each channel")
 
     def heights_and_widths(self, columns: Columns) -> NDArray[np.int32]:
         """The sizes of the images, int32 `[batch, 2]`. Raises UsageError where the data set does not know them."""
@@ -117,7 +136,12 @@ class ImageOutput:
                 f"the image graph needs the size of each image, but the data set has no field {self.size_column!r}: "
                 f"it has {', '.join(columns) or 'none but the images'}"
             )
-        return columns[self.size_column]
+        sizes = columns[self.size_column]
+        if not isinstance(sizes, np.ndarray) or sizes.ndim != 2 or sizes.shape[1] != 2:
+            raise UsageError(
+                f"{self.size_column!r} is not the size of each image, (height, width): name the field that is with size_column="
+            )
+        return sizes
 
     def ready_columns(self, columns: Columns) -> Columns:
         """The fields delivered as they are: all but the size of the stored image, which is not that of the image delivered."""
@@ -325,7 +349,9 @@ def image_eval(
     As torchvision's Resize(resize) and CenterCrop(size), but only what the centre needs is decoded and resized. Raises
     UsageError where `size` exceeds `resize`. The batch is that of `image_train`.
     """
-    if size > resize:
+    if not is_count(resize):
+        raise UsageError(f"resize={resize!r} is no number of pixels that an image could be resized to")
+    if is_count(size) and size > resize:
         raise UsageError(
             f"image_eval cannot keep a centre of {size} pixels of images resized to {resize}: size is at most resize"
         )

@@ -7,10 +7,12 @@ the same global batches, and a run that stopped after p samples goes on at p, wi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stagein.formats.errors import UsageError
 
 _WORDS_OF_A_COUNT = 4
 """Words that Philox makes of one value of its counter."""
@@ -27,6 +29,19 @@ class RankBatch:
 
     ids: NDArray[np.int64]
     num_valid: int
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
+
+
+def record_numbers(indices: Any) -> NDArray[np.int64]:
+    """What a sampler says, as int64 `[batch]`. Raises UsageError for what are no numbers of records."""
+    numbers = np.asarray(indices)
+    if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+        raise UsageError(f"a RecordDataset is asked for whole numbers, one a record, and the sampler says {indices!r}")
+    return numbers.astype(np.int64, copy=False)
 
 
 def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Reading ahead: a few threads work on the next tasks while the caller uses the results, which come in order."""
 
+import os
 import threading
 import time
 from collections import deque
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
+
+from stagein.formats.errors import UsageError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,6 +32,14 @@ def join_others(threads: Iterable[threading.Thread], timeout_s: float | None = N
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+
+def refuse_in_forks(process: int) -> None:
+    """Raise UsageError in any other process than this one, whose threads it has not: it would wait for them for ever."""
+    if os.getpid() != process:
+        raise UsageError(
+            "this iterator belongs to the process that this one was forked of: begin one here with iter(loader)"
+        )
 
 
 class ReadAhead(Generic[Task, Result]):

@@ -11,7 +11,7 @@ from stagein.formats.errors import StageinError
 from .batches import BatchTask, RowFailure
 from .engine import OnFailure, raise_first
 from .fetching import FetchSamples
-from .order import RankBatch
+from .order import RankBatch, record_numbers
 from .sampler import Step
 from .stats import PhaseTimes
 
@@ -23,10 +23,10 @@ class FetchRecords(FetchSamples):
     on_failure: OnFailure = raise_first
 
     def fetch(self, step: Step, indices: list[Any], times: PhaseTimes) -> Any:
+        ids = record_numbers(indices)
         try:
-            return self.dataset.read(indices, times)
+            return self.dataset.read(ids.tolist(), times)
         except StageinError:
-            ids = np.asarray(indices, dtype=np.int64)
             task = BatchTask(step.epoch, step.number, RankBatch(ids, step.num_valid))
             while failures := self._failures(ids):
                 ids = self.on_failure(task, ids, failures)

@@ -5,13 +5,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from .bad_records import Replacement
 from .batches import BatchTask, tasks_planned_together
 from .engine import Batch
 from .fastpath import FastPathRun
-from .order import RankBatch
+from .order import RankBatch, record_numbers
+from .reading import refuse_in_forks
 from .sampler import Epoch, Step
 
 _PLANNED_TOGETHER = 8
@@ -58,6 +57,7 @@ class RecordStream:
         return self
 
     def __next__(self) -> tuple[Step, Batch]:
+        refuse_in_forks(self._process)
         if self.is_at_end:
             raise StopIteration
         _, batch = next(self._batches)
@@ -93,5 +93,5 @@ class RecordStream:
             following, steps = following.following(), following.steps()
 
     def _rows(self, step: Step) -> RankBatch:
-        ids = np.asarray(step.indices if self._batched else [step.indices], dtype=np.int64)
+        ids = record_numbers(step.indices if self._batched else [step.indices])
         return RankBatch(ids if self._replacement is None else self._replacement.good(ids), step.num_valid)

@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, Sampler, Sequent
 from stagein.formats.errors import UsageError
 from stagein.world import node_name
 
-from .order import RankBatch, Tail, epoch_order, num_rank_samples, num_steps, rank_batches
+from .order import RankBatch, Tail, epoch_order, is_count, num_rank_samples, num_steps, rank_batches
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ class OwnOrder:
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the next one, from its start; without effect where a loaded state is about to go on with it."""
+        if not is_count(epoch):
+            raise UsageError(f"epoch {epoch!r} is none: they are numbered from 0")
         if not (self._at_start and self._progress.epoch == epoch):
             self._progress, self._at_start = Progress(epoch), True
 
@@ -168,7 +170,12 @@ class OwnOrder:
                     f"the loader cannot go on from this state: its {name} is {state.get(name)!r}, the loader's is {value!r}; "
                     "use the data set and the settings of the run that wrote it"
                 )
-        self._progress = Progress(int(state["epoch"]), int(state["samples_delivered"]))
+        epoch, samples = state["epoch"], state["samples_delivered"]
+        if not (is_count(epoch) and is_count(samples) and samples <= self.order.samples):
+            raise UsageError(
+                f"the loader cannot go on from this state: it says {samples!r} samples were delivered of epoch {epoch!r}"
+            )
+        self._progress = Progress(int(epoch), int(samples))
         self._at_start = True
 
     def _refuse_steps_without_sample(self, start: Progress) -> None:

@@ -69,6 +69,9 @@ def understand(transform: Any, dataset: Any) -> Translation:
                 f"transform={type(transform).__name__} needs a RecordDataset, not a {type(dataset).__name__}: {instead}"
             )
         return Translation(per_sample=transform, lines=(f"{_name(transform)}: called for every sample",))
+    if inspect.isfunction(transform) and transform.__module__.startswith(f"{__package__}."):
+        name = transform.__name__
+        raise UsageError(f"transform={name} is what makes a graph: call it, transform={name}(…)")
     if isinstance(transform, Graph):
         return Translation(graph=transform, lines=(f"{type(transform).__name__}: a graph",))
     if isinstance(transform, PerSample):

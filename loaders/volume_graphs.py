@@ -142,6 +142,10 @@ class VolumeGraph:
             raise UsageError(f"{self.field!r} has {found} channels, mean and std are given for {len(self.mean)}")
         if self.mask is not None:
             mask = self._loaded(self.mask, batch)
+            if mask.array_dtype == np.float16:
+                raise UsageError(
+                    f"the mask {self.mask!r} is float16, which DALI does not flip: convert it with numbers of another type"
+                )
             if len(mask.shape) not in (len(self.crop), self._num_axes(self.channels)):
                 raise UsageError(f"{self.mask!r} of {_by(mask.shape)} is no mask of {self.field!r}: it has other axes")
             if self.mask == batch.schema.primary:

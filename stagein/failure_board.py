@@ -4,9 +4,11 @@ Ranks that train together wait for each other in every step. One that fails alon
 an allreduce; a check by a collective of its own would cost every step. A board costs a look, and nothing is collective.
 """
 
+import atexit
 import json
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,8 +19,10 @@ from stagein.formats.errors import ExitCode, StageinError
 from .launchers import started_by_mpi
 from .world import find_rank, node_name
 
-_TAG = 21_539
-"""Of messages on MPI's COMM_WORLD: a number that nobody else is likely to choose."""
+_TAG, _SEEN_TAG = 21_539, 21_540
+"""Of messages on MPI's COMM_WORLD, notices and that they were seen: numbers that nobody else is likely to choose."""
+_SEEN_SECONDS = 30
+"""How long a rank that cannot go on, and exits, waits for others to see why: they look once a step."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,11 @@ class _StoreBoard:
 
 
 class _MpiBoard:
-    """Notices as small messages to every rank: MPI takes them without a receiver waiting."""
+    """Notices as small messages to every rank: MPI takes them without a receiver waiting.
+
+    A rank that posted one and then exits, however it does that, ends the job if others have not seen it: they may have been a step ahead,
+    and wait for it in a collective, and it would wait for them at the end of MPI.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
         from mpi4py import MPI
@@ -103,11 +111,16 @@ class _MpiBoard:
         self._mpi = MPI
         self._others = [other for other in range(world_size) if other != rank]
         self._sent: list[Any] = []
+        self._exit_code = ExitCode.OK
+        """With which to end the job: another one once a notice was posted."""
 
     def post(self, notice: Notice) -> None:
         if not self._may_call():
             return
         _end_job_on_uncaught_error(self._mpi.COMM_WORLD)
+        if self._exit_code == ExitCode.OK:
+            atexit.register(self._end_job_unless_seen)
+        self._exit_code = getattr(errors, notice.kind).exit_code
         message = json.dumps(asdict(notice)).encode()
         self._sent += [self._mpi.COMM_WORLD.Isend(message, dest=other, tag=_TAG) for other in self._others]
 
@@ -117,8 +130,26 @@ class _MpiBoard:
             return None
         message = bytearray(status.Get_count(self._mpi.BYTE))
         self._mpi.COMM_WORLD.Recv(message, source=status.Get_source(), tag=_TAG)
+        self._sent.append(self._mpi.COMM_WORLD.Isend(b"", dest=status.Get_source(), tag=_SEEN_TAG))
         _end_job_on_uncaught_error(self._mpi.COMM_WORLD)
         return Notice(**json.loads(message))
+
+    def _end_job_unless_seen(self) -> None:
+        until, left = time.monotonic() + _SEEN_SECONDS, set(self._others)
+        while left and self._may_call():
+            for other in list(left):
+                # One that posts a notice itself cannot go on either.
+                if any(self._mpi.COMM_WORLD.Iprobe(other, tag) for tag in (_SEEN_TAG, _TAG)):
+                    left.remove(other)
+            if left and time.monotonic() > until:
+                sys.stdout.flush()
+                print(
+                    f"rank {find_rank().rank} ends the job: {len(left)} other ranks have not seen in {_SEEN_SECONDS} s that it cannot go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._mpi.COMM_WORLD.Abort(self._exit_code)
+            time.sleep(0.01)
 
     def _may_call(self) -> bool:
         """MPI runs, and this thread may call it."""

@@ -2,7 +2,7 @@
 
     loader_rank.py COLLECTIVE CAUGHT WORKERS BAD_SAMPLE
 
-Sample BAD_SAMPLE of 40 cannot be loaded. With CAUGHT "yes" each rank prints the step and the error it was given.
+Sample BAD_SAMPLE of 40 cannot be loaded. With CAUGHT "yes" each rank prints the step and the error it was given, with "exits" it exits then.
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from stagein import failure_board
 from stagein.formats.errors import ChecksumError
 from stagein.loaders import DataLoader
 
@@ -46,6 +47,7 @@ def main(collective: str, caught: str, workers: str, bad: str) -> None:
 
 
 def train(allreduce: Callable[[], object], caught: str, workers: str, bad: str) -> None:
+    failure_board._SEEN_SECONDS = 3
     loader = DataLoader(OneIsBad(int(bad)), 4, num_workers=int(workers), distributed=True)
     step = 0
     try:
@@ -56,6 +58,8 @@ def train(allreduce: Callable[[], object], caught: str, workers: str, bad: str) 
         if caught == "no":
             raise
         print("raised", step, error.reported_by_peer, error, flush=True)
+        if caught == "exits":
+            sys.exit(1)
         return
     raise SystemExit("no error was raised")
 

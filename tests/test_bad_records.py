@@ -4,6 +4,7 @@ every world, on every path."""
 import json
 import pickle
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from stagein import formats
 from stagein.formats import convert, scan_imagefolder
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
+from stagein.formats.seekable_images import SeekableJpegs
+from stagein.formats.sources.images import change_images
 from stagein.loaders import DataLoader, PerSample, RecordDataset, image_train
 
 pytest.importorskip("nvidia.dali")
@@ -41,12 +44,14 @@ def damaged(jpeg_folder, tmp_path_factory) -> RecordDataset:
     return RecordDataset(root / "d.st", staged=None)
 
 
-def flip_a_bit(dataset: RecordDataset, record: int) -> None:
+def flip_a_bit(dataset: RecordDataset, record: int, share: float | None = None) -> None:
+    """In the header, or in the data behind this share of a record."""
     records = dataset.records
+    place = 60 if share is None else int(share * records.index.nbytes[record])
     path = records.path / records.manifest.shards[int(records.index.shard[record])].file
     path.chmod(0o644)
     with path.open("r+b") as file:
-        file.seek(int(records.index.offset[record]) + 60)
+        file.seek(int(records.index.offset[record]) + place)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 4]))
@@ -120,6 +125,29 @@ def test_the_same_substitutes_with_the_same_pixels_at_every_world_and_after_a_re
     assert rows(load(4)[0]) == rows(whole)
     first, state = load(2, steps=5)
     assert rows(first + load(3, state)[0]) == rows(whole)
+
+
+def test_damage_outside_of_a_window_changes_nothing_whatever_was_seen_of_it_before(jpeg_folder, tmp_path):
+    convert(change_images(scan_imagefolder(jpeg_folder), SeekableJpegs()), tmp_path / "s.st")
+    dataset = RecordDataset(tmp_path / "s.st", staged=None)
+    until = time.monotonic() + 100
+    while dataset.records.windows_are_awaited():
+        list(DataLoader(dataset, 8, **PATHS["graph"]))
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    for record in range(0, 85, 3):
+        flip_a_bit(dataset, record, share=0.9)
+
+    def make() -> DataLoader:
+        return DataLoader(dataset, 8, shuffle=True, on_error="replace", **PATHS["graph"])
+
+    whole = make()
+    epochs = [rows(whole) for _ in range(3)]
+    for number, epoch in enumerate(epochs):
+        of_this = make()
+        of_this.set_epoch(number)
+        assert rows(of_this) == epoch
+    assert 0 < of_this.stats().bad_records < whole.stats().bad_records
 
 
 def test_a_loader_can_be_sent_to_another_process(damaged):

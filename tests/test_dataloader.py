@@ -20,7 +20,7 @@ from mpi import run_ranks
 
 from stagein.formats import Dataset, convert, scan_imagefolder
 from stagein.formats.errors import ChecksumError, SourceError, StageinError, UsageError
-from stagein.loaders import DataLoader, RecordDataset, image_train
+from stagein.loaders import DataLoader, PerSample, RecordDataset, image_train
 
 pytest.importorskip("nvidia.dali")
 SAMPLES = 85
@@ -453,11 +453,38 @@ def test_torchs_arguments_stand_in_torchs_order():
         ({"seed": -1}, "seed=-1"),
         ({"seed": "7"}, "seed='7' is not a seed"),
         ({"device": "cuda:99"}, "device='cuda:99' is not there: torch sees . CUDA devices"),
+        ({"decode_threads": "2"}, "decode_threads='2'"),
+        ({"on_error": "replace", "error_budget": "3"}, "error_budget='3'"),
+        ({"prefetch_to_device": -1}, "prefetch_to_device=-1"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(numbered, arguments, sentence):
     with pytest.raises(UsageError, match=sentence):
         make_loader(numbered, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples_delivered": 999}, {"samples_delivered": -5}, {"epoch": -1}, {"epoch": "1"}]
+)
+def test_a_state_that_says_what_cannot_be_is_refused(numbered, change):
+    loader = make_loader(numbered)
+    with pytest.raises(UsageError, match="cannot go on from this state: it says"):
+        loader.load_state_dict({**loader.state_dict(), **change})
+    with pytest.raises(UsageError, match=r"cannot go on from None: give what state_dict\(\) returned"):
+        loader.load_state_dict(None)
+    with pytest.raises(UsageError, match="epoch -1 is none"):
+        loader.set_epoch(-1)
+
+
+@pytest.mark.parametrize(
+    "transform", [image_train(16), PerSample(lambda sample: sample["label"])], ids=["graph", "samples"]
+)
+def test_records_are_asked_for_by_whole_numbers(numbered, transform):
+    for sampler in ([1.7], ["one"], [[1, 2]]):
+        with pytest.raises(UsageError, match="is asked for whole numbers"):
+            list(make_loader(numbered, 1, transform=transform, sampler=sampler, shuffle=None))
+    tensors = make_loader(numbered, 2, transform=transform, sampler=torch.tensor([3, 1, 2]), shuffle=None)
+    assert len(list(tensors)) == 2
 
 
 @pytest.mark.parametrize("batch_size", [0, -3, 2.5, True])

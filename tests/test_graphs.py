@@ -130,6 +130,60 @@ def test_a_centre_larger_than_the_resized_image_is_refused():
         image_eval(224, resize=200)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"size": (8, 8)}, r"size=\(8, 8\) is no number of pixels"),
+        ({"size": "8"}, "size='8' is no number of pixels"),
+        ({"size": 8.5}, "size=8.5 is no number of pixels"),
+        ({"mean": (0, 0)}, r"mean=\(0, 0\) is not one number for each"),
+        ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\) divides"),
+        ({"std": (float("nan"), 1, 1)}, "divides"),
+    ],
+)
+def test_numbers_that_no_image_can_be_made_with_are_refused(arguments, sentence):
+    for graph in (image_train, image_eval):
+        with pytest.raises(UsageError, match=sentence):
+            graph(**arguments)
+    with pytest.raises(UsageError, match="resize='8' is no number"):
+        image_eval(8, resize="8")
+
+
+def test_a_field_that_is_no_size_of_images_is_refused_by_its_name(pictures):
+    with pytest.raises(UsageError, match="'label' is not the size of each image"):
+        loaded(pictures, transform=image_train(size_column="label"))
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [(None, "NoneType"), ([1], "list"), ({"x": 3}, r"\{'x': 'int'\}")],
+    ids=["None", "list", "no node"],
+)
+def test_a_function_that_returns_no_nodes_is_refused(pictures, built, said):
+    with pytest.raises(UsageError, match=rf"returns a dict of nodes by the name of their field, not {said}"):
+        loaded(pictures, transform=lambda nodes: built)
+
+
+def test_what_makes_a_graph_is_no_graph(pictures):
+    with pytest.raises(UsageError, match=r"call it, transform=image_train\(…\)"):
+        DataLoader(pictures, 3, device="cpu", transform=image_train)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "replace"])
+def test_a_graph_that_fails_for_another_reason_than_its_data_is_at_fault_itself(pictures, on_error):
+    def too_large(nodes):
+        from nvidia.dali import fn
+
+        return {"image": fn.crop(fn.decoders.image(nodes["image"]), crop=[9000, 9000])}
+
+    loader = DataLoader(pictures, 3, device="cpu", transform=too_large, on_error=on_error)
+    with pytest.raises(
+        UsageError, match=r"epoch 0, batch 0: the graph fails on record 0 in .*, in fn\.crop: Slice can't be"
+    ):
+        list(loader)
+    assert loader.stats().bad_records == 0
+
+
 def test_a_data_set_without_image_sizes_is_refused_by_the_field_name(pictures):
     with pytest.raises(UsageError, match=r"no field 'size_of_image': it has label, hw"):
         loaded(pictures, transform=image_train(size_column="size_of_image"))

@@ -32,6 +32,23 @@ def test_an_error_in_the_first_batch_that_nobody_catches_ends_the_job_with_its_e
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_the_first_batch_after_which_its_rank_exits_ends_the_job(workers):
+    """The other rank waits in the allreduce of the first step by then, and the exit of the first one for it."""
+    started = time.monotonic()
+    done = run_ranks(2, sys.executable, RANK, "mpi", "exits", workers, 5)
+    assert done.returncode == 5, (done.returncode, done.stderr)
+    assert "raised 0 False record 5 is damaged" in done.stdout
+    assert "rank 1 ends the job: 1 other ranks have not seen in 3 s that it cannot go on" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_ranks_that_all_raise_an_error_exit_as_they_like():
+    done = run_ranks(2, sys.executable, RANK, "mpi", "exits", 2, 29)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stdout.count("raised 3 ") == 2 and "ends the job" not in done.stderr
+
+
 def test_worker_processes_beside_mpi_do_not_take_themselves_for_ranks():
     done = run_ranks(2, sys.executable, Path(__file__).parent / "worker_process_rank.py", "spawn")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from stagein import formats
 from stagein.formats.errors import ChecksumError, SourceError, UsageError
-from stagein.loaders import DataLoader, RecordDataset
+from stagein.loaders import DataLoader, RecordDataset, image_train
 
 RECORDS = 7
 
@@ -105,6 +107,33 @@ def damage(copy: Path, record: int, how: str) -> None:
     elif how == "no file":
         shard.unlink()
         shard.mkdir()  # it opens, and reading it fails
+
+
+def wait_for_kernels(dataset: RecordDataset) -> None:
+    """Until records are read and decoded by kernels."""
+    reader, until = dataset.records.readers["image"], time.monotonic() + 100
+    while True:
+        list(DataLoader(dataset, 8, transform=image_train(16), device="cpu"))
+        if reader.locate([0]) is not None:
+            return
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_kernels_are_told_where_records_are_in_the_source_if_a_shard_of_the_copy_is_missing(jpeg_dataset_path, staged):
+    of_source = RecordDataset(jpeg_dataset_path, staged=None)
+    wait_for_kernels(of_source)
+    damage(staged, 41, "missing")
+    dataset = RecordDataset(jpeg_dataset_path, staged=staged)
+    runs = []
+    for each in (of_source, dataset):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loader = DataLoader(each, 8, transform=image_train(16), device="cpu", on_error="replace")
+            runs.append([batch["image"].numpy().tobytes() for batch in loader])
+        assert loader.stats().bad_records == 0
+    assert runs[0] == runs[1] and len(caught) == 1
+    assert list(dataset.records.left_shards) == [staged / shard_of(dataset, 41)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

@@ -536,6 +536,31 @@ def test_an_interpreter_exits_with_its_code_while_threads_work(how, workers, dat
     assert (done.returncode, done.stderr) == (3 if how == "exits" else 0, "")
 
 
+FORKED_HALF_WAY = """
+import os, sys
+from stagein.formats.errors import UsageError
+from stagein.loaders import DataLoader, RecordDataset
+for dataset in (list(range(20)), RecordDataset(sys.argv[1], staged=None)):
+    loader = DataLoader(dataset, 2, num_workers=2, device="cpu")
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if not child:
+        try:
+            next(batches)
+        except UsageError as error:
+            os._exit(0 if "begin one here" in str(error) and len(list(loader)) == 10 else 1)
+        os._exit(2)
+    print(os.waitpid(child, 0)[1], len(list(batches)), flush=True)
+"""
+
+
+def test_an_iterator_that_a_fork_inherits_is_refused_there(path):
+    command = [sys.executable, "-c", FORKED_HALF_WAY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("0 9\n0 9\n", "", 0)
+
+
 def test_batch_samplers_of_torchs_around_ours_keep_their_order(records):
     sampler = DataLoader(records, 1, shuffle=True, seed=3).sampler
     by_sampler = DataLoader(records, batch_sampler=BatchSampler(sampler, 4, drop_last=False))

@@ -199,6 +199,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
             "flat": Field(kind="tensor", dtype="uint8", shape=(9, 9)),
             "phase": Field(kind="tensor", dtype="complex64", shape=(9, 9, 9)),
             "mask": Field(kind="tensor", dtype="uint8", shape=(1, 9, 9, 9)),
+            "half": Field(kind="tensor", dtype="float16", shape=(9, 9, 9)),
         },
         primary="volume",
     )
@@ -215,6 +216,8 @@ def test_what_is_no_mask_is_refused(tmp_path):
         load("flat")
     with pytest.raises(UsageError, match="takes tensors of whole or real numbers, and 'phase' is"):
         load("phase")
+    with pytest.raises(UsageError, match="the mask 'half' is float16"):
+        load("half")
     with pytest.raises(UsageError, match="needs the field 'seen'"):
         load("seen")
     with pytest.raises(UsageError, match="needs the field 'mask': name it in the data set's fields="):
