@@ -88,7 +88,6 @@ def resize(
     weight_y: NDArray[np.float32],
     weight_x: NDArray[np.float32],
     row: NDArray[np.float32],
-    streams: bool,
     out: NDArray[np.float32],
 ) -> None:
     size, last_row, width = out.shape[1], window[2] - 1, 3 * window[3]
@@ -110,7 +109,7 @@ def resize(
             else:
                 _blend_in(upper, lower, of_upper, of_lower, row)
         for x in range(0, size - size % PIXELS, PIXELS):
-            weigh_pixels(row, first_x, weight_x, x, y, mirror, scale, offset, streams, out)
+            weigh_pixels(row, first_x, weight_x, x, y, mirror, scale, offset, out)
         for x in range(size - size % PIXELS, size):
             red = green = blue = np.float32(0)
             at = 3 * first_x[x]

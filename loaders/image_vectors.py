@@ -24,7 +24,6 @@ def _weigh_pixels(
     mirror: Any,
     scale: Any,
     offset: Any,
-    streams: Any,
     out: Any,
 ) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -32,7 +31,7 @@ def _weigh_pixels(
             context.make_array(kind)(context, builder, argument) if isinstance(kind, types.Array) else argument
             for kind, argument in zip(signature.args, arguments, strict=True)
         ]
-        row, first, weights, x, y, mirror, scale, offset, streams, out = arrays
+        row, first, weights, x, y, mirror, scale, offset, out = arrays
 
         def number(value: int) -> Any:
             return ir.Constant(ir.IntType(64), value)
@@ -76,23 +75,16 @@ def _weigh_pixels(
             values = times_plus(values, factor, added)
             values = builder.select(mirror, shuffled(values, values, list(reversed(range(PIXELS)))), values)
             plane = builder.mul(builder.mul(size, size), number(channel))
-            target = builder.bitcast(builder.gep(out.data, [builder.add(plane, place)]), _VECTOR.as_pointer())
-            with builder.if_else(streams) as (past_caches, otherwise):
-                with past_caches:
-                    stored = builder.store(values, target, align=4 * PIXELS)
-                    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-                with otherwise:
-                    builder.store(values, target, align=4)
+            target = builder.gep(out.data, [builder.add(plane, place)])
+            builder.store(values, builder.bitcast(target, _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
     floats = [types.Array(types.float32, dimensions, "C") for dimensions in (1, 2, 3)]
     places = types.Array(types.int64, 1, "C")
-    row_and_weights, numbers, flag = (floats[0], places, floats[1]), (types.int64, types.int64), types.boolean
-    kinds = (*row_and_weights, *numbers, flag, floats[0], floats[0], flag, floats[2])
+    kinds = (floats[0], places, floats[1], types.int64, types.int64, types.boolean, floats[0], floats[0], floats[2])
     return types.void(*kinds), generate
 
 
 weigh_pixels: Any = intrinsic(_weigh_pixels)
-"""(row of colours, first source pixel of each result, weights `[size, taps]`, x, y, mirror, scale, offset, streams, out
-`[3, size, size]`): the results x to x + PIXELS - 1 of row y, from the last on where it is mirrored. Beyond the last source pixel, `row` has one
-value more. What `streams` past the caches must lie at multiples of 4 * PIXELS bytes; other threads see it after a `fetch_add`."""
+"""(row of colours, first source pixel of each result, weights `[size, taps]`, x, y, mirror, scale, offset, out `[3, size, size]`): the
+results x to x + PIXELS - 1 of row y, from the last on where it is mirrored. Beyond the last source pixel, `row` has one value more."""

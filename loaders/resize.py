@@ -28,7 +28,7 @@ def _some_arguments() -> tuple[Any, ...]:
     ones = np.ones(3, np.float32)
     window, region = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 1.0])
     pixels, out = np.zeros((1, 3), np.uint8), np.empty((3, 1, 1), np.float32)
-    return (pixels, window, region, True, False, ones, ones, *_work_memory(window, region, True, 1), False, out)
+    return (pixels, window, region, True, False, ones, ones, *_work_memory(window, region, True, 1), out)
 
 
 def resize_into(
@@ -50,7 +50,7 @@ def resize_into(
              bounds, are those of Pillow's BILINEAR. Otherwise it is two pixels wide.
     """
     memory = _work_memory(window, region, antialias, out.shape[1])
-    _resize(pixels, window, region, antialias, mirror, scale, offset, *memory, False, out)
+    _resize(pixels, window, region, antialias, mirror, scale, offset, *memory, out)
 
 
 def _work_memory(

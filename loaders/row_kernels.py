@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.native import call_entry, fetch_add, kernel, signed
-from stagein.formats.read_kernels import STREAMED_BYTES, nanoseconds, read_and_sum
+from stagein.formats.read_kernels import nanoseconds, read_and_sum
 
 from .resize import taps
 from .row_layout import (
@@ -34,9 +34,6 @@ from .row_layout import (
 _COLOURS = 3
 _WORD_BYTES = 8
 _FLOAT_BYTES = 4
-_VECTOR_BYTES = 16
-_MIRROR, _STREAMS = 4, 11
-"""Arguments of `resize` that differ from row to row, beside arrays."""
 _taps = kernel(taps)
 
 
@@ -82,9 +79,7 @@ def make_rows(
     Returns a row and what is the matter with it: see `row_layout`. The file of one that is UNDECODED is in `content`, or in memory where it
     was.
     """
-    row, clock, row_bytes = decoded_row, spent[CLOCK:], _FLOAT_BYTES * _COLOURS * size * size
-    lies_in_vectors = size * _FLOAT_BYTES % _VECTOR_BYTES == 0 and rows_address % _VECTOR_BYTES == 0
-    resize_frame[_STREAMS] = 1 if lies_in_vectors and len(order) * row_bytes >= STREAMED_BYTES else 0
+    row, clock = decoded_row, spent[CLOCK:]
     while True:
         if row < 0:
             taken = fetch_add(counter, 1)
@@ -124,8 +119,8 @@ def make_rows(
         arrays[REGION, 0] = regions.ctypes.data + 4 * _WORD_BYTES * row
         arrays[WEIGHT_Y, EXTENTS + 1], arrays[WEIGHT_X, EXTENTS + 1] = taps_y, taps_x
         arrays[ROW, EXTENTS] = _COLOURS * (width + taps_x)
-        arrays[OUT, 0] = rows_address + row_bytes * row
-        resize_frame[0], resize_frame[_MIRROR] = _fields(arrays, PIXELS), signed(mirrored[row])
+        arrays[OUT, 0] = rows_address + _FLOAT_BYTES * _COLOURS * size * size * row
+        resize_frame[0], resize_frame[4] = _fields(arrays, PIXELS), signed(mirrored[row])
         if call_entry(resize_entry, resize_frame.ctypes.data) < 0:
             return row, UNDECODED
         spent[TRANSFORM_NS] += nanoseconds(clock) - began

@@ -264,7 +264,6 @@ class RowMaker:
             words[WEIGHT_Y],
             words[WEIGHT_X],
             words[ROW],
-            False,
             words[OUT],
         )
         return self._windows.frame(), resizing

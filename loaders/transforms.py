@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,8 @@ def understand(transform: Any, dataset: Any) -> Translation:
                 f"transform={type(transform).__name__} needs a RecordDataset, not a {type(dataset).__name__}: {instead}"
             )
         return Translation(per_sample=transform, lines=(f"{_name(transform)}: called for every sample",))
-    if inspect.isfunction(transform) and transform.__module__.startswith(f"{__package__}."):
-        name = transform.__name__
+    name = getattr(transform, "__name__", "")
+    if inspect.isfunction(transform) and transform is getattr(import_module(__package__), name, None):
         raise UsageError(f"transform={name} is what makes a graph: call it, transform={name}(…)")
     if isinstance(transform, Graph):
         return Translation(graph=transform, lines=(f"{type(transform).__name__}: a graph",))

@@ -30,7 +30,6 @@ GRAPHS = {
     "train": image_train(48),
     "train, not antialiased, odd size": image_train(37, antialias=False),
     "eval": image_eval(56, resize=64),
-    "train, stored past the caches": image_train(448),
 }
 _COMPILE_SECONDS = 100
 
