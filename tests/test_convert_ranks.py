@@ -127,19 +127,22 @@ def half_way(slow_convert: list[str], tmp_path: Path) -> Iterator[subprocess.Pop
     with start_ranks(3, *slow_convert, tmp_path / "x.st", *SLOW_OPTIONS, nodes=["a", "b", "c"]) as launcher:
         journal = tmp_path / f"x.st{PART_SUFFIX}" / "journal"
         deadline = time.monotonic() + 60
-        while (
-            len(list(journal.glob("*.npz"))) < 5 or not all(workers_of(pid) for pid in rank_pids(launcher))
-        ) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            at_work = [pid for pid in rank_pids(launcher) if workers_of(pid)]
+            if len(at_work) == 3 and len(list(journal.glob("*.npz"))) >= 5:
+                break
             time.sleep(0.005)
         assert launcher.poll() is None and rank_pids(launcher), "the conversion is not under way"
         yield launcher
 
 
 def workers_of(pid: int) -> list[int]:
-    """The worker processes of a rank: the children of the process that starts them."""
-    found = descendants(pid)
-    servers = [child for child in found if "forkserver" in read_of_process(child, "cmdline")]
-    return [worker for server in servers for worker in descendants(server)]
+    """The worker processes of a rank: forked of the process that starts them, which may also start others, for a moment, while it imports."""
+
+    def forked(parent: int) -> list[int]:
+        return [child for child in descendants(parent) if "forkserver" in read_of_process(child, "cmdline")]
+
+    return [worker for server in forked(pid) for worker in forked(server)]
 
 
 def tell(pid: int, number: signal.Signals) -> None:
