@@ -24,7 +24,7 @@ class Replacement:
 
     It is the next good record of the data set, whichever rank meets the bad one, and when: a run that resumes, or has
     another number of ranks, gets the same. So damage is looked for every time, as where a crop window is all that is read of
-    a record it may lie outside; records that cannot be read at all are remembered, as reading is tried for seconds.
+    a record it may lie outside; records that cannot be read, which is tried for seconds, or not be decoded are remembered.
 
     error_budget  distinct bad records that this rank lets pass; one more is an error.
     quarantine    a file that gets a line of JSON for each: data set, record, shard, node, reason. Several ranks may write to one
@@ -34,7 +34,7 @@ class Replacement:
     def __init__(self, dataset: RecordDataset, error_budget: int, quarantine: Path | None) -> None:
         self._dataset, self._error_budget, self._quarantine = dataset, error_budget, quarantine
         self._bad: set[int] = set()
-        self._unreadable: set[int] = set()
+        self._remembered: set[int] = set()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,8 +59,8 @@ class Replacement:
             return self._good(substituted)
 
     def good(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same ids, with substitutes for those that are known to be unreadable."""
-        if not self._unreadable:
+        """The same ids, with substitutes for those that are remembered."""
+        if not self._remembered:
             return ids
         with self._lock:
             return self._good(ids)
@@ -69,10 +69,10 @@ class Replacement:
         return np.array([self._substitute(record) for record in ids.tolist()], dtype=np.int64)
 
     def _substitute(self, record: int) -> int:
-        """The first record from this one on that is not known to be unreadable."""
+        """The first record from this one on that is not remembered as bad."""
         samples = len(self._dataset)
         others = (other % samples for other in range(record, record + samples))
-        return next(other for other in others if other not in self._unreadable)
+        return next(other for other in others if other not in self._remembered)
 
     def _note(self, task: BatchTask, record: int, error: StageinError) -> None:
         if record in self._bad:
@@ -82,7 +82,7 @@ class Replacement:
             raise failed_batch(task, type(error)(sentence)) from error
         self._bad.add(record)
         if not isinstance(error, ChecksumError):
-            self._unreadable.add(record)
+            self._remembered.add(record)
         records = self._dataset.records
         line = {
             "dataset": records.manifest.id,

@@ -72,13 +72,13 @@ class FastPath:
         """Each task with its batch, in order."""
         reading = self._reading
         num_ahead = reading.num_readers * reading.batches_per_reader
-        # Readers are workers only to the user's function: nothing else of the user's runs in them.
-        is_asked = reading.worker_init_fn is not None and reading.num_readers > 0
-        workers = WorkerStart(self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
-        begin = workers.begin if is_asked else None
+        start = None
+        if reading.worker_init_fn is not None and reading.num_readers:  # nothing else of the user's runs in readers
+            start = WorkerStart(self._dataset, reading.num_readers, self._seed & MAX_SEED, reading.worker_init_fn)
+        begin = None if start is None else start.begin
         reads = ReadAhead(tasks, self._engine.load, reading.num_readers, num_ahead, reading.timeout_s, begin)
-        if is_asked:
-            workers.wait(reading.timeout_s or None)
+        if start is not None:
+            start.wait(reading.timeout_s or None)
         return FastPathRun(reads, self._engine, self._dataset, reading.timeout_s, self.stats)
 
 
