@@ -326,7 +326,7 @@ def test_timeout_names_the_batch_that_was_not_read(jpeg_dataset_path):
     started = time.monotonic()
     with pytest.raises(StageinError, match=r"epoch 0, batch 0: not read within 0\.2 s \(it starts with record \d+ in "):
         list(make_loader(dataset, num_workers=2, timeout=0.2))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     dataset.records.gate.set()
 
 

@@ -829,7 +829,7 @@ def test_a_rank_killed_in_the_middle_ends_the_job_and_the_next_run_resumes(sourc
     result, _ = stage_over_ranks(
         source, node_disks, "ab", "--policy", "replicate", "--signal", "SIGKILL", "--on-rank", 1, "--memory-bytes", 1
     )
-    assert result.returncode != 0 and time.monotonic() - start < 20
+    assert result.returncode != 0 and time.monotonic() - start < 60
     assert journaled_chunks(source, expand_node(node_disks, "b")) > 5
     result, report = stage_over_ranks(source, node_disks, "ab", "--policy", "replicate")
     assert report is not None, result.stderr
