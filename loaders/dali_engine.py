@@ -1,6 +1,7 @@
 """The engine for DALI graphs: a user's on any device, the ready ones where there is a GPU."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ class DaliEngine:
     def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
         """Through one pipeline, and through a larger one from a batch on that has more rows than any before."""
         pipeline, self._idle_pipeline = self._idle_pipeline, None
+        if pipeline is not None and pipeline.process != os.getpid():
+            pipeline = None  # it would wait for its threads for ever
         try:
             while (first := next(batches, None)) is not None:
                 if pipeline is None or pipeline.max_rows < len(first.ids):

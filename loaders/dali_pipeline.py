@@ -4,6 +4,7 @@ The pipeline is fed by `external_source` and runs ahead of the caller in DALI's 
 (the default) is essential: only it gives each batch memory of its own, which the tensors then own.
 """
 
+import os
 import re
 import warnings
 from collections import deque
@@ -54,6 +55,8 @@ class GraphPipeline:
         listed_fields: Collection[str],
     ) -> None:
         self.max_rows = max_rows
+        self.process = os.getpid()
+        """That its threads are in."""
         self._graph, self._device, self._row_place = graph, device, row_place
         self._source = _Source(tuple(example.inputs), max_rows, queue_depth)
         self._pipeline, outputs = _build(graph, self._source, device, num_threads)

@@ -1,5 +1,6 @@
 """The engine for the ready image graphs without a GPU: threads of our own that turn records into rows of a batch."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ class ImageEngine:
         return self._reader.read(task)
 
     def transform(self, batches: Iterator[HostBatch]) -> Iterator[Delivered]:
-        makers = self._makers.take(self._options.decode_threads)
+        makers, process = self._makers.take(self._options.decode_threads), os.getpid()
         threads = _RowThreads(makers)
         in_work: deque[BatchInWork] = deque()
         failure: Exception | None = None
@@ -79,7 +80,8 @@ class ImageEngine:
             for work in in_work:
                 work.abandon()
             threads.close()
-            self._makers.give_back(makers)
+            if os.getpid() == process:  # one forked of it has them as threads that it has not left them, in the midst of a row
+                self._makers.give_back(makers)
         if failure is not None:
             raise failure
 

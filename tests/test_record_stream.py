@@ -266,21 +266,32 @@ def test_a_loader_of_a_cycle_may_be_collected_by_a_thread_of_its_own(images, mon
 
 PROGRAM = """
 import os, sys, time
+from torch.utils.data import RandomSampler
 from stagein.loaders import DataLoader, RecordDataset, image_train
+from stagein.loaders.row_maker import RowMakers
 sys.path.append(sys.argv[2])
 from test_record_stream import dali_graph
-transform = image_train(16) if sys.argv[3] == "images" else dali_graph
+take, lent = RowMakers.take, []
+RowMakers.take = lambda self, count: lent.append(take(self, count)) or lent[-1]
+dataset = RecordDataset(sys.argv[1], staged=None)
 loader = DataLoader(
-    RecordDataset(sys.argv[1], staged=None), 8, num_workers=2, persistent_workers=True, transform=transform, device="cpu"
+    dataset,
+    8,
+    sampler=RandomSampler(dataset) if "sampler" in sys.argv[3] else None,
+    num_workers=2,
+    persistent_workers=True,
+    transform=image_train(16) if sys.argv[3] == "images" else dali_graph,
+    device="cpu",
 )
 print(len(list(loader)), flush=True)
 """
-FORKED_BETWEEN = FORKED.replace("del batches, loader", "print(len(list(loader)), flush=True)").replace(
-    "list(batches)", "list(loader)"
-)
+FORKED_BETWEEN = FORKED.replace(
+    "del batches, loader",
+    "in_work = [*lent]; print(len(list(loader)), flush=True); assert not in_work or lent[-1] not in in_work",
+).replace("list(batches)", "list(loader)")
 
 
-@pytest.mark.parametrize("engine", ["images", "DALI"])
+@pytest.mark.parametrize("engine", ["images", "DALI", "DALI, sampler"])
 @pytest.mark.parametrize("then", ["", FORKED_BETWEEN], ids=["exits", "forks"])
 def test_a_process_between_two_epochs_exits_and_forks(images, then, engine):
     done = subprocess.run(
