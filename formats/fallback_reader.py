@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ChecksumError, SourceError
+from .forks import renew_in_forks
 from .index import RecordIndex
 from .located import LocatedRecords
 from .record_reader import PackedRecords, RecordNumbers, RecordReader
@@ -26,9 +27,14 @@ class FallbackReader(RecordReader):
     def __init__(self, field: Field, index: RecordIndex, near: Sequence[Path], source: Sequence[Path]) -> None:
         super().__init__(field, index, near)
         self._source = tuple(source)
-        self._changing = threading.Lock()
+        self.renew()
+        renew_in_forks(self)
         self.left: dict[Path, str] = {}
         """Why each shard was left."""
+
+    def renew(self) -> None:
+        """Have a lock that nobody holds."""
+        self._changing = threading.Lock()
 
     def read_packed(
         self, records: RecordNumbers, buffer: memoryview | None = None, *, check: bool = True

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagein.formats.errors import ChecksumError, StageinError
+from stagein.formats.forks import renew_in_forks
 from stagein.world import node_name
 
 from .batches import BatchTask, RowFailure
@@ -35,7 +36,8 @@ class Replacement:
         self._dataset, self._error_budget, self._quarantine = dataset, error_budget, quarantine
         self._bad: set[int] = set()
         self._remembered: set[int] = set()
-        self._lock = threading.Lock()
+        self.renew()
+        renew_in_forks(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lock: a loader can be sent to another process."""
@@ -43,6 +45,11 @@ class Replacement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        """Have a lock that nobody holds."""
         self._lock = threading.Lock()
 
     @property

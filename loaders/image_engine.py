@@ -80,7 +80,8 @@ class ImageEngine:
             for work in in_work:
                 work.abandon()
             threads.close()
-            if os.getpid() == process:  # one forked of it has them as threads that it has not left them, in the midst of a row
+            # A process that was forked of it meanwhile has them as threads left them, that it has not, in the midst of a row.
+            if os.getpid() == process:
                 self._makers.give_back(makers)
         if failure is not None:
             raise failure

@@ -1,8 +1,6 @@
 """Threads that help their caller: all at work at once, none left behind, none missed in a process that is forked."""
 
 import ctypes
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -195,39 +193,6 @@ def test_a_call_does_not_wait_for_threads_that_do_not_come(dataset: Dataset) -> 
     crew._threads = threads  # as if they were on their way
     assert np.array_equal(reader.read_tensors(order, threads=3), expected)
     crew._threads = []
-
-
-def _in_fork(work: Callable[[], bool]) -> bool:
-    """Whether `work()` is true in a process forked now, within 20 s."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        os._exit(0 if work() else 1)
-    return os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_reads_with_threads_of_its_own(dataset: Dataset) -> None:
-    reader, held, leave = dataset.reader, threading.Event(), threading.Event()
-    order = list(range(20))
-    expected = reader.read_tensors(order, threads=2)
-
-    def hold_its_locks() -> None:
-        with reader._files._changed, reader._helpers._starting, reader._crew._starting, reader._crew._calling:
-            held.set()
-            leave.wait(20)
-
-    holder = threading.Thread(target=hold_its_locks)
-    holder.start()
-    held.wait()
-    try:
-        assert _in_fork(
-            lambda: np.array_equal(reader.read_tensors(order, threads=2), expected) and len(_helpers()) == 1
-        )
-    finally:
-        leave.set()
-        holder.join()
-    assert np.array_equal(reader.read_tensors(order, threads=2), expected)
 
 
 def test_the_interpreter_exits_with_readers_open(dataset: Dataset) -> None:

@@ -1,0 +1,98 @@
+"""A process that is forked while threads of its parent are at work, and hold locks: it has what it needs anew."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_record_dataset import flip_a_bit, shard_of
+
+from stagein.formats import Dataset, Field, Schema, Writer
+from stagein.formats.codecs import Codec
+from stagein.formats.errors import SourceError
+from stagein.loaders import RecordDataset
+from stagein.loaders.bad_records import Replacement
+from stagein.loaders.batches import BatchTask, RowFailure
+from stagein.loaders.order import RankBatch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def in_fork(work: Callable[[], bool]) -> bool:
+    """Whether `work()` is true in a process forked now, within 20 s."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if work() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@contextlib.contextmanager
+def held_by_another_thread(*locks: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            leave.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(20)
+    try:
+        yield
+    finally:
+        leave.set()
+        holder.join()
+
+
+def test_it_reads_with_threads_of_its_own(tmp_path: Path) -> None:
+    shape, order = (40, 40), list(range(20))
+    field = Field(kind="tensor", dtype="float32", shape=shape, codec=Codec(name="zstd"))
+    with Writer(tmp_path / "x.st", Schema(fields={"x": field}, primary="x")) as writer:
+        for number in order:
+            writer.write({"x": np.full(shape, number, np.float32)})
+    reader = Dataset(tmp_path / "x.st").reader
+    expected = reader.read_tensors(order, threads=2)
+
+    def reads() -> bool:
+        is_equal = np.array_equal(reader.read_tensors(order, threads=2), expected)
+        ours = [each for each in threading.enumerate() if each.name.startswith(("stagein-helper", "stagein-crew"))]
+        return is_equal and len(ours) == 1
+
+    crew = reader._crew
+    with held_by_another_thread(reader._files._changed, reader._helpers._starting, crew._starting, crew._calling):
+        assert in_fork(reads)
+    assert np.array_equal(reader.read_tensors(order, threads=2), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*read from the source from now on")
+def test_it_leaves_a_bad_shard_of_a_copy(jpeg_dataset_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(jpeg_dataset_path, tmp_path / "copy.st", symlinks=True)
+    dataset = RecordDataset(jpeg_dataset_path, staged=tmp_path / "copy.st")
+    flip_a_bit(tmp_path / "copy.st" / shard_of(dataset, 41), int(dataset.records.index.offset[41]) + 100)
+    expected = RecordDataset(jpeg_dataset_path, staged=None)[41]["image"]
+    with held_by_another_thread(dataset.records.readers["image"]._changing):
+        assert in_fork(lambda: torch.equal(torch.as_tensor(dataset[41]["image"]), torch.as_tensor(expected)))
+
+
+@pytest.mark.filterwarnings("ignore:.*takes its place")
+def test_it_replaces_bad_records(jpeg_dataset_path: Path) -> None:
+    replacement = Replacement(RecordDataset(jpeg_dataset_path, staged=None), error_budget=5, quarantine=None)
+    ids = np.array([9, 10])
+
+    def replaces() -> bool:
+        task, failure = BatchTask(0, 0, RankBatch(ids, 2)), RowFailure(0, SourceError("it is no JPEG"))
+        return replacement(task, ids, [failure]).tolist() == replacement.good(ids).tolist() == [10, 10]
+
+    with held_by_another_thread(replacement._lock):
+        assert in_fork(replaces)
+    assert replaces()
