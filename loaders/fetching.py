@@ -271,8 +271,11 @@ class ThreadFetcher:
         return step, future.result() if error is None else Failure(error)
 
     def close(self, join_seconds: float = _JOIN_SECONDS) -> None:
-        for future, _ in self._pending:
-            future.cancel()
+        if (
+            self._workers.process == os.getpid()
+        ):  # one forked of it may have a future whose lock a thread held that it has not
+            for future, _ in self._pending:
+                future.cancel()
         self._pending.clear()
         if not self._keep_workers:
             self._workers.close(join_seconds)

@@ -5,6 +5,7 @@ SamplePath  any map-style data set, sample by sample, in the caller or in thread
 TorchPath   torch's own iterator: worker processes where multiprocessing_context asks for them, IterableDatasets
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class SamplePath:
     def start(self, epoch: Epoch, draw_base_seed: Callable[[], int]) -> Deliveries:
         fetch = TimedFetch(self.fetch, SharedTimes(self.stats), self.pin_memory)
         workers, self._workers = self._workers, None
-        if workers is not None:
+        if workers is not None and workers.process == os.getpid():  # one forked of it has not its threads
             steps = epoch.steps()
         else:
             steps, base_seed = _begun_as_by_torch(epoch, draw_base_seed, self.num_workers)

@@ -398,9 +398,13 @@ print(len(list(batches)))
 """
 
 
+@pytest.mark.parametrize(
+    "child_does", ["del batches, loader", "assert len(list(loader)) == len(loader)"], ids=["ends", "loads"]
+)
 @pytest.mark.parametrize("kind", ["threads", "graph"])
-def test_a_forked_process_ends_and_its_parent_goes_on(numbered, kind):
-    command = [sys.executable, "-c", BEGUN + FORKED, kind, numbered.records.path]
+def test_a_forked_process_ends_and_its_parent_goes_on(numbered, kind, child_does):
+    program = BEGUN + FORKED.replace("del batches, loader", child_does)
+    command = [sys.executable, "-c", program, kind, numbered.records.path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     rest = 24 if kind == "threads" else -(-SAMPLES // 4) - 1
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{rest}\n", "")

@@ -273,14 +273,15 @@ sys.path.append(sys.argv[2])
 from test_record_stream import dali_graph
 take, lent = RowMakers.take, []
 RowMakers.take = lambda self, count: lent.append(take(self, count)) or lent[-1]
-dataset = RecordDataset(sys.argv[1], staged=None)
+dataset = range(85) if sys.argv[3] == "samples" else RecordDataset(sys.argv[1], staged=None)
+transforms = {"images": image_train(16), "samples": None}
 loader = DataLoader(
     dataset,
     8,
     sampler=RandomSampler(dataset) if "sampler" in sys.argv[3] else None,
     num_workers=2,
     persistent_workers=True,
-    transform=image_train(16) if sys.argv[3] == "images" else dali_graph,
+    transform=transforms.get(sys.argv[3], dali_graph),
     device="cpu",
 )
 print(len(list(loader)), flush=True)
@@ -291,7 +292,7 @@ FORKED_BETWEEN = FORKED.replace(
 ).replace("list(batches)", "list(loader)")
 
 
-@pytest.mark.parametrize("engine", ["images", "DALI", "DALI, sampler"])
+@pytest.mark.parametrize("engine", ["images", "samples", "DALI", "DALI, sampler"])
 @pytest.mark.parametrize("then", ["", FORKED_BETWEEN], ids=["exits", "forks"])
 def test_a_process_between_two_epochs_exits_and_forks(images, then, engine):
     done = subprocess.run(
