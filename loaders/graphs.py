@@ -109,6 +109,14 @@ def has_dali_type(rows: Any) -> bool:
     return isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf"
 
 
+def as_numbers(name: str, value: Any) -> tuple[float, ...]:
+    """The numbers given for `name`; one alone stands for itself. Raises UsageError for what is none."""
+    try:
+        return tuple(map(float, value if np.iterable(value) else [value]))
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}={value!r} is neither a number nor several") from None
+
+
 @dataclass(frozen=True)
 class ImageOutput:
     """How a decoded window becomes a tensor: float32 `[3, size, size]`, RGB, `(value / 255 - mean) / std` per channel."""
@@ -124,7 +132,7 @@ class ImageOutput:
         if not is_count(self.size) or self.size < 1:
             raise UsageError(f"size={self.size!r} is no number of pixels that an image could be resized to")
         for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if len(numbers) != _CHANNELS:
+            if len(as_numbers(name, numbers)) != _CHANNELS:
                 raise UsageError(f"{name}={numbers!r} is not one number for each of red, green and blue")
         if not min(self.std) > 0:
             raise UsageError(f"std={self.std!r} divides: it is above 0 for each channel")

@@ -1,5 +1,6 @@
 """Graphs of tensor volumes: a crop of fixed size, flips along each axis, values normalised per channel; the same crop of a mask."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from stagein.formats.schema import Field, shape_name
 
 from .augment import random_axis_flips, random_starts, volume_uniforms
 from .dali import import_dali
-from .graphs import DecodeDevice, HostPlan, Nodes, SampleBatch, is_known_to_dali
+from .graphs import DecodeDevice, HostPlan, Nodes, SampleBatch, as_numbers, is_known_to_dali
 
 Channels = Literal["first", "last"] | None
 """Which axis they are; None: there is no such axis."""
@@ -195,8 +196,8 @@ def _with_channels(channels: Channels) -> str:
 def volume_train(
     crop: Sequence[int],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
     flip: float | Sequence[float] = 0.5,
     channels: Channels = "first",
     field: str = "volume",
@@ -206,7 +207,7 @@ def volume_train(
 
     crop      extents of the window along each axis but the channels'; any place in the tensor is as likely. Tensors may differ
               in shape, as volumes do, if none is smaller and all have as many channels.
-    mean, std  one for each channel: `(value - mean) / std`.
+    mean, std  a number for each channel, or the number where there is one: `(value - mean) / std`.
     flip      how likely a reversal is, along every axis, or along each.
     channels  whether they are the first axis, as torch has them, or the last; None: there is no such axis, mean and std are
               one number each. The batch is float32 in the same layout.
@@ -215,8 +216,9 @@ def volume_train(
 
     The other fields are delivered as they are. Raises UsageError for numbers that do not fit each other or the data set.
     """
-    crop = tuple(crop)
-    flips = (float(flip),) * len(crop) if isinstance(flip, int | float) else tuple(map(float, flip))
+    crop, flips = _extents(crop), as_numbers("flip", flip)
+    if len(flips) == 1:
+        flips *= len(crop)
     if len(flips) != len(crop):
         raise UsageError(f"flip is given for {len(flips)} axes, crop for {len(crop)}")
     if not all(0 <= probability <= 1 for probability in flips):
@@ -227,20 +229,31 @@ def volume_train(
 def volume_eval(
     crop: Sequence[int],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
     channels: Channels = "first",
     field: str = "volume",
     mask: str | None = None,
 ) -> VolumeGraph:
     """Evaluation on tensors: the crop at the centre, normalised as in `volume_train`. Give the whole extents to crop nothing."""
-    return _volume_graph(tuple(crop), mean, std, channels, field, mask, (0.0,) * len(crop), is_random=False)
+    crop = _extents(crop)
+    return _volume_graph(crop, mean, std, channels, field, mask, (0.0,) * len(crop), is_random=False)
+
+
+def _extents(crop: Any) -> tuple[int, ...]:
+    try:
+        extents = tuple(map(operator.index, crop))
+    except TypeError:
+        raise UsageError(f"crop={crop!r} is no window: give its extent along each axis") from None
+    if len(extents) not in (2, 3) or min(extents) < 1:
+        raise UsageError(f"crop={_by(extents)} is no window of two or three extents")
+    return extents
 
 
 def _volume_graph(
     crop: tuple[int, ...],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
     channels: Channels,
     field: str,
     mask: str | None,
@@ -248,18 +261,16 @@ def _volume_graph(
     *,
     is_random: bool,
 ) -> VolumeGraph:
-    if len(crop) not in (2, 3) or min(crop) < 1:
-        raise UsageError(f"crop={_by(crop)} is no window of two or three extents")
-    if len(mean) != len(std) or not len(mean):
-        raise UsageError(f"mean is given for {len(mean)} channels, std for {len(std)}: give both for each")
-    if min(std) <= 0:
-        raise UsageError(f"std={list(std)} divides: it is above 0 for each channel")
+    means, stds = as_numbers("mean", mean), as_numbers("std", std)
+    if len(means) != len(stds) or not means:
+        raise UsageError(f"mean is given for {len(means)} channels, std for {len(stds)}: give both for each")
+    if not min(stds) > 0:
+        raise UsageError(f"std={std!r} divides: it is above 0 for each channel")
     if channels not in ("first", "last", None):
         raise UsageError(f"channels={channels!r} is not known: they are 'first', 'last' or None")
     if mask == field:
         raise UsageError(f"{field!r} cannot be the volume and its mask")
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    return VolumeGraph(field, mask, crop, mean, std, channels, flip, is_random)
+    return VolumeGraph(field, mask, crop, means, stds, channels, flip, is_random)
 
 
 def _by(extents: Iterable[Any]) -> str:

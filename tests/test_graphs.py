@@ -137,6 +137,8 @@ def test_a_centre_larger_than_the_resized_image_is_refused():
         ({"size": "8"}, "size='8' is no number of pixels"),
         ({"size": 8.5}, "size=8.5 is no number of pixels"),
         ({"mean": (0, 0)}, r"mean=\(0, 0\) is not one number for each"),
+        ({"mean": 0.5}, "mean=0.5 is not one number for each"),
+        ({"mean": "abc"}, "mean='abc' is neither a number nor several"),
         ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\) divides"),
         ({"std": (float("nan"), 1, 1)}, "divides"),
     ],

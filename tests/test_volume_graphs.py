@@ -290,3 +290,29 @@ def test_what_does_not_fit_is_refused(tmp_path):
         load(4, 5, 6, field="scan")
     with pytest.raises(UsageError, match="above 0"):
         volume_train((4, 5, 6), mean=(0,), std=(0,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"crop": 8}, "crop=8 is no window"),
+        ({"crop": (8.0, 8)}, r"crop=\(8.0, 8\) is no window"),
+        ({"crop": (8,)}, "crop=8 is no window of two or three extents"),
+        ({"mean": None}, "mean=None is neither a number nor several"),
+        ({"std": "one"}, "std='one' is neither a number nor several"),
+        ({"std": float("nan")}, "std=nan divides"),
+        ({"mean": (0, 0)}, "mean is given for 2 channels, std for 1"),
+    ],
+)
+def test_numbers_that_no_volume_can_be_made_with_are_refused(arguments, sentence):
+    for graph in (volume_train, volume_eval):
+        with pytest.raises(UsageError, match=sentence):
+            graph(**{"crop": (4, 5, 6), "mean": 0, "std": 1, **arguments})
+    with pytest.raises(UsageError, match="flip='often' is neither"):
+        volume_train((4, 5, 6), mean=0, std=1, flip="often")
+
+
+def test_one_number_stands_for_one_channel():
+    for graph in (volume_train, volume_eval):
+        assert graph((4, 5), mean=1, std=2) == graph([4, 5], mean=(1.0,), std=[2.0])
+    assert volume_train((4, 5), mean=1, std=2, flip=1) == volume_train((4, 5), mean=1, std=2, flip=(1.0, 1.0))
