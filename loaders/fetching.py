@@ -271,9 +271,8 @@ class ThreadFetcher:
         return step, future.result() if error is None else Failure(error)
 
     def close(self, join_seconds: float = _JOIN_SECONDS) -> None:
-        if (
-            self._workers.process == os.getpid()
-        ):  # one forked of it may have a future whose lock a thread held that it has not
+        # In a process forked of that one, a thread that it has not may have held the lock of a future.
+        if self._workers.process == os.getpid():
             for future, _ in self._pending:
                 future.cancel()
         self._pending.clear()

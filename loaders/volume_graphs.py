@@ -217,7 +217,7 @@ def volume_train(
     The other fields are delivered as they are. Raises UsageError for numbers that do not fit each other or the data set.
     """
     crop, flips = _extents(crop), as_numbers("flip", flip)
-    if len(flips) == 1:
+    if not np.iterable(flip):
         flips *= len(crop)
     if len(flips) != len(crop):
         raise UsageError(f"flip is given for {len(flips)} axes, crop for {len(crop)}")

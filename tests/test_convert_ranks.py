@@ -173,7 +173,7 @@ def test_all_ranks_take_part(slow_convert: list[str], tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     made = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("made ")]
     assert sum(made) == 134
-    assert min(made) > 0
+    assert min(made) > 20
 
 
 VICTIMS = {"leader": 0, "follower": 1}

@@ -13,8 +13,6 @@ import pytest
 import torch
 from test_record_dataset import flip_a_bit, shard_of
 
-from stagein.formats import Dataset, Field, Schema, Writer
-from stagein.formats.codecs import Codec
 from stagein.formats.errors import SourceError
 from stagein.loaders import RecordDataset
 from stagein.loaders.bad_records import Replacement
@@ -52,26 +50,6 @@ def held_by_another_thread(*locks: contextlib.AbstractContextManager[object]) ->
     finally:
         leave.set()
         holder.join()
-
-
-def test_it_reads_with_threads_of_its_own(tmp_path: Path) -> None:
-    shape, order = (40, 40), list(range(20))
-    field = Field(kind="tensor", dtype="float32", shape=shape, codec=Codec(name="zstd"))
-    with Writer(tmp_path / "x.st", Schema(fields={"x": field}, primary="x")) as writer:
-        for number in order:
-            writer.write({"x": np.full(shape, number, np.float32)})
-    reader = Dataset(tmp_path / "x.st").reader
-    expected = reader.read_tensors(order, threads=2)
-
-    def reads() -> bool:
-        is_equal = np.array_equal(reader.read_tensors(order, threads=2), expected)
-        ours = [each for each in threading.enumerate() if each.name.startswith(("stagein-helper", "stagein-crew"))]
-        return is_equal and len(ours) == 1
-
-    crew = reader._crew
-    with held_by_another_thread(reader._files._changed, reader._helpers._starting, crew._starting, crew._calling):
-        assert in_fork(reads)
-    assert np.array_equal(reader.read_tensors(order, threads=2), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*read from the source from now on")

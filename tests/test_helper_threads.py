@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_forks import held_by_another_thread, in_fork
 
 from stagein.formats import Dataset, Field, Schema, Writer
 from stagein.formats.codecs import Codec
@@ -193,6 +194,16 @@ def test_a_call_does_not_wait_for_threads_that_do_not_come(dataset: Dataset) -> 
     crew._threads = threads  # as if they were on their way
     assert np.array_equal(reader.read_tensors(order, threads=3), expected)
     crew._threads = []
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_reads_with_threads_of_its_own(dataset: Dataset) -> None:
+    reader, order = dataset.reader, list(range(20))
+    expected = reader.read_tensors(order, threads=2)
+    crew = reader._crew
+    with held_by_another_thread(reader._files._changed, reader._helpers._starting, crew._starting, crew._calling):
+        assert in_fork(lambda: np.array_equal(reader.read_tensors(order, threads=2), expected) and len(_helpers()) == 1)
+    assert np.array_equal(reader.read_tensors(order, threads=2), expected)
 
 
 def test_the_interpreter_exits_with_readers_open(dataset: Dataset) -> None:

@@ -308,6 +308,8 @@ def test_numbers_that_no_volume_can_be_made_with_are_refused(arguments, sentence
     for graph in (volume_train, volume_eval):
         with pytest.raises(UsageError, match=sentence):
             graph(**{"crop": (4, 5, 6), "mean": 0, "std": 1, **arguments})
+    with pytest.raises(UsageError, match="flip is given for 1 axes, crop for 3"):
+        volume_train((4, 5, 6), mean=0, std=1, flip=(0.5,))
     with pytest.raises(UsageError, match="flip='often' is neither"):
         volume_train((4, 5, 6), mean=0, std=1, flip="often")
 
